@@ -1,0 +1,1486 @@
+#!/usr/bin/env python3
+"""Serve tasks to task_workers on this and other hosts, and collect the outcomes.
+
+    reader --submit--> Ledger <--lease/report-- server threads  <==TCP==>  slots of task_worker.py
+                         |
+    results file <--records
+
+    submit            lease                report ok / last error
+    ------> READY ----------------> LEASED ---------------------> DONE
+              ^                       |
+              '-- release, retry, ----'
+                  connection lost
+
+Nothing is lost: a task is READY, LEASED to one live connection, or DONE. It runs at least once and is recorded
+exactly once. Its record is written before it counts as done, so that a master that was killed can be resumed.
+
+    python3 task_master.py --workers 2
+    python3 task_master.py --tasks tasks.jsonl --results results.jsonl --workers 4 --function mailer:send
+"""
+# Theory of operation.
+#
+# Every connection is served by a thread of its own (that is how BaseManager works), so the thread is the identity of
+# the caller, and the end of the thread is the end of what it held. Hence
+#  - a lease needs no clock and no number: when its connection ends, for whatever reason, `drop` makes its tasks READY;
+#  - what remains is to notice that a peer is gone: the system's keepalive sees a vanished host, the limit on silence
+#    a stopped process (a worker's slot sends a beat every 15 s, however long its task takes).
+# A report settles tasks and writes their records while it holds the one lock that guards the output, then returns,
+# and the return is the acknowledgement. A worker that gets none reports again over its next connection; an outcome
+# for a task that has a record already is counted and dropped. Hence at least once, and recorded once.
+# Batches of tasks and outcomes cross as one string of lines: the unpickler that cannot be tricked is slow, strings
+# are not. The worker writes the members of a record that hold its outcome, the master adds those that it knows better.
+
+from __future__ import annotations
+
+import argparse
+import array
+import collections
+import contextlib
+import errno
+import hashlib
+import io
+import json
+import os
+import pickle
+import queue
+import random
+import secrets
+import shlex
+import signal
+import socket
+import stat
+import struct
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from multiprocessing import connection, managers
+from typing import Any, Callable, NamedTuple
+
+__version__ = "1.0.0"
+
+# ---- wire: the same text stands in both files, so that each can be copied alone ------------------------------------
+
+PROTOCOL = 1  # of what the two queues expect and return; both ends state theirs
+MESSAGE_LIMIT = 64 << 20  # bytes; a longer message is refused before it is read
+TEXT_LIMIT = 60 << 20  # bytes of one task or one result as JSON text: a message has room for it
+HANDSHAKE_LIMIT = 10.0  # seconds for a new connection to prove that it knows the key
+SILENCE_LIMIT = 60.0  # seconds without a word after which a peer is given up
+DEFAULT_KEY_FILE = "~/.task_authkey"
+PLAIN_OPCODES = (
+    "PROTO FRAME STOP MARK NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 BINFLOAT SHORT_BINUNICODE BINUNICODE "
+    "BINUNICODE8 SHORT_BINBYTES BINBYTES BINBYTES8 EMPTY_LIST APPEND APPENDS EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 "
+    "EMPTY_DICT SETITEM SETITEMS MEMOIZE BINPUT LONG_BINPUT BINGET LONG_BINGET"
+).split()
+
+
+class Failure(Exception):
+    """Ends the program with one line on standard error and an exit status (2: usage, 3: no connection)."""
+
+    def __init__(self, message: str, status: int = 2) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class PlainUnpickler(pickle._Unpickler):
+    """Reads a pickle that holds nothing but plain data: no opcode that imports, calls or sets attributes is known.
+
+    The documented way, refusing in `find_class`, would still let a peer make the C unpickler allocate gigabytes with
+    a few bytes (CPython issue 115952); this one keeps its memo in a dictionary. It is slow, so batches of tasks and
+    outcomes cross as one string each.
+    """
+
+    dispatch = {getattr(pickle, name)[0]: pickle._Unpickler.dispatch[getattr(pickle, name)[0]] for name in PLAIN_OPCODES}
+
+
+class PlainConnection:
+    """Messages over a socket, framed as `multiprocessing.connection` frames them, pickled plain data inside.
+
+    Whatever ends or spoils the connection (reset, silence, a message too long or not plain) is an EOFError.
+    """
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.sock = sock
+        self.deadline: float | None = time.monotonic() + HANDSHAKE_LIMIT  # for all reading, until it is set to None
+        self._buffer = bytearray()
+        sock.settimeout(HANDSHAKE_LIMIT)
+        tune_socket(sock)
+
+    def settle(self, silence_limit: float | None) -> None:
+        """End the handshake: from now on only `silence_limit` seconds without a byte end the connection."""
+        self.deadline = None
+        self.sock.settimeout(silence_limit)
+
+    def fileno(self) -> int:
+        return self.sock.fileno()
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            self.sock.shutdown(socket.SHUT_RDWR)  # wakes a thread that reads; close alone would not
+        self.sock.close()
+
+    def send(self, message: object) -> None:
+        """Pickle and send; blocks until the system has taken it all, EOFError when it takes nothing for too long."""
+        self.send_bytes(pickle.dumps(message, 4))
+
+    def recv(self) -> Any:
+        """The next message; blocks until it is there, EOFError when the peer is silent for too long."""
+        data = self.recv_bytes()
+        try:
+            return PlainUnpickler(io.BytesIO(data)).load()
+        except Exception as error:
+            self.close()
+            raise EOFError(f"the peer sent something that is not plain data ({error!r})") from None
+
+    def send_bytes(self, data: bytes) -> None:
+        view = memoryview(struct.pack("!i", len(data)) + data)
+        try:
+            while view:
+                view = view[self.sock.send(view) :]
+        except OSError as error:
+            raise EOFError(str(error)) from error
+
+    def recv_bytes(self, maxlength: int = MESSAGE_LIMIT) -> bytes:
+        (size,) = struct.unpack("!i", self._read(4))
+        if not 0 <= size <= min(maxlength, MESSAGE_LIMIT):
+            self.close()
+            raise EOFError("the peer announced a message that is too long")
+        return self._read(size)
+
+    def _read(self, size: int) -> bytes:
+        while len(self._buffer) < size:
+            if self.deadline is not None:
+                self.sock.settimeout(max(0.001, self.deadline - time.monotonic()))
+            try:
+                data = self.sock.recv(max(1 << 16, min(size - len(self._buffer), 1 << 20)))
+            except OSError as error:
+                raise EOFError(str(error)) from error
+            if not data:
+                raise EOFError("the peer closed the connection")
+            self._buffer += data
+        data = bytes(memoryview(self._buffer)[:size])
+        del self._buffer[:size]
+        return data
+
+
+def tune_socket(sock: socket.socket) -> None:
+    """Send at once, and notice a vanished peer within 30 s, idle (keepalive) or with data on the way (user timeout)."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    options = {"TCP_NODELAY": 1, "TCP_KEEPIDLE": 15, "TCP_KEEPALIVE": 15, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3}
+    for name, value in {**options, "TCP_USER_TIMEOUT": 30_000}.items():
+        if hasattr(socket, name):  # not every system has each
+            with contextlib.suppress(OSError):
+                sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+
+
+def show_address(address: tuple[Any, ...]) -> str:
+    return f"[{address[0]}]:{address[1]}" if ":" in address[0] else f"{address[0]}:{address[1]}"
+
+
+def explain_error(error: BaseException) -> str:
+    """What the system says, without its number: `connection refused`."""
+    text = str(getattr(error, "strerror", None) or error or type(error).__name__)
+    return text[:1].lower() + text[1:]
+
+
+def read_key(path: str | None) -> bytes:
+    """The key: TASK_AUTHKEY, else the named file, else ~/.task_authkey. FileNotFoundError when only that is missing."""
+    if "TASK_AUTHKEY" in os.environ:
+        key, source = os.fsencode(os.environ["TASK_AUTHKEY"]), "TASK_AUTHKEY"
+    else:
+        source = os.path.expanduser(path or DEFAULT_KEY_FILE)
+        try:
+            with open(source, "rb") as file:
+                if os.name == "posix" and stat.S_IMODE(os.fstat(file.fileno()).st_mode) & 0o077:
+                    raise Failure(f"the key file {source} can be read by others: chmod 600 {source}")
+                key = file.read(4096)
+        except OSError as error:
+            if path is None and isinstance(error, FileNotFoundError):
+                raise
+            raise Failure(f"cannot read the key file {source}: {explain_error(error)}") from None
+    if not key.strip():
+        raise Failure(f"the key in {source} is empty: put at least 16 random bytes there")
+    return key.strip()
+
+
+# ---- end of the wire -----------------------------------------------------------------------------------------------
+
+READY_LIMIT = 100_000  # tasks read and not yet leased; the reader waits while there are more
+READY_BYTES = 64 << 20  # and characters of their text
+LEASE_BYTES = 8 << 20  # characters of text in one lease, unless a single task has more
+IDLE_POLLS = 50.0  # requests for tasks a second from all idle slots together, at most (but each may ask every second)
+PENDING_LIMIT = 256  # connections that have not finished the handshake; the oldest must give way
+BACKLOG = 1024  # connections that the system holds for us; multiprocessing's 16 would lose those of a large farm
+SYNC_INTERVAL = 1.0  # seconds between fsyncs of the results file
+LOOK_INTERVAL = 0.2  # seconds between looks at signals, local workers and the clock
+GOODBYE = 2.0  # seconds for the workers to hear that the job is over
+WORKER_GRACE = 10.0  # seconds for the local worker to leave by itself
+WINDOW = 50_000  # records that may wait for their turn, or for the caller of TaskMaster.run
+WINDOW_BYTES = 64 << 20  # and characters in them
+WORKER_FILE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "task_worker.py")
+
+
+def say(text: str) -> None:
+    """One line on standard error."""
+    print(f"task_master: {text}", file=sys.stderr, flush=True)
+
+
+# ---- ledger: every decision about a task ---------------------------------------------------------------------------
+
+NEW, READY, LEASED, DONE = "new", "ready", "leased", "done"
+MOVES = {
+    (NEW, READY): "submitted",
+    (READY, LEASED): "leased",
+    (LEASED, READY): "released, to be retried, or its connection was lost",
+    (LEASED, DONE): "reported, or lost too often",
+    (READY, DONE): "reported late, by the worker that had been given up",
+}
+
+
+class IllegalMove(Exception):
+    """A defect of this program: a task was to change its state in a way that MOVES does not have."""
+
+
+class Task:
+    """A task until it is DONE; its state is changed by `Ledger._move` alone."""
+
+    __slots__ = ("failures", "holder", "id", "losses", "state", "text")
+
+    def __init__(self, task_id: int, text: str) -> None:
+        self.id = task_id
+        self.text = text  # JSON
+        self.state = NEW
+        self.failures = 0  # error outcomes so far
+        self.losses = 0  # times that its connection was lost
+        self.holder: object = None  # who has leased it
+
+
+class Ledger:
+    """The state of every task: pure decisions under one lock, without I/O.
+
+    A holder is any hashable object that stands for a connection.
+    """
+
+    def __init__(self, retries: int = 0, redeliveries: int = 2, batch: int | None = None) -> None:
+        self._retries, self._redeliveries, self._batch = retries, redeliveries, batch
+        self._lock = threading.Lock()
+        # notified for each task that becomes READY, and when `lease` begins to return None; awaited in `wait_ready`
+        self._tasks_ready = threading.Condition(self._lock)
+        # notified when leasing leaves room for more READY tasks, and when the ledger is closed; awaited in `submit`
+        self._room = threading.Condition(self._lock)
+        # notified when a holder is dropped; awaited in `wait_empty`
+        self._holder_gone = threading.Condition(self._lock)
+        self._ready: collections.deque[Task] = collections.deque()  # in the order of leasing; some may be DONE since
+        self._ready_bytes = 0
+        self._tasks: dict[int, Task] = {}  # all that are not DONE
+        self._held: dict[object, dict[int, Task]] = {}
+        self._slots: set[object] = set()
+        self._counts = {NEW: 0, READY: 0, LEASED: 0, DONE: 0}
+        self._horizon: int | None = None
+        self._ended = self._closed = False
+        self.submitted = self.failed = self.retried = self.redelivered = self.dropped = 0
+
+    def submit(self, tasks: list[tuple[int, str]]) -> None:
+        """Add tasks as (id, JSON text). Blocks while READY_LIMIT tasks wait; adds nothing once closed."""
+        with self._lock:
+            self._room.wait_for(lambda: self._closed or self._has_room())
+            if self._closed:
+                return
+            new = [Task(task_id, text) for task_id, text in tasks]
+            self._counts[NEW] += len(new)
+            self.submitted += len(new)
+            self._tasks.update((task.id, task) for task in new)
+            self._make_ready(new)
+
+    def end(self) -> None:
+        """There will be no more tasks."""
+        with self._lock:
+            self._ended = True
+
+    def begin(self) -> None:
+        """There will be tasks again, after `end`."""
+        with self._lock:
+            self._ended = False
+
+    def close(self) -> None:
+        """Lease nothing any more: from now on `lease` returns None."""
+        with self._lock:
+            self._closed = True
+            self._tasks_ready.notify_all()
+            self._room.notify_all()
+
+    def over(self) -> bool:
+        """Whether nothing is left to wait for: all is DONE, or the ledger was closed and nothing is LEASED."""
+        with self._lock:
+            if self._closed:
+                return not self._counts[LEASED]
+            return self._ended and not self._tasks
+
+    def enlist(self, holder: object) -> None:
+        """Count a holder among the slots between which the READY tasks are divided, until it is dropped."""
+        with self._lock:
+            self._slots.add(holder)
+
+    def wait_ready(self, timeout: float) -> bool:
+        """Block until `lease` would return something, for `timeout` seconds at most. Returns whether it would."""
+        timeout = min(timeout, max(1.0, len(self._slots) / IDLE_POLLS))
+        with self._lock:
+            return self._tasks_ready.wait_for(lambda: self._closed or self._next_ready() is not None, timeout)
+
+    def lease(self, holder: object, limit: int) -> list[Task] | None:
+        """Up to `limit` tasks for a holder, [] when there is none yet, None when the ledger is closed. Never blocks.
+
+        Slots share what is READY; a task that was lost before, or may not be lost, is leased alone.
+        """
+        with self._lock:
+            if self._closed:
+                return None
+            limit = min(limit, self._batch or limit, 1 + self._counts[READY] // (2 * len(self._slots) or 1))
+            lease = self._take(max(1, limit))
+            for task in lease:
+                task.holder = holder
+            self._held.setdefault(holder, {}).update((task.id, task) for task in lease)
+            self._move(lease, LEASED)
+            if self._has_room():
+                self._room.notify_all()
+            return lease
+
+    def release(self, holder: object, task_ids: Iterable[int]) -> None:
+        """Take back tasks that the holder did not run, free of charge; those it does not hold are ignored."""
+        with self._lock:
+            held = self._held.get(holder, {})
+            self._make_ready([held[task_id] for task_id in task_ids if task_id in held], self._horizon is None)
+
+    def report(
+        self, holder: object, outcomes: list[tuple[int, bool, str]]
+    ) -> tuple[list[tuple[Task, str]], list[tuple[Task, str]]]:
+        """Take outcomes: (id, whether it is ok, anything to hand back).
+
+        Returns those that settled their task and are to be recorded now, and those after which it is retried.
+        """
+        settled: list[tuple[Task, str]] = []
+        retried: list[tuple[Task, str]] = []
+        with self._lock:
+            for task_id, ok, what in outcomes:
+                task = self._tasks.get(task_id)
+                if task is None or (not ok and task.holder is not holder and task.failures < self._retries):
+                    self.dropped += 1  # it has a record, or it is going to be run again anyway
+                    continue
+                if not ok:
+                    task.failures += 1
+                    if task.failures <= self._retries:
+                        retried.append((task, what))
+                        continue
+                    self.failed += 1
+                settled.append((task, what))
+                del self._tasks[task_id]  # so that a second outcome in the same report is dropped
+            self._settle([task for task, _ in settled])
+            self._make_ready([task for task, _ in retried], self._horizon is None)
+            self.retried += len(retried)
+        return settled, retried
+
+    def drop(self, holder: object) -> tuple[list[Task], list[Task]]:
+        """The holder's connection has ended: its tasks are READY again.
+
+        Returns those, and the ones that were lost too often and are to be recorded as failed now.
+        """
+        again: list[Task] = []
+        given_up: list[Task] = []
+        with self._lock:
+            for task in self._held.get(holder, {}).values():
+                task.losses += 1
+                (given_up if task.losses > self._redeliveries else again).append(task)
+            for task in given_up:
+                del self._tasks[task.id]
+            self.failed += len(given_up)
+            self.redelivered += len(again)
+            self._settle(given_up)
+            self._make_ready(again, self._horizon is None)
+            self._held.pop(holder, None)
+            self._slots.discard(holder)
+            self._holder_gone.notify_all()
+        return again, given_up
+
+    def set_horizon(self, task_id: int) -> None:
+        """Lease no task from this id on; those that come back are then leased first, since others wait for them."""
+        with self._lock:
+            self._horizon = task_id
+            self._tasks_ready.notify_all()
+
+    def wait_empty(self, timeout: float) -> None:
+        """Block until every slot has been dropped, for `timeout` seconds at most."""
+        with self._lock:
+            self._holder_gone.wait_for(lambda: not self._slots, timeout)
+
+    def counts(self) -> dict[str, int]:
+        """How many tasks are in each state, and how many slots there are."""
+        with self._lock:
+            return {**self._counts, "slots": len(self._slots)}
+
+    def audit(self) -> None:
+        """Prove that no task is missing and none is counted twice. Raises AssertionError."""
+        with self._lock:
+            states = collections.Counter(task.state for task in self._tasks.values())
+            held = [task for tasks in self._held.values() for task in tasks.values()]
+            ready = [task for task in self._ready if task.state == READY]
+            problems = {
+                "a task is in none of the three states": self._counts[NEW],
+                "submitted is not ready + leased + done": self.submitted - sum(self._counts.values()),
+                "ready tasks are not counted right": states[READY] - self._counts[READY],
+                "leased tasks are not counted right": states[LEASED] - self._counts[LEASED],
+                "a ready task cannot be leased": len({task.id for task in ready}) - states[READY],
+                "a task is queued twice": len(ready) - states[READY],
+                "a leased task has no holder": len(held) - states[LEASED],
+                "a holder has a task that is not leased": sum(task.state != LEASED for task in held),
+            }
+            found = [f"{problem} ({count})" for problem, count in problems.items() if count]
+            if found:
+                raise AssertionError("; ".join(found))
+
+    # Called with the lock held
+
+    def _move(self, tasks: list[Task], state: str) -> None:
+        """The one gate: all of these tasks change to `state`, or none does."""
+        before = collections.Counter([task.state for task in tasks])
+        for old in before:
+            if (old, state) not in MOVES:
+                raise IllegalMove(f"from {old} to {state}")
+        for old, count in before.items():
+            self._counts[old] -= count
+            self._counts[state] += count
+        for task in tasks:
+            task.state = state
+
+    def _make_ready(self, tasks: list[Task], back: bool = True) -> None:
+        self._let_go(tasks)
+        self._move(tasks, READY)
+        self._ready_bytes += sum([len(task.text) for task in tasks])
+        if back:
+            self._ready.extend(tasks)
+        else:
+            self._ready.extendleft(reversed(tasks))
+        self._tasks_ready.notify(len(tasks))
+
+    def _settle(self, tasks: list[Task]) -> None:
+        self._let_go(tasks)
+        self._move(tasks, DONE)
+
+    def _let_go(self, tasks: list[Task]) -> None:
+        for task in tasks:
+            if task.holder is not None:
+                del self._held[task.holder][task.id]
+                task.holder = None
+
+    def _has_room(self) -> bool:
+        return self._counts[READY] < READY_LIMIT and self._ready_bytes < READY_BYTES
+
+    def _next_ready(self) -> Task | None:
+        """The task to lease next, if there is one that may be leased."""
+        while self._ready and self._ready[0].state != READY:
+            self._ready_bytes -= len(self._ready.popleft().text)  # settled by a late report
+        if not self._ready or (self._horizon is not None and self._ready[0].id >= self._horizon):
+            return None
+        return self._ready[0]
+
+    def _take(self, limit: int) -> list[Task]:
+        tasks: list[Task] = []
+        size = 0
+        while len(tasks) < limit and (task := self._next_ready()):
+            alone = task.losses or not self._redeliveries
+            if tasks and (alone or size + len(task.text) > LEASE_BYTES):
+                break
+            tasks.append(self._ready.popleft())
+            size += len(task.text)
+            if alone:
+                break
+        self._ready_bytes -= size
+        return tasks
+
+
+# ---- queues: what workers and plain clients can call ---------------------------------------------------------------
+
+
+class Peer:
+    """The other end of one connection: the holder of its leases."""
+
+    def __init__(self, name: str, conn: PlainConnection) -> None:
+        self.name = name
+        self.conn = conn
+        self.taken: collections.deque[tuple[int, float]] = collections.deque()  # by `get`: task id, time of taking
+
+    def is_gone(self) -> bool:
+        """Whether it has closed the connection. Asked while it waits for an answer, so it has nothing to say."""
+        return bool(connection.wait([self.conn.sock], 0))
+
+
+_this_thread = threading.local()
+
+
+def caller() -> Peer:
+    """The peer whose request this thread serves."""
+    peer: Peer = _this_thread.peer
+    return peer
+
+
+class TaskQueue:
+    """What `get_task_queue` gives a client."""
+
+    exposed = ("settings", "lease", "release", "beat", "get", "qsize")
+
+    def __init__(self, master: TaskMaster) -> None:
+        self._master = master
+        self._ledger = master.ledger
+
+    def settings(self, protocol: int) -> dict[str, Any]:
+        """How to work for this master. The caller is a slot from now on: it may not be silent for SILENCE_LIMIT."""
+        caller().conn.settle(SILENCE_LIMIT)
+        self._master.welcome(caller(), protocol)
+        return {"protocol": PROTOCOL, "run": self._master.run_id, "timeout": self._master.timeout}
+
+    def lease(self, limit: int, wait: float) -> str | None:
+        """Lines `ID TEXT` of up to `limit` tasks; "" when there was none for `wait` seconds, None when the job is over."""
+        tasks = self._lease(limit, wait)
+        return None if tasks is None else "\n".join([f"{task.id} {task.text}" for task in tasks])
+
+    def release(self, task_ids: list[int]) -> None:
+        """Hand back tasks that were not run."""
+        self._ledger.release(caller(), task_ids)
+
+    def beat(self) -> None:
+        """The caller lives: its connection has been heard of."""
+
+    def get(self, block: bool = True, timeout: float | None = None) -> Any:
+        """One task's value, as of `queue.Queue.get`; its result is expected by `ResultQueue.put`.
+
+        Raises queue.Empty when there is none in time, or when the job is over.
+        """
+        give_up_at = time.monotonic() + (1e9 if timeout is None else timeout)
+        while True:
+            tasks = self._lease(1, max(0.0, min(1.0, give_up_at - time.monotonic())) if block else 0.0)
+            if tasks:
+                caller().taken.append((tasks[0].id, time.perf_counter()))
+                return json.loads(tasks[0].text)
+            if tasks is None or not block or time.monotonic() >= give_up_at:
+                raise queue.Empty
+
+    def qsize(self) -> int:
+        """How many tasks are READY."""
+        return self._ledger.counts()[READY]
+
+    def _lease(self, limit: int, wait: float) -> list[Task] | None:
+        if wait > 0 and self._ledger.wait_ready(wait) and caller().is_gone():
+            raise EOFError  # it died while it waited: a task given to it would count as lost
+        return self._ledger.lease(caller(), int(limit))
+
+
+class ResultQueue:
+    """What `get_result_queue` gives a client."""
+
+    exposed = ("report", "put")
+
+    def __init__(self, master: TaskMaster) -> None:
+        self._master = master
+
+    def report(self, run_id: str, outcomes: str, busy: float) -> None:
+        """Take lines `ID MEMBERS`, an outcome each, and the seconds spent on them; returns when they are recorded.
+
+        Outcomes of another run are dropped.
+        """
+        if run_id == self._master.run_id:
+            self._master.report(caller(), [parse_outcome(line) for line in outcomes.split("\n")], busy)
+
+    def put(self, result: Any) -> None:
+        """Settle the oldest task that this connection took with `get`. Raises ValueError when there is none."""
+        if not caller().taken:
+            raise ValueError("put without get: this connection holds no task")
+        task_id, taken_at = caller().taken.popleft()
+        seconds = time.perf_counter() - taken_at
+        try:
+            members = '"result": ' + json.dumps(result, allow_nan=False)
+        except (TypeError, ValueError, RecursionError) as error:
+            members = format_error(type(error).__name__, str(error))
+        outcome = (task_id, members.startswith('"result"'), f'{members}, "seconds": {seconds:.6f}')
+        self._master.report(caller(), [outcome], seconds)
+
+
+def parse_outcome(line: str) -> tuple[int, bool, str]:
+    """The id, whether it is ok, and the members of a record that say so."""
+    task_id, _, members = line.partition(" ")
+    return int(task_id), members.startswith('"result": '), members
+
+
+def format_error(kind: str, message: str) -> str:
+    """The member `"error"` of a record, as JSON text."""
+    return '"error": ' + json.dumps({"type": kind, "message": message, "traceback": ""})
+
+
+def format_record(task: Task, members: str, worker: str) -> str:
+    """One line of the results file."""
+    attempts = max(1, task.failures + task.losses + members.startswith('"result"'))
+    return f'{{"id": {task.id}, "task": {task.text}, {members}, "worker": {worker}, "attempts": {attempts}}}'
+
+
+# ---- server --------------------------------------------------------------------------------------------------------
+
+
+class PlainListener:
+    """Accepts PlainConnections; what `multiprocessing.managers` expects of a listener."""
+
+    def __init__(self, address: tuple[str, int], backlog: int = BACKLOG) -> None:
+        family, *_, bound = socket.getaddrinfo(*address, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        self._socket = socket.create_server(bound[:2], family=family, backlog=max(backlog, BACKLOG))
+        self._socket.settimeout(LOOK_INTERVAL)  # close does not wake a thread that accepts
+        self.address: tuple[str, int] = self._socket.getsockname()[:2]
+
+    def accept(self) -> PlainConnection:
+        """The next connection. Raises TimeoutError (an OSError) when there is none for LOOK_INTERVAL."""
+        return PlainConnection(self._socket.accept()[0])
+
+    def close(self) -> None:
+        self._socket.close()
+
+
+managers.listener_client["plain"] = (PlainListener, None)  # type: ignore[attr-defined]
+
+
+class QueueServer(managers.Server):
+    """The server of BaseManager, with what a hostile or dying peer could use against it taken away."""
+
+    public = ["dummy", "create", "accept_connection", "incref", "decref"]  # no shutdown, nothing to look around with
+    fallback_mapping: dict[str, Any] = {}  # nor `#GETVALUE`, which would pickle the object itself
+
+    def __init__(self, registry: Any, address: Any, authkey: bytes, serializer: str, goodbye: Callable[[Peer], None]) -> None:
+        self.listener: PlainListener
+        super().__init__(registry, address, authkey, serializer)
+        self.stop_event = threading.Event()
+        self._goodbye = goodbye
+        self._lock = threading.Lock()
+        self._pending: dict[PlainConnection, None] = {}  # in the handshake, oldest first
+        self._open: set[PlainConnection] = set()
+        # The objects live as long as the server, under the name of their type, so there are no references to count
+        # (the counts of BaseManager can reach 0 while another client connects).
+        for typeid, (make, exposed, *_) in registry.items():
+            self.id_to_obj[typeid] = (make(), set(exposed), {})
+
+    def create(self, _conn: Any, typeid: str) -> tuple[str, tuple[str, ...]]:
+        """The id and the methods of one of the queues."""
+        return typeid, tuple(self.id_to_obj[typeid][1])
+
+    def incref(self, _conn: Any, ident: str) -> None: ...
+
+    def decref(self, _conn: Any, ident: str) -> None: ...
+
+    def start(self) -> None:
+        """Accept connections in a thread of this process, so that the queues need not be pickled for a child."""
+        threading.Thread(target=self.accepter, daemon=True).start()
+
+    def stop(self) -> None:
+        """Close the port and every connection."""
+        self.stop_event.set()
+        self.listener.close()
+        with self._lock:
+            remaining = [*self._pending, *self._open]
+        for conn in remaining:
+            conn.close()
+
+    def accepter(self) -> None:
+        while not self.stop_event.is_set():
+            try:
+                conn = self.listener.accept()
+            except socket.timeout:
+                continue
+            except OSError:  # out of file descriptors, say
+                self.stop_event.wait(LOOK_INTERVAL)
+                continue
+            with self._lock:
+                self._pending[conn] = None
+                surplus = next(iter(self._pending)) if len(self._pending) > PENDING_LIMIT else None
+            if surplus:
+                surplus.close()
+            try:
+                threading.Thread(target=self.handle_request, args=(conn,), daemon=True).start()
+            except RuntimeError:  # out of threads
+                self._forget(conn)
+
+    def handle_request(self, conn: Any) -> None:
+        """Serve a connection to its end, in a thread of its own; then drop what it held."""
+        try:
+            super().handle_request(conn)
+        except (SystemExit, EOFError):
+            pass
+        finally:
+            if hasattr(_this_thread, "peer"):
+                self._goodbye(caller())
+            self._forget(conn)
+
+    def accept_connection(self, conn: Any, name: str) -> None:
+        """The handshake is done, and the peer stays: `name` is what it calls itself."""
+        with self._lock:
+            self._pending.pop(conn, None)
+            self._open.add(conn)
+        host = conn.sock.getpeername()[0]
+        name = "".join(filter(str.isprintable, str(name)[:100]))
+        _this_thread.peer = Peer(name if "/" in name else f"{host}/{name}", conn)
+        conn.settle(None)  # a plain client may be silent while it works; only the system's keepalive watches it
+        super().accept_connection(conn, name)
+
+    def _forget(self, conn: PlainConnection) -> None:
+        with self._lock:
+            self._pending.pop(conn, None)
+            self._open.discard(conn)
+        conn.close()
+
+
+class QueueManager(managers.BaseManager):
+    """The tutorial's manager; each master makes a class of its own from it, to register its own two queues."""
+
+    def get_server(self, goodbye: Callable[[Peer], None]) -> QueueServer:  # type: ignore[override]
+        return QueueServer(self._registry, self._address, self._authkey, self._serializer, goodbye)  # type: ignore[attr-defined]
+
+
+def make_server(master: TaskMaster, address: tuple[str, int], authkey: bytes) -> QueueServer:
+    """Bind the port. Raises Failure when that cannot be."""
+
+    class Manager(QueueManager):
+        pass
+
+    tasks, results = TaskQueue(master), ResultQueue(master)
+    Manager.register("get_task_queue", callable=lambda: tasks, exposed=TaskQueue.exposed)
+    Manager.register("get_result_queue", callable=lambda: results, exposed=ResultQueue.exposed)
+    try:
+        return Manager(address, authkey, serializer="plain").get_server(master.goodbye)
+    except OSError as error:
+        hint = (
+            "stop what listens there, or choose another --port"
+            if error.errno == errno.EADDRINUSE
+            else "is --host one of this machine?"
+        )
+        raise Failure(f"cannot listen on {show_address(address)}: {explain_error(error)} ({hint})", 3) from None
+
+
+# ---- input and output ----------------------------------------------------------------------------------------------
+
+
+def refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not JSON")
+
+
+_scan = json.JSONDecoder(parse_constant=refuse_constant).scan_once  # type: ignore[attr-defined]  # json.loads, in half the time
+
+
+def check_json(text: str) -> str:
+    """The JSON text of one value, without the white space around it. Raises ValueError when it is none."""
+    text = text.strip(" \t\r\n")
+    try:
+        if _scan(text, 0)[1] == len(text):
+            return text
+    except StopIteration:
+        pass
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    json.loads(text)  # says what is wrong
+    raise ValueError("it is not JSON")
+
+
+def parse_line(line: bytes, as_text: bool) -> str:
+    """The JSON text of the task on a line, "" when it is blank. Raises ValueError."""
+    if len(line) > TEXT_LIMIT:
+        raise ValueError(f"the task has {len(line)} bytes or more, at most {TEXT_LIMIT} are possible: put a path there instead")
+    if not line.strip():
+        return ""
+    if as_text:
+        return json.dumps(line.rstrip(b"\r").decode("utf-8", "surrogateescape"))
+    return check_json(line.decode("utf-8"))
+
+
+def read_tasks(descriptor: int, name: str, as_text: bool) -> Iterator[list[str]]:
+    """The tasks of a stream of lines, in batches as they arrive. Raises Failure at a bad line, after those before it."""
+    number = 0
+    for lines in read_lines(descriptor):
+        tasks: list[str] = []
+        for line in lines:
+            number += 1
+            try:
+                task = parse_line(line, as_text)
+            except ValueError as error:
+                yield tasks
+                raise Failure(f"{name}, line {number}: {error}") from None
+            if task:
+                tasks.append(task)
+        yield tasks
+
+
+def read_lines(descriptor: int) -> Iterator[list[bytes]]:
+    """Lines without their end, in batches as they arrive; a line that is too long comes cut, with what was read of it.
+
+    Read from the descriptor, since a thread that waits in sys.stdin.buffer would crash the interpreter at its end.
+    """
+    rest: list[bytes] = []
+    size = 0
+    while chunk := os.read(descriptor, 1 << 16):
+        rest.append(chunk)
+        size += len(chunk)
+        if b"\n" in chunk or size > TEXT_LIMIT:
+            *lines, last = b"".join(rest).split(b"\n")
+            if len(last) > TEXT_LIMIT:
+                lines, last = [*lines, last], b""
+            rest, size = [last], len(last)
+            yield lines
+    if size:
+        yield [b"".join(rest)]
+
+
+class ResultsFile:
+    """The records, appended one line each: the memory of the job.
+
+    Raises Failure when the file cannot be used.
+    """
+
+    def __init__(self, path: str, resume: bool) -> None:
+        self.path = path
+        self.kept = array.array("Q")  # by task id: 0, or the digest of a task that need not run again
+        try:
+            self._open()
+            size = os.fstat(self._fd).st_size
+            if size and not resume:
+                raise Failure(f"the results file {path} is not empty: name another, or carry on with --resume")
+            if size:
+                self._resume()
+        except OSError as error:
+            raise Failure(f"cannot write the results file {path}: {explain_error(error)}") from None
+        self._unsynced = False
+
+    def write(self, lines: list[str]) -> None:
+        """Append records; when this returns, they survive the end of this process. Raises OSError."""
+        data = memoryview(("\n".join(lines) + "\n").encode())
+        while data:
+            data = data[os.write(self._fd, data) :]
+        self._unsynced = True
+
+    def sync(self) -> None:
+        """Make what was written survive a power cut. Raises OSError."""
+        if self._unsynced and self._regular:
+            self._unsynced = False
+            os.fsync(self._fd)
+
+    def close(self) -> None:
+        self.sync()
+        os.close(self._fd)
+
+    def _open(self) -> None:
+        self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0), 0o666)
+        self._regular = stat.S_ISREG(os.fstat(self._fd).st_mode)
+        if self._regular:
+            lock_file(self._fd, self.path)
+
+    def _resume(self) -> None:
+        """Note the records that succeeded; write the file anew without those that failed and a torn last line."""
+        good = self.path + ".resume"
+        with open(self.path, "rb") as old, open(good, "wb") as new:
+            whole = True
+            for number, line in enumerate(old, 1):
+                try:
+                    keep = line.endswith(b"\n") and self._note(json.loads(line))
+                except (ValueError, KeyError, TypeError):
+                    raise Failure(f"{self.path}, line {number}: this is not a record, so it cannot be resumed") from None
+                whole = whole and keep
+                if keep:
+                    new.write(line)
+            new.flush()
+            os.fsync(new.fileno())
+        if whole:
+            os.unlink(good)
+            return
+        locked = self._fd
+        os.replace(good, self.path)
+        self._open()
+        os.close(locked)
+
+    def _note(self, record: dict[str, Any]) -> bool:
+        task_id = record["id"]
+        digest = digest_task(record["task"])
+        if "result" in record:
+            self.kept.extend([0] * (task_id + 1 - len(self.kept)))
+            self.kept[task_id] = digest
+        return "result" in record
+
+    def check_task(self, task_id: int, text: str) -> bool:
+        """Whether a task has a record that is kept. Raises Failure when that is of another task."""
+        if task_id >= len(self.kept) or not self.kept[task_id]:
+            return False
+        if self.kept[task_id] != digest_task(json.loads(text)):
+            raise Failure(
+                f"the results file {self.path} belongs to other tasks: its task {task_id} is not {text[:60]}, as in the input"
+            )
+        return True
+
+
+def digest_task(value: Any) -> int:
+    """64 bits that stand for a task, however it was written; never 0."""
+    text = json.dumps(value, sort_keys=True)
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") or 1
+
+
+def lock_file(fd: int, path: str) -> None:
+    """Keep other masters out until `fd` is closed. Raises Failure when one is there."""
+    try:
+        if os.name == "nt":
+            import msvcrt
+
+            os.lseek(fd, 1 << 40, os.SEEK_SET)  # a byte that nobody reads: locks on Windows keep readers out
+            msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined,unused-ignore]
+        else:
+            import fcntl
+
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise Failure(f"the results file {path} is being written by another master: name another") from None
+
+
+def show_value(text: str) -> str:
+    """A value for a person: a string as it is, any other as JSON."""
+    return str(json.loads(text)) if text.startswith('"') else text
+
+
+class Printer:
+    """The lines on standard output, in the tutorial's words."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._tried = False
+
+    def put(self, texts: list[str]) -> None:
+        with self._lock:
+            print("".join([f"Put task {show_value(text)}...\n" for text in texts]), end="", flush=True)
+
+    def try_get(self) -> None:
+        """Said once: when all tasks are put, or before the first result."""
+        with self._lock:
+            if not self._tried:
+                print("Try get results...", flush=True)
+            self._tried = True
+
+    def write(self, lines: list[str]) -> None:
+        self.try_get()
+        results = [record["result"] for record in map(json.loads, lines) if "result" in record]
+        shown = [f"Result: {value if isinstance(value, str) else json.dumps(value)}\n" for value in results]
+        with self._lock:
+            print("".join(shown), end="", flush=True)
+
+
+# ---- master --------------------------------------------------------------------------------------------------------
+
+
+class Record(NamedTuple):
+    """What became of one task. `ok` tells whether there is a result or an error (type, message, traceback)."""
+
+    id: int
+    task: Any
+    result: Any
+    error: dict[str, str] | None
+    seconds: float | None
+    worker: str
+    attempts: int
+
+    @property
+    def ok(self) -> bool:
+        return self.error is None
+
+
+class LocalWorker:
+    """The task_worker.py beside this file, run on this host for as long as the job lasts."""
+
+    def __init__(self, processes: int, what: list[str]) -> None:
+        if not os.path.exists(WORKER_FILE):
+            raise Failure(f"--workers needs task_worker.py beside this file: copy it to {os.path.dirname(WORKER_FILE)}")
+        self._command = [sys.executable, WORKER_FILE, "--processes", str(processes), "--wait", "5", *what]
+
+    def start(self, address: tuple[str, int], authkey: bytes) -> None:
+        """Start the process. The key travels in its environment; what it prints goes to our standard error."""
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(address[0], address[0])
+        self._process = subprocess.Popen(
+            [*self._command, "--host", host, "--port", str(address[1])],
+            env={**os.environ, "TASK_AUTHKEY": os.fsdecode(authkey)},
+            stdin=subprocess.DEVNULL,
+            stdout=2,
+            start_new_session=True,  # Ctrl-C in the terminal is for the master, which then drains
+        )
+
+    def status(self) -> int | None:
+        """Its exit status; None while it runs."""
+        return self._process.poll()
+
+    def stop(self, grace: float) -> None:
+        """Give it `grace` seconds to leave by itself."""
+        try:
+            self._process.wait(grace)
+        except subprocess.TimeoutExpired:
+            self._process.kill()  # its children see that and end, too
+            self._process.wait()
+
+
+class TaskMaster:
+    """A task farm: the queues, their server, and local workers if wanted; a context manager.
+
+    `port` 0 takes a free one (`address` tells which). Without an `authkey` the key comes from where the command line
+    finds it. `workers`, `function` and the limits are those of the command line; `log` is called with each line about
+    workers, retries and failures. Raises Failure when it cannot start.
+    """
+
+    def __init__(
+        self,
+        host: str = "127.0.0.1",
+        port: int = 5000,
+        authkey: bytes | None = None,
+        *,
+        workers: int = 0,
+        function: str | None = None,
+        command: str | None = None,
+        timeout: float | None = None,
+        retries: int = 0,
+        redeliveries: int = 2,
+        max_failures: int | None = None,
+        batch: int | None = None,
+        log: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        self.address = (host, port)
+        self.timeout = timeout
+        self.run_id = secrets.token_hex(8)
+        self.ledger = Ledger(retries, redeliveries, batch)
+        self.problem: BaseException | None = None  # why the job ends early
+        self.done = threading.Event()  # nothing is left to wait for
+        self.failures: list[str] = []  # the first few, for the summary
+        self._authkey = find_key() if authkey is None else authkey
+        self._retries, self._max_failures, self._log = retries, max_failures, log
+        what = ["--function", function] if function else ["--command", command] if command else []
+        if what and not workers:
+            raise Failure("function and command are for local workers, of which there are none: say how many")
+        self._local = LocalWorker(workers, what) if workers else None
+        self._restarts = 0
+        self._recording = threading.Lock()  # guards the output, and the order of deciding and writing
+        self._sink: Callable[[list[int], list[str]], None] = lambda ids, lines: None
+        self._names: collections.Counter[str] = collections.Counter()  # slots by worker
+        self._closing = False
+        self._next_id = 0
+
+    def __enter__(self) -> TaskMaster:
+        self.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def start(self) -> None:
+        """Open the port and start the local workers. Raises Failure."""
+        self._server = make_server(self, self.address, self._authkey)
+        self.address = self._server.listener.address
+        if len(self._authkey) < 16 and not is_loopback(self.address[0]):
+            self._server.stop()
+            raise Failure(
+                f"the key has {len(self._authkey)} bytes, too few to listen on {self.address[0]}: use 16 random bytes or more"
+            )
+        self._server.start()
+        if self._local:
+            self._local.start(self.address, self._authkey)
+
+    def close(self) -> None:
+        """Let the workers leave, or lose them when the job is not done; close the port. Blocks some seconds at most."""
+        self._closing = True
+        unfinished = not self.ledger.over()
+        self.ledger.close()
+        if not unfinished:
+            self.ledger.wait_empty(GOODBYE)
+        self._server.stop()
+        if self._local:
+            self._local.stop(0.0 if unfinished else WORKER_GRACE)
+
+    def run(self, tasks: Iterable[Any]) -> Iterator[Record]:
+        """Run tasks (any values that JSON has), read lazily; yields their records as they come, in any order.
+
+        The ids count from 0 in each call. Waits for ever while there is no worker. Raises Failure when the job cannot
+        go on, TypeError or ValueError for a task that is not JSON, after the records of those before it.
+        """
+        records: queue.SimpleQueue[list[str]] = queue.SimpleQueue()
+        first, seen = self._next_id, 0
+        self.begin(([json.dumps(task, allow_nan=False)] for task in tasks), lambda ids, lines: records.put(lines))
+        try:
+            while True:
+                finished = self.done.is_set()  # asked before looking for the last records
+                with contextlib.suppress(queue.Empty):
+                    for line in records.get(timeout=0 if finished else 0.01):
+                        yield make_record(line, first)
+                        seen += 1
+                        if seen % 1000 == 1:
+                            self.ledger.set_horizon(first + seen + WINDOW)
+                    continue
+                if finished:
+                    break
+                self.look()
+        finally:
+            if not self.done.is_set():
+                self.ledger.close()  # the caller has lost interest
+        if self.problem:
+            raise self.problem
+
+    def begin(self, batches: Iterable[list[str]], sink: Callable[[list[int], list[str]], None]) -> None:
+        """Start reading tasks, as JSON texts; `sink` gets ids and records, and its OSError ends the job.
+
+        `done` is set in the end. Until then `look` must be called now and then.
+        """
+        self._sink = sink
+        self.done.clear()
+        self.ledger.begin()
+        threading.Thread(target=self._read, args=(batches,), daemon=True).start()
+
+    def _read(self, batches: Iterable[list[str]]) -> None:
+        try:
+            for texts in batches:
+                numbered = [(number, text) for number, text in enumerate(texts, self._next_id) if text]
+                self._next_id += len(texts)
+                self.ledger.submit(numbered)
+        except Exception as error:
+            self.problem = self.problem or error
+        self.ledger.end()
+        self._check_done()
+
+    def look(self) -> None:
+        """See after the local workers."""
+        status = self._local and not self.done.is_set() and self._local.status()
+        if not self._local or status is None or status is False:
+            return
+        self._restarts += 1
+        if status == 2 or self._restarts > 5:
+            self.fail(Failure(f"the local worker ended with exit status {status}, see above", 2 if status == 2 else 1))
+        else:
+            self._log(f"the local worker ended with exit status {status}: starting another")
+            self._local.start(self.address, self._authkey)
+
+    def fail(self, problem: BaseException) -> None:
+        """End the job now, with what is recorded."""
+        self.problem = self.problem or problem
+        self.ledger.close()
+        self.done.set()
+
+    # Called by the server's threads
+
+    def welcome(self, peer: Peer, protocol: int) -> None:
+        """A slot has connected."""
+        self.ledger.enlist(peer)
+        with self._recording:
+            self._names[peer.name] += 1
+            first = self._names[peer.name] == 1
+        if first:
+            self._log(f"worker {peer.name} connected")
+        if protocol != PROTOCOL:
+            self._log(f"worker {peer.name} speaks protocol {protocol}, this master {PROTOCOL}: copy task_worker.py to its host")
+
+    def report(self, peer: Peer, outcomes: list[tuple[int, bool, str]], busy: float) -> None:
+        """Record the outcomes that settle a task. When this returns, they are acknowledged."""
+        with self._recording:
+            if isinstance(self.problem, OSError):
+                raise self.problem
+            settled, retried = self.ledger.report(peer, outcomes)
+            self._record(settled, peer.name)
+        self._restarts = 0
+        for task, members in retried:
+            self._log(
+                f"task {task.id} is retried: {explain_members(members)} on {peer.name}, attempt {task.failures + task.losses}"
+            )
+        self._check_done()
+
+    def goodbye(self, peer: Peer) -> None:
+        """A connection has ended: what it held is READY again, or given up."""
+        with self._recording:
+            again, given_up = self.ledger.drop(peer)
+            self._record([(task, describe_loss(task)) for task in given_up], peer.name)
+            self._names[peer.name] -= 1
+            last = self._names[peer.name] == 0
+        if again:
+            shown = ", ".join([f"{task.id} (attempt {task.failures + task.losses})" for task in again[:5]])
+            more = f" and {len(again) - 5} more" if len(again) > 5 else ""
+            self._log(f"redelivered since {peer.name} was lost: task {shown}{more}")
+        if last and not self._closing:
+            self._log(f"worker {peer.name} disconnected")
+        self._check_done()
+
+    def _record(self, settled: list[tuple[Task, str]], name: str) -> None:
+        """Write records; called with the output's lock held."""
+        if not settled:
+            return
+        worker = json.dumps(name)
+        try:
+            self._sink([task.id for task, _ in settled], [format_record(task, members, worker) for task, members in settled])
+        except OSError as error:
+            self.fail(error)
+            raise
+        for task, members in settled:
+            if members.startswith('"error"'):
+                self._note_failure(task, f"{explain_members(members)} on {name}")
+
+    def _note_failure(self, task: Task, reason: str) -> None:
+        text = f"task {task.id} failed: {reason}, attempt {task.failures + task.losses}"
+        self._log(text)
+        if len(self.failures) < 5:
+            self.failures.append(text)
+        if self._max_failures and self.ledger.failed >= self._max_failures and not self.problem:
+            self.problem = Failure(f"stopped: {self.ledger.failed} tasks have failed, as --max-failures allows", 1)
+            self.ledger.close()
+
+    def _check_done(self) -> None:
+        if self.ledger.over():
+            self.done.set()
+
+
+def describe_loss(task: Task) -> str:
+    """The members of a record for a task whose workers were lost too often."""
+    times = "once" if task.losses == 1 else f"{task.losses} times"
+    return format_error("WorkerLost", f"its worker was lost {times}; it may have run") + ', "seconds": null'
+
+
+def explain_members(members: str) -> str:
+    """The error in the members of a record, for a person, on one line."""
+    try:
+        error = json.loads("{" + members + "}")["error"]
+        text = f"{error['type']}: {error['message']}"
+    except (ValueError, KeyError, TypeError):
+        text = members
+    return " ".join(text.split())[:200]
+
+
+def make_record(line: str, first: int) -> Record:
+    """A line of the results file as a Record, its id counted from `first`."""
+    fields = json.loads(line)
+    return Record(
+        fields["id"] - first,
+        fields["task"],
+        fields.get("result"),
+        fields.get("error"),
+        fields["seconds"],
+        fields["worker"],
+        fields["attempts"],
+    )
+
+
+def is_loopback(host: str) -> bool:
+    return host.startswith("127.") or host == "::1"
+
+
+def find_key(path: str | None = None) -> bytes:
+    """The key, made if none is there. Raises Failure."""
+    try:
+        return read_key(path)
+    except FileNotFoundError:
+        path = os.path.expanduser(DEFAULT_KEY_FILE)
+    with contextlib.suppress(FileExistsError):  # another master was faster
+        try:
+            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        except PermissionError as error:
+            raise Failure(f"cannot make the key file {path}: {explain_error(error)}") from None
+        with open(descriptor, "w") as file:
+            file.write(secrets.token_hex(32) + "\n")
+        say(f"made the key file {path}: workers on other hosts need a copy")
+    return read_key(path)
+
+
+# ---- command line --------------------------------------------------------------------------------------------------
+
+
+def parse_port(text: str) -> int:
+    if not text.isdigit() or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"{text} is not a port: it takes a number from 0 (any free one) to 65535")
+    return int(text)
+
+
+def parse_count(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a count: it takes a whole number from 1")
+    return int(text)
+
+
+def parse_number(text: str) -> int:
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"{text} is not a number: it takes a whole number from 0")
+    return int(text)
+
+
+def parse_seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < 1e9:
+        raise argparse.ArgumentTypeError(f"{text} is not a time: it takes seconds, more than 0")
+    return seconds
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="task_master", description="Serve tasks to task_workers, collect the outcomes.")
+    parser.add_argument("task", nargs="*", metavar="TASK", help="a JSON value (default: ten random integers)")
+    parser.add_argument("--tasks", metavar="FILE", help="JSON Lines, one task a line; - is standard input")
+    parser.add_argument("--text", action="store_true", help="a task is a line of text, not of JSON")
+    parser.add_argument("--results", metavar="FILE", help="append records to FILE; - is standard output")
+    parser.add_argument("--resume", action="store_true", help="carry on with the job of the results file")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
+    parser.add_argument("--port", type=parse_port, default=5000, help="port to listen on (default: %(default)s)")
+    parser.add_argument("--authkey-file", metavar="FILE", help=f"the key (default: {DEFAULT_KEY_FILE}, made if missing)")
+    parser.add_argument("--workers", type=parse_count, metavar="N", help="start N local worker processes, too")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--function", metavar="MODULE:NAME", help="what the local workers call with each task")
+    what.add_argument("--command", metavar="TEMPLATE", help="what the local workers run in a shell")
+    parser.add_argument("--timeout", type=parse_seconds, metavar="S", help="seconds a task may take")
+    parser.add_argument("--retries", type=parse_number, default=0, metavar="N", help="after errors (default: %(default)s)")
+    parser.add_argument("--redeliveries", type=parse_number, default=2, metavar="N", help="after lost workers (default: 2)")
+    parser.add_argument("--max-failures", type=parse_count, metavar="N", help="stop after N failed tasks")
+    parser.add_argument("--batch", type=parse_count, metavar="N", help="tasks per lease, at most (default: adaptive)")
+    parser.add_argument("--quiet", action="store_true", help="say nothing but errors on standard error")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    return parser
+
+
+def open_input(options: argparse.Namespace) -> Iterator[list[str]]:
+    """The tasks as JSON texts, in batches. Raises Failure at once when there can be none."""
+    if options.task:
+        try:
+            return iter([[json.dumps(text) if options.text else check_json(text) for text in options.task]])
+        except ValueError as error:
+            raise Failure(f"TASK {' '.join(options.task)[:60]}: {error}") from None
+    if options.tasks is None:
+        return iter([[str(random.randint(0, 10000)) for _ in range(10)]])
+    try:
+        descriptor = sys.stdin.fileno() if options.tasks == "-" else os.open(options.tasks, os.O_RDONLY)
+    except OSError as error:
+        raise Failure(f"cannot read the tasks file {options.tasks}: {explain_error(error)}") from None
+    return read_tasks(descriptor, "standard input" if options.tasks == "-" else options.tasks, options.text)
+
+
+def skip_kept(batches: Iterator[list[str]], results: ResultsFile) -> Iterator[list[str]]:
+    """The tasks, with "" in the place of those that have a record already. Raises Failure when they differ."""
+    number = 0
+    for texts in batches:
+        yield ["" if results.check_task(task_id, text) else text for task_id, text in enumerate(texts, number)]
+        number += len(texts)
+    if number < len(results.kept):
+        raise Failure(f"the results file {results.path} belongs to other tasks: it has more than the {number} of the input")
+
+
+def announce(batches: Iterator[list[str]], printer: Printer) -> Iterator[list[str]]:
+    """The tasks, each said on standard output before it can be leased."""
+    for texts in batches:
+        printer.put(texts)
+        yield texts
+    printer.try_get()
+
+
+class Job:
+    """One run of the command line."""
+
+    def __init__(self, options: argparse.Namespace, argv: list[str]) -> None:
+        self._options, self._argv = options, argv
+        self._stopped_by = 0  # signal number
+        self._draining = False
+        self._began_at = time.monotonic()
+        self._log = (lambda text: None) if options.quiet else say
+        batches = open_input(options)
+        self._results: ResultsFile | None = None
+        printer = Printer()
+        if options.results == "-":
+            self._sink = lambda ids, lines: print("\n".join(lines), flush=True)
+        elif options.results:
+            results = self._results = ResultsFile(options.results, options.resume)
+            self._sink = lambda ids, lines: results.write(lines)
+            batches = skip_kept(batches, results)
+        else:
+            self._sink = lambda ids, lines: printer.write(lines)
+            batches = announce(batches, printer)
+        self._batches = batches
+        self._master = TaskMaster(
+            options.host,
+            options.port,
+            find_key(options.authkey_file),
+            workers=options.workers or 0,
+            function=options.function,
+            command=options.command,
+            timeout=options.timeout,
+            retries=options.retries,
+            redeliveries=options.redeliveries,
+            max_failures=options.max_failures,
+            batch=options.batch,
+            log=self._log,
+        )
+
+    def run(self) -> int:
+        """Run the job; returns the exit status. Raises Failure."""
+        with self._master as master:
+            say(f"listening on {show_address(master.address)}")
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, self._handle_signal)
+            master.begin(self._batches, self._sink)
+            while not master.done.wait(LOOK_INTERVAL):
+                self._look()
+        master.ledger.audit()
+        if self._results:
+            self._results.close()
+        return self._conclude()
+
+    def _look(self) -> None:
+        self._master.look()
+        if self._stopped_by and not self._draining:
+            self._draining = True
+            self._master.ledger.close()
+            self._master._check_done()
+        if self._results:
+            self._results.sync()
+
+    def _handle_signal(self, number: int, _frame: object) -> None:
+        """The first one drains (in `_look`: a handler must not take locks), the second leaves at once."""
+        if self._stopped_by:
+            say("leaving at once")
+            os._exit(128 + number)
+        say("draining: waiting for the tasks that run (once more to leave at once)")
+        self._stopped_by = number
+
+    def _conclude(self) -> int:
+        """Say how it went; returns the exit status."""
+        master, ledger = self._master, self._master.ledger
+        seconds = time.monotonic() - self._began_at
+        done = ledger.counts()[DONE]
+        self._log(
+            f"{done} done, {ledger.failed} of them failed, {ledger.retried} retried, {ledger.redelivered} redelivered, "
+            f"{seconds:.1f} s, {done / seconds:.0f} tasks/s"
+        )
+        if isinstance(master.problem, OSError):
+            raise Failure(f"cannot write {self._options.results or 'standard output'}: {explain_error(master.problem)}", 1)
+        if isinstance(master.problem, Failure):
+            raise master.problem
+        if self._stopped_by:
+            say(self._tell_resume())
+            return 128 + self._stopped_by
+        return 1 if ledger.failed else 0
+
+    def _tell_resume(self) -> str:
+        if not self._results:
+            return "stopped; what is not done is not remembered: use --results FILE to be able to resume"
+        argv = [sys.executable, *self._argv] + ([] if self._options.resume else ["--resume"])
+        return f"stopped; to carry on: {shlex.join(argv)}"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    parser = make_parser()
+    options = parser.parse_args(argv)
+    if options.task and options.tasks is not None:
+        parser.error("TASK and --tasks: give one of them")
+    if (options.function or options.command) and not options.workers:
+        parser.error("--function and --command are for the local workers of --workers N; other workers have their own")
+    if options.resume and options.results in (None, "-"):
+        parser.error("--resume needs the --results FILE of the job to carry on")
+    try:
+        return Job(options, [sys.argv[0], *(sys.argv[1:] if argv is None else argv)]).run()
+    except Failure as failure:
+        say(str(failure))
+        return failure.status
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,889 @@
+#!/usr/bin/env python3
+"""Run tasks for a task_master: take them from its queue, call a function on each, report the outcomes.
+
+    task_master.py  <==TCP==>  slot (thread)  <--pipe-->  child (process, runs the function)
+                    <==TCP==>  slot (thread)  <--pipe-->  child (process, runs the function)
+
+This file stands alone: copy it, and the key, to any host that has Python 3.9 or newer.
+
+    python3 task_worker.py
+    python3 task_worker.py --host 10.0.0.5 --processes 8 --function mailer:send
+"""
+# Theory of operation.
+#
+# A slot leases tasks from the master, as many as make about LEASE_SECONDS of work, and hands them to its child in one
+# message. Before each task the child writes its position and the time into shared memory, so that the slot knows at
+# any moment which task runs and since when. Hence
+#  - a child that dies names the culprit: the task that it had started. That one gets the outcome, the others run again
+#    in a new child (those whose outcomes died with it, too);
+#  - a task that takes long need not hold up those leased with it: the slot revokes them (the child looks at a flag
+#    before it starts a task) and releases them to the master;
+#  - the time limit needs no help from the child, whose GIL may be held: the slot kills its process group.
+# Outcomes come back in batches, and the report of an outcome to the master is its acknowledgement. When the connection
+# is lost, the master hands the leased tasks to others; the slot finishes the task that runs, connects again, and
+# reports what it has: the master takes it if nobody was faster.
+# The process that holds the connections never imports user code, so nothing a task does can cost it a lease.
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import io
+import json
+import multiprocessing
+import os
+import pickle
+import random
+import signal
+import socket
+import stat
+import struct
+import sys
+import threading
+import time
+from multiprocessing import AuthenticationError, connection
+from typing import Any, Callable, NoReturn
+
+__version__ = "1.0.0"
+
+# ---- wire: the same text stands in both files, so that each can be copied alone ------------------------------------
+
+PROTOCOL = 1  # of what the two queues expect and return; both ends state theirs
+MESSAGE_LIMIT = 64 << 20  # bytes; a longer message is refused before it is read
+TEXT_LIMIT = 60 << 20  # bytes of one task or one result as JSON text: a message has room for it
+HANDSHAKE_LIMIT = 10.0  # seconds for a new connection to prove that it knows the key
+SILENCE_LIMIT = 60.0  # seconds without a word after which a peer is given up
+DEFAULT_KEY_FILE = "~/.task_authkey"
+PLAIN_OPCODES = (
+    "PROTO FRAME STOP MARK NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 BINFLOAT SHORT_BINUNICODE BINUNICODE "
+    "BINUNICODE8 SHORT_BINBYTES BINBYTES BINBYTES8 EMPTY_LIST APPEND APPENDS EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 "
+    "EMPTY_DICT SETITEM SETITEMS MEMOIZE BINPUT LONG_BINPUT BINGET LONG_BINGET"
+).split()
+
+
+class Failure(Exception):
+    """Ends the program with one line on standard error and an exit status (2: usage, 3: no connection)."""
+
+    def __init__(self, message: str, status: int = 2) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class PlainUnpickler(pickle._Unpickler):
+    """Reads a pickle that holds nothing but plain data: no opcode that imports, calls or sets attributes is known.
+
+    The documented way, refusing in `find_class`, would still let a peer make the C unpickler allocate gigabytes with
+    a few bytes (CPython issue 115952); this one keeps its memo in a dictionary. It is slow, so batches of tasks and
+    outcomes cross as one string each.
+    """
+
+    dispatch = {getattr(pickle, name)[0]: pickle._Unpickler.dispatch[getattr(pickle, name)[0]] for name in PLAIN_OPCODES}
+
+
+class PlainConnection:
+    """Messages over a socket, framed as `multiprocessing.connection` frames them, pickled plain data inside.
+
+    Whatever ends or spoils the connection (reset, silence, a message too long or not plain) is an EOFError.
+    """
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.sock = sock
+        self.deadline: float | None = time.monotonic() + HANDSHAKE_LIMIT  # for all reading, until it is set to None
+        self._buffer = bytearray()
+        sock.settimeout(HANDSHAKE_LIMIT)
+        tune_socket(sock)
+
+    def settle(self, silence_limit: float | None) -> None:
+        """End the handshake: from now on only `silence_limit` seconds without a byte end the connection."""
+        self.deadline = None
+        self.sock.settimeout(silence_limit)
+
+    def fileno(self) -> int:
+        return self.sock.fileno()
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            self.sock.shutdown(socket.SHUT_RDWR)  # wakes a thread that reads; close alone would not
+        self.sock.close()
+
+    def send(self, message: object) -> None:
+        """Pickle and send; blocks until the system has taken it all, EOFError when it takes nothing for too long."""
+        self.send_bytes(pickle.dumps(message, 4))
+
+    def recv(self) -> Any:
+        """The next message; blocks until it is there, EOFError when the peer is silent for too long."""
+        data = self.recv_bytes()
+        try:
+            return PlainUnpickler(io.BytesIO(data)).load()
+        except Exception as error:
+            self.close()
+            raise EOFError(f"the peer sent something that is not plain data ({error!r})") from None
+
+    def send_bytes(self, data: bytes) -> None:
+        view = memoryview(struct.pack("!i", len(data)) + data)
+        try:
+            while view:
+                view = view[self.sock.send(view) :]
+        except OSError as error:
+            raise EOFError(str(error)) from error
+
+    def recv_bytes(self, maxlength: int = MESSAGE_LIMIT) -> bytes:
+        (size,) = struct.unpack("!i", self._read(4))
+        if not 0 <= size <= min(maxlength, MESSAGE_LIMIT):
+            self.close()
+            raise EOFError("the peer announced a message that is too long")
+        return self._read(size)
+
+    def _read(self, size: int) -> bytes:
+        while len(self._buffer) < size:
+            if self.deadline is not None:
+                self.sock.settimeout(max(0.001, self.deadline - time.monotonic()))
+            try:
+                data = self.sock.recv(max(1 << 16, min(size - len(self._buffer), 1 << 20)))
+            except OSError as error:
+                raise EOFError(str(error)) from error
+            if not data:
+                raise EOFError("the peer closed the connection")
+            self._buffer += data
+        data = bytes(memoryview(self._buffer)[:size])
+        del self._buffer[:size]
+        return data
+
+
+def tune_socket(sock: socket.socket) -> None:
+    """Send at once, and notice a vanished peer within 30 s, idle (keepalive) or with data on the way (user timeout)."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    options = {"TCP_NODELAY": 1, "TCP_KEEPIDLE": 15, "TCP_KEEPALIVE": 15, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3}
+    for name, value in {**options, "TCP_USER_TIMEOUT": 30_000}.items():
+        if hasattr(socket, name):  # not every system has each
+            with contextlib.suppress(OSError):
+                sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+
+
+def show_address(address: tuple[Any, ...]) -> str:
+    return f"[{address[0]}]:{address[1]}" if ":" in address[0] else f"{address[0]}:{address[1]}"
+
+
+def explain_error(error: BaseException) -> str:
+    """What the system says, without its number: `connection refused`."""
+    text = str(getattr(error, "strerror", None) or error or type(error).__name__)
+    return text[:1].lower() + text[1:]
+
+
+def read_key(path: str | None) -> bytes:
+    """The key: TASK_AUTHKEY, else the named file, else ~/.task_authkey. FileNotFoundError when only that is missing."""
+    if "TASK_AUTHKEY" in os.environ:
+        key, source = os.fsencode(os.environ["TASK_AUTHKEY"]), "TASK_AUTHKEY"
+    else:
+        source = os.path.expanduser(path or DEFAULT_KEY_FILE)
+        try:
+            with open(source, "rb") as file:
+                if os.name == "posix" and stat.S_IMODE(os.fstat(file.fileno()).st_mode) & 0o077:
+                    raise Failure(f"the key file {source} can be read by others: chmod 600 {source}")
+                key = file.read(4096)
+        except OSError as error:
+            if path is None and isinstance(error, FileNotFoundError):
+                raise
+            raise Failure(f"cannot read the key file {source}: {explain_error(error)}") from None
+    if not key.strip():
+        raise Failure(f"the key in {source} is empty: put at least 16 random bytes there")
+    return key.strip()
+
+
+# ---- end of the wire -----------------------------------------------------------------------------------------------
+
+TASKS, RESULTS = "get_task_queue", "get_result_queue"  # what the tutorial calls them; also their ids on the wire
+LEASE_SECONDS = 0.2  # of work to lease at a time, when the master is near
+ROUND_TRIP_SHARE = 0.05  # at most this part of a slot's time should go to round trips
+LEASE_WAIT = 20.0  # seconds that a request for tasks may wait at the master
+REPORT_INTERVAL = 0.5  # seconds between reports while a lease is worked on
+REPORT_SIZE = 8 << 20  # characters of outcomes that are reported at once, whatever the time
+BEAT_INTERVAL = 15.0  # seconds after which a busy slot says that it lives
+SLOW_TASK = 0.5  # seconds after which the tasks behind a running one are released
+FLUSH_INTERVAL = 0.05  # seconds between batches of outcomes from a child
+POLL_INTERVAL = 0.5  # seconds after which a waiting slot looks around
+EXIT_GRACE = 5.0  # seconds for a child to leave by itself
+OUTPUT_LIMIT = 1 << 20  # bytes kept of each stream of a --command
+MESSAGE_SIZE = 8192  # characters kept of an error's message, and twice that of its traceback
+POSITION, STARTED_AT, REVOKED = range(3)  # the shared memory between a slot and its child
+
+Function = Callable[[Any], Any]
+
+
+def say(text: str) -> None:
+    """One line on standard error."""
+    print(f"task_worker: {text}", file=sys.stderr, flush=True)
+
+
+# ---- functions: what is done with a task ---------------------------------------------------------------------------
+
+
+def square(n: Any) -> str:
+    """The demonstration: the square of a number, in words."""
+    print(f"run task {n} * {n}...")
+    return f"{n} * {n} = {n * n}"
+
+
+def run_command(template: str, task: Any) -> dict[str, Any]:
+    """Run a shell command, `{}` in it replaced by the quoted task.
+
+    Returns exit status and output, each stream cut at OUTPUT_LIMIT. RuntimeError when the status is not 0.
+    """
+    import shlex
+    import subprocess
+
+    word = shlex.quote(task if isinstance(task, str) else json.dumps(task))
+    process = subprocess.Popen(
+        template.replace("{}", word), shell=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.stdout and process.stderr
+    kept: dict[str, str] = {}
+    reader = threading.Thread(target=lambda: kept.update(stderr=read_output(process.stderr)), daemon=True)
+    reader.start()
+    kept["stdout"] = read_output(process.stdout)
+    reader.join()
+    status = process.wait()
+    if status:
+        raise RuntimeError(f"exit status {status}: {kept['stderr'].strip() or 'nothing on standard error'}")
+    return {"exit": 0, "stdout": kept["stdout"], "stderr": kept["stderr"]}
+
+
+def read_output(stream: Any) -> str:
+    """All of a stream as text, cut visibly after OUTPUT_LIMIT bytes; reads on to the end, so that nobody blocks."""
+    data: bytes = stream.read(OUTPUT_LIMIT)
+    cut = 0
+    while more := stream.read(1 << 16):
+        cut += len(more)
+    return data.decode("utf-8", "replace") + (f"\n[... {cut} bytes cut]" if cut else "")
+
+
+def load_function(spec: str) -> Function:
+    """The function that MODULE:NAME names, imported from the current directory or the path.
+
+    Raises Failure, with the reason, when there is no such function.
+    """
+    import importlib
+
+    module_name, colon, name = spec.partition(":")
+    if not (module_name and colon and name):
+        raise Failure(f"--function {spec}: it takes MODULE:NAME, as in mailer:send")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        function = functools.reduce(getattr, name.split("."), importlib.import_module(module_name))
+    except BaseException as error:  # the module's own code runs here, and may raise anything
+        reason = f"{type(error).__name__}: {error}"
+        if isinstance(error, ModuleNotFoundError):
+            reason += f" (looked in {os.getcwd()} and the path of {sys.executable})"
+        raise Failure(f"--function {spec}: cannot import it on {socket.gethostname()}: {reason}") from None
+    if not callable(function):
+        raise Failure(f"--function {spec}: it is a {type(function).__name__}, not a function")
+    return function
+
+
+# ---- child: the only process that runs the function ----------------------------------------------------------------
+
+
+def run_child(pipe: Any, shared: Any, function_spec: str | None, command: str | None) -> None:
+    """The child's main: says whether the function could be loaded, then runs every message of tasks."""
+    leave_terminal()
+    threading.Thread(target=die_with_parent, daemon=True).start()
+    function: Function = functools.partial(run_command, command) if command else square
+    try:
+        if function_spec:
+            function = load_function(function_spec)
+    except Failure as failure:
+        pipe.send_bytes(str(failure).encode("utf-8", "replace"))
+        return
+    pipe.send_bytes(b"")
+    with contextlib.suppress(EOFError, OSError):  # the slot closed the pipe
+        while True:
+            run_tasks(function, pipe.recv_bytes().decode().split("\n"), pipe, shared)
+
+
+def leave_terminal() -> None:
+    """A session of its own: Ctrl-C in the terminal reaches the parent alone, and a kill takes the whole group."""
+    if hasattr(os, "setsid"):
+        os.setsid()
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # forgets one that came in before
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    else:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def die_with_parent() -> NoReturn:
+    """Waits for the parent's end, however it comes, and takes the process group along."""
+    parent = multiprocessing.parent_process()
+    assert parent
+    connection.wait([parent.sentinel])
+    if hasattr(os, "killpg"):
+        os.killpg(os.getpgrp(), signal.SIGKILL)
+    os._exit(1)
+
+
+def run_tasks(function: Function, lines: list[str], pipe: Any, shared: Any) -> None:
+    """Run tasks (`ID TEXT`) and send their outcomes (`ID MEMBERS`), a message every FLUSH_INTERVAL and a last one."""
+    clock, loads, encode = time.perf_counter, json.loads, json.JSONEncoder(allow_nan=False).encode
+    outcomes: list[str] = []
+    size, flushed_at = 0, clock()
+    for position, line in enumerate(lines):
+        task_id, _, text = line.partition(" ")
+        shared[STARTED_AT] = started_at = clock()
+        shared[POSITION] = position
+        if shared[REVOKED]:
+            break
+        try:
+            members = '"result": ' + encode(function(loads(text)))
+            if len(members) > TEXT_LIMIT:
+                raise ValueError(f"the result has {len(members)} bytes as JSON, more than {TEXT_LIMIT}: write it to a file")
+        except BaseException as error:  # SystemExit and KeyboardInterrupt too: no task may end its child
+            members = describe_error(error)
+        now = clock()
+        outcomes.append(f'{task_id} {members}, "seconds": {now - started_at:.6f}')
+        size += len(members)
+        if now - flushed_at > FLUSH_INTERVAL or size > 1 << 20:
+            flush_output()
+            pipe.send_bytes(b"+" + "\n".join(outcomes).encode())
+            outcomes, size, flushed_at = [], 0, now
+    flush_output()
+    pipe.send_bytes(b"." + "\n".join(outcomes).encode())
+
+
+def flush_output() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(Exception):  # the task may have closed or replaced it
+            stream.flush()
+
+
+def describe_error(error: BaseException) -> str:
+    """An exception as the member `"error"` of a record; its own `__str__` may be broken."""
+    import traceback
+
+    try:
+        message = str(error)
+    except BaseException:
+        message = "(its __str__ raises)"
+    frames = error.__traceback__ and error.__traceback__.tb_next  # the first one is ours
+    try:
+        text = "".join(traceback.format_exception(type(error), error, frames))
+    except BaseException:
+        text = ""
+    return format_error(type(error).__name__, message, text)
+
+
+def format_error(kind: str, message: str, trace: str = "") -> str:
+    """The member `"error"` of a record, as JSON text."""
+    if len(message) > MESSAGE_SIZE:
+        message = message[:MESSAGE_SIZE] + f" [... {len(message) - MESSAGE_SIZE} characters cut]"
+    if len(trace) > 2 * MESSAGE_SIZE:
+        trace = trace[:MESSAGE_SIZE] + "\n[...]\n" + trace[-MESSAGE_SIZE:]
+    return '"error": ' + json.dumps({"type": kind, "message": message, "traceback": trace})
+
+
+class ChildDied(Exception):
+    """The child process has ended; says how."""
+
+
+class Child:
+    """The process of one slot, and the pipe and the shared memory that lead to it."""
+
+    context = multiprocessing.get_context("spawn")
+    starting = threading.Lock()  # Process.start looks at the other children, which is not safe in two threads
+    closed = False  # no new one may start: the worker kills all there are and leaves
+
+    def __init__(self, function: str | None, command: str | None) -> None:
+        self._arguments = (function, command)
+        self._shared = self.context.RawArray("d", 3)
+        self._reason: str | None = None
+
+    def start(self) -> None:
+        """Start the process. Its first message says why it cannot load the function, or nothing."""
+        self._reason = None
+        self._pipe, theirs = self.context.Pipe()
+        self._process = self.context.Process(target=run_child, args=(theirs, self._shared, *self._arguments))
+        with self.starting:
+            if self.closed:
+                raise ChildDied("the worker is leaving")
+            self._process.start()
+        theirs.close()
+
+    def feed(self, lines: list[str]) -> None:
+        """Hand over tasks, to be run in this order; each message of outcomes comes back through `receive`."""
+        self._shared[POSITION], self._shared[REVOKED], self._shared[STARTED_AT] = -1, 0, time.perf_counter()
+        with contextlib.suppress(OSError):  # it just died: `receive` finds out
+            self._pipe.send_bytes("\n".join(lines).encode())
+
+    def receive(self, timeout: float) -> bytes | None:
+        """The next message, or None when there was none for `timeout` seconds. Raises ChildDied."""
+        ready = connection.wait([self._pipe, self._process.sentinel], timeout)
+        if not ready and self._process.is_alive():  # asked, since a grandchild may keep pipe and sentinel open
+            return None
+        with contextlib.suppress(EOFError, OSError):
+            if self._pipe.poll():  # what it said before it died counts
+                return self._pipe.recv_bytes()
+        self._process.join(EXIT_GRACE)
+        raise ChildDied(self._reason or describe_exit(self._process.exitcode))
+
+    def position(self) -> int:
+        """Of the task that was started last, in the list that was fed; -1 when none was."""
+        return int(self._shared[POSITION])
+
+    def running_for(self) -> float:
+        """Seconds since the last task was started, or since the tasks were fed."""
+        return time.perf_counter() - float(self._shared[STARTED_AT])
+
+    def revoke(self) -> None:
+        """Start no more of the tasks that were fed: the child ends with the one that runs."""
+        self._shared[REVOKED] = 1
+
+    def kill(self, reason: str | None = None) -> None:
+        """Kill the process and all that it started; `reason` is what ChildDied will say."""
+        self._reason = reason
+        with contextlib.suppress(OSError, AttributeError):
+            if hasattr(os, "killpg") and os.getpgid(self._process.pid or 0) == self._process.pid:
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.kill()
+
+    def stop(self) -> None:
+        """Let the child leave; kill it after EXIT_GRACE seconds."""
+        if hasattr(self, "_process"):
+            self._pipe.close()
+            self._process.join(EXIT_GRACE)
+            if self._process.is_alive():
+                self.kill()
+                self._process.join()
+
+
+def describe_exit(code: int | None) -> str:
+    if code is None or code >= 0:
+        return f"the task ended its process with exit status {code}"
+    try:
+        return f"the task's process was killed by signal {-code} ({signal.Signals(-code).name})"
+    except ValueError:
+        return f"the task's process was killed by signal {-code}"
+
+
+# ---- worker: the connections, without user code --------------------------------------------------------------------
+
+
+class Link:
+    """One connection to the master, whose calls are those of a BaseManager's proxies.
+
+    Making one blocks for HANDSHAKE_LIMIT seconds at most, a call for SILENCE_LIMIT; OSError, EOFError and
+    AuthenticationError say what went wrong. `close` it when done.
+    """
+
+    def __init__(self, address: tuple[str, int], authkey: bytes, name: str) -> None:
+        self._connection = PlainConnection(socket.create_connection(address, HANDSHAKE_LIMIT))
+        try:
+            connection.answer_challenge(self._connection, authkey)  # type: ignore[arg-type]
+            connection.deliver_challenge(self._connection, authkey)  # type: ignore[arg-type]
+            self.call(None, "accept_connection", name)
+        except BaseException:
+            self._connection.close()
+            raise
+        self._connection.settle(SILENCE_LIMIT - 5)  # to be done with it before the master is
+        self.close = self._connection.close
+        self.called_at = time.monotonic()
+
+    def call(self, queue: str | None, method: str, *args: object) -> Any:
+        self._connection.send((queue, method, args, {}))
+        kind, result = self._connection.recv()
+        self.called_at = time.monotonic()
+        if kind != "#RETURN":
+            raise EOFError(f"the master answered {method} with {kind}: {str(result).strip().splitlines()[-1:]}")
+        return result
+
+
+class Slot(threading.Thread):
+    """A child, and the thread that feeds it from a connection of its own."""
+
+    def __init__(self, worker: Worker) -> None:
+        super().__init__(daemon=True)
+        self._worker = worker
+        self.child = Child(worker.function, worker.command)
+        self._link: Link | None = None
+        self._run_id = ""  # of the master whose outcomes we hold
+        self._timeout: float | None = None
+        self._outcomes: list[str] = []  # messages of outcomes, finished and not yet reported
+        self._size = 0
+        self._reported_at = 0.0
+        self._busy = 0.0  # seconds spent on leases since the last report
+        self._round_trip = 0.0  # seconds
+
+    def run(self) -> None:
+        """Serve until the job is over, the worker drains, or something ends it; the worker is told which."""
+        if hasattr(signal, "pthread_sigmask"):  # the main thread takes the signals; a new child must not, either
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+        try:
+            self._start_child()
+            while not self._worker.leaving.is_set():
+                self._serve()
+        except Failure as failure:
+            self._worker.fail(failure)
+        except ChildDied as death:
+            self._worker.fail(Failure(f"a child ended before it could run a task: {death}"))
+        except Exception as error:  # a defect of this program: the one case for a traceback
+            self._worker.fail(Failure(f"internal error: {error!r}", 1))
+            raise
+        finally:
+            self.child.stop()
+
+    def _start_child(self) -> None:
+        """Start the child and wait until it has loaded the function. Raises Failure when it cannot."""
+        self.child.start()
+        while (problem := self.child.receive(POLL_INTERVAL)) is None:
+            self._keep_in_touch()
+        if problem:
+            raise Failure(problem.decode())
+
+    def _serve(self) -> None:
+        """Connect and work until the connection is lost or the job is over."""
+        self._link = self._worker.connect()
+        if self._link is None:
+            return
+        try:
+            self._greet(self._link)
+            limit = 1
+            while not self._worker.leaving.is_set():
+                lease = self._link.call(TASKS, "lease", limit, LEASE_WAIT)
+                if lease is None:
+                    self._worker.job_over()
+                    return
+                if lease:
+                    limit = self._work(lease.split("\n"))
+                if self._link is None:
+                    self._worker.lost("it does not answer")
+                    return
+        except (OSError, EOFError) as error:
+            self._worker.lost(explain_error(error))
+        finally:
+            if self._link:
+                self._link.close()
+
+    def _greet(self, link: Link) -> None:
+        """Exchange settings; report what was finished under a lost connection, if the master is still the same."""
+        asked_at = time.monotonic()
+        settings = link.call(TASKS, "settings", PROTOCOL)
+        self._round_trip = time.monotonic() - asked_at
+        if settings["protocol"] != PROTOCOL:
+            raise Failure(
+                f"the master at {self._worker.place} speaks protocol {settings['protocol']}, this worker {PROTOCOL}: "
+                "copy the task_worker.py of the master's host here",
+                3,
+            )
+        if settings["run"] != self._run_id:
+            self._run_id = settings["run"]
+            self._outcomes, self._size, self._busy = [], 0, 0.0
+        self._timeout = settings["timeout"]
+        self._report()
+
+    def _work(self, lines: list[str]) -> int:
+        """Run a lease to its end. Returns how many tasks to ask for next."""
+        leased, begun_at = len(lines), time.monotonic()
+        idle_deaths = 0
+        self.child.feed(lines)
+        done = 0  # tasks of `lines` that have an outcome
+        while True:
+            lines = self._shorten(lines)
+            try:
+                message = self.child.receive(self._patience())
+            except ChildDied as death:
+                lines, culprit = self._bury(lines, done, str(death))
+                idle_deaths = 0 if culprit else idle_deaths + 1
+                if idle_deaths == 3:
+                    raise
+                self._report()
+                self._start_child()
+                if not lines:
+                    break
+                self.child.feed(lines)
+                done = 0
+                continue
+            if message is not None:
+                done += self._keep(message[1:].decode())
+                if message[:1] == b".":
+                    break
+            self._enforce_timeout(done)
+            self._keep_in_touch()
+        self._release(lines[done:])  # revoked just before they were started
+        spent = time.monotonic() - begun_at
+        self._busy += spent
+        self._report()
+        return self._next_limit(leased, spent)
+
+    def _next_limit(self, leased: int, spent: float) -> int:
+        wanted = max(LEASE_SECONDS, 2 * self._round_trip / ROUND_TRIP_SHARE)
+        return max(1, min(2 * leased, int(wanted * leased / max(spent, 1e-6))))
+
+    def _patience(self) -> float:
+        """Seconds to wait for the child before looking at the clock."""
+        if self._timeout is None:
+            return POLL_INTERVAL
+        return min(POLL_INTERVAL, max(0.01, self._timeout - self.child.running_for()))
+
+    def _shorten(self, lines: list[str]) -> list[str]:
+        """Revoke and release what stands behind a slow task, or behind any when the worker leaves or the master is lost."""
+        slow = self.child.running_for() > SLOW_TASK
+        if len(lines) == 1 or not (slow or self._worker.leaving.is_set() or self._link is None):
+            return lines
+        self.child.revoke()
+        started = self.child.position() + 1
+        self._release(lines[started:])
+        return lines[:started]
+
+    def _keep(self, outcomes: str) -> int:
+        """Keep a message of outcomes for the next report. Returns how many there are."""
+        if not outcomes:
+            return 0
+        self._outcomes.append(outcomes)
+        self._size += len(outcomes)
+        return outcomes.count("\n") + 1
+
+    def _bury(self, lines: list[str], done: int, reason: str) -> tuple[list[str], bool]:
+        """After the child's death: the outcome for the task that ran. Returns the tasks that still have none."""
+        position = self.child.position()
+        if position < done:
+            return lines[done:], False
+        kind = "TimeoutError" if reason.startswith("no result") else "ProcessDied"
+        seconds = f', "seconds": {self.child.running_for():.6f}'
+        self._keep(f"{lines[position].partition(' ')[0]} {format_error(kind, reason)}{seconds}")
+        return lines[done:position] + lines[position + 1 :], True
+
+    def _enforce_timeout(self, done: int) -> None:
+        if self._timeout is not None and self.child.position() >= done and self.child.running_for() > self._timeout:
+            self.child.kill(f"no result within the time limit of {self._timeout:g} s")
+
+    def _keep_in_touch(self) -> None:
+        """Report now and then, and let the master know that a busy slot lives."""
+        now = time.monotonic()
+        if self._outcomes and (now - self._reported_at > REPORT_INTERVAL or self._size > REPORT_SIZE):
+            self._report()
+        elif self._link and now - self._link.called_at > BEAT_INTERVAL:
+            self._tell(TASKS, "beat")
+
+    def _report(self) -> None:
+        """Hand all outcomes to the master; they are kept when the connection is lost meanwhile."""
+        while self._outcomes and self._link:
+            text, count = self._outcomes[0], 1
+            while count < len(self._outcomes) and len(text) < REPORT_SIZE:
+                text, count = text + "\n" + self._outcomes[count], count + 1
+            asked_at = time.monotonic()
+            if not self._tell(RESULTS, "report", self._run_id, text, round(self._busy, 6)):
+                return
+            self._round_trip = (self._round_trip + time.monotonic() - asked_at) / 2
+            del self._outcomes[:count]
+            self._busy = 0.0
+        self._size = sum(map(len, self._outcomes))
+        self._reported_at = time.monotonic()
+
+    def _release(self, lines: list[str]) -> None:
+        if lines:
+            self._tell(TASKS, "release", [int(line.partition(" ")[0]) for line in lines])
+
+    def _tell(self, queue: str, method: str, *args: object) -> bool:
+        """Call the master if it can be reached. False when it cannot: the link is gone then."""
+        try:
+            if self._link:
+                self._link.call(queue, method, *args)
+        except (OSError, EOFError):
+            assert self._link
+            self._link.close()
+            self._link = None
+        return self._link is not None
+
+
+class Worker:
+    """The slots of this host, and what they share: the way to the master and the reasons to leave."""
+
+    def __init__(
+        self, address: tuple[str, int], authkey: bytes, processes: int, function: str | None, command: str | None, wait: float
+    ) -> None:
+        self.function, self.command = function, command
+        self.place = show_address(address)
+        self.leaving = threading.Event()
+        self._address, self._authkey = address, authkey
+        self._name = f"{socket.gethostname()}/{os.getpid()}"
+        self._wait = wait  # seconds to look for the master; 0: for ever
+        self._lock = threading.Lock()
+        self._announced = False
+        self._connected: bool | None = None  # None: never yet
+        self._lost_at = time.monotonic()
+        self._failure: Failure | None = None
+        self._slots = [Slot(self) for _ in range(processes)]
+
+    def run(self) -> int:
+        """Serve until the job is over. Returns the exit status; blocks meanwhile. Raises Failure."""
+        for slot in self._slots:
+            slot.start()
+        for slot in self._slots:
+            while slot.is_alive() and not self._failure:
+                slot.join(POLL_INTERVAL)  # with a timeout, so that Ctrl-C comes through on Windows
+        if self._failure:
+            self._kill_children()
+            raise self._failure
+        return 0
+
+    def _kill_children(self) -> None:
+        with Child.starting:
+            Child.closed = True
+        for slot in self._slots:
+            slot.child.kill()
+
+    def connect(self) -> Link | None:
+        """A link to the master, tried until --wait has passed (then Failure) or the worker leaves (then None)."""
+        with self._lock:
+            if not self._announced:
+                print(f"Connect to server {self._address[0]}...", flush=True)
+            self._announced = True
+        delay = 0.05
+        while not self.leaving.is_set():
+            try:
+                link = Link(self._address, self._authkey, self._name)
+            except AuthenticationError:
+                raise Failure(f"the master at {self.place} refused the key: copy its key file to this host", 3) from None
+            except (OSError, EOFError) as error:
+                self._check_patience(error)
+                delay = min(2.0, delay * 2)
+                self.leaving.wait(delay * random.uniform(0.5, 1.0))
+            else:
+                self._greeted()
+                return link
+        return None
+
+    def _check_patience(self, error: BaseException) -> None:
+        """Say once that we wait. Raises Failure when we waited enough, or when waiting cannot help."""
+        reason = explain_error(error)
+        with self._lock:
+            first, self._connected = self._connected is not False, False
+            waited = time.monotonic() - self._lost_at
+        unknown = isinstance(error, socket.gaierror) and error.errno == socket.EAI_NONAME and first
+        if self._wait and (unknown or waited >= self._wait):
+            raise Failure(f"cannot reach the master at {self.place}: {reason} (is it running? is --host right?)", 3)
+        if first:
+            say(f"waiting for the master at {self.place} ({reason})")
+
+    def _greeted(self) -> None:
+        with self._lock:
+            first, self._connected = not self._connected, True
+        if first:
+            say(f"connected to {self.place}")
+
+    def lost(self, reason: str) -> None:
+        """A slot lost its connection."""
+        with self._lock:
+            first, self._connected = bool(self._connected), False
+            if first:
+                self._lost_at = time.monotonic()
+        if first and not self.leaving.is_set():
+            say(f"lost the master at {self.place} ({reason})")
+
+    def job_over(self) -> None:
+        """A slot heard that the job is over: leave, or with --wait 0 look for the next master."""
+        if self._wait:
+            self.leaving.set()
+            return
+        with self._lock:
+            first, self._connected = bool(self._connected), False
+        if first:
+            say("the job is over; waiting for the next master")
+        self.leaving.wait(1.0)
+
+    def fail(self, failure: Failure) -> None:
+        with self._lock:
+            self._failure = self._failure or failure
+        self.leaving.set()
+
+    def handle_signal(self, number: int, _frame: object) -> None:
+        """The first one drains, the second leaves at once."""
+        if self.leaving.is_set():
+            say("leaving at once")
+            for slot in self._slots:
+                slot.child.kill()
+            os._exit(128 + number)
+        say("draining: finishing what runs, releasing the rest (once more to leave at once)")
+        self.leaving.set()
+
+
+# ---- command line --------------------------------------------------------------------------------------------------
+
+
+def parse_port(text: str) -> int:
+    if not text.isdigit() or not 1 <= int(text) <= 65535:
+        raise argparse.ArgumentTypeError(f"{text} is not a port: it takes a number from 1 to 65535")
+    return int(text)
+
+
+def parse_count(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a count: it takes a whole number from 1")
+    return int(text)
+
+
+def parse_seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds < 1e9:
+        raise argparse.ArgumentTypeError(f"{text} is not a time: it takes seconds, 0 or more")
+    return seconds
+
+
+def count_cpus() -> int:
+    """The CPUs that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="task_worker", description="Run tasks for a task_master.")
+    parser.add_argument("--host", default="127.0.0.1", help="where the master is (default: %(default)s)")
+    parser.add_argument("--port", type=parse_port, default=5000, help="its port (default: %(default)s)")
+    parser.add_argument("--authkey-file", metavar="FILE", help=f"the master's key (default: {DEFAULT_KEY_FILE})")
+    parser.add_argument("--processes", type=parse_count, default=count_cpus(), metavar="N", help="default: %(default)s")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--function", metavar="MODULE:NAME", help="called with each task (default: square)")
+    what.add_argument("--command", metavar="TEMPLATE", help="shell command run for each task, {} replaced by it")
+    parser.add_argument("--wait", type=parse_seconds, default=60.0, metavar="S", help="default: %(default)g")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    return parser
+
+
+def find_key(options: argparse.Namespace) -> bytes:
+    """The key, waited for when the master, which makes it, will be started on this host."""
+    give_up_at = time.monotonic() + options.wait
+    told = False
+    while True:
+        try:
+            return read_key(options.authkey_file)
+        except FileNotFoundError:
+            missing = f"there is no key in {os.path.expanduser(DEFAULT_KEY_FILE)}: copy that file from the master's host"
+        if options.host not in ("127.0.0.1", "localhost", "::1") or (options.wait and time.monotonic() > give_up_at):
+            raise Failure(missing)
+        if not told:
+            say(f"{missing}, or start the master on this one (waiting for it)")
+            told = True
+        time.sleep(0.1)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    options = make_parser().parse_args(argv)
+    try:
+        worker = Worker(
+            (options.host, options.port), find_key(options), options.processes, options.function, options.command, options.wait
+        )
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, worker.handle_signal)
+        status = worker.run()
+    except Failure as failure:
+        say(str(failure))
+        return failure.status
+    print("worker exit.", flush=True)
+    return status
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
