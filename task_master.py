@@ -38,6 +38,7 @@ import collections
 import contextlib
 import errno
 import hashlib
+import hmac
 import io
 import json
 import os
@@ -46,6 +47,7 @@ import queue
 import random
 import secrets
 import shlex
+import shutil
 import signal
 import socket
 import stat
@@ -54,9 +56,13 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from multiprocessing import connection, managers
-from typing import Any, Callable, NamedTuple
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Callable, NamedTuple, TextIO
+
+if TYPE_CHECKING:
+    import ssl
 
 __version__ = "1.0.0"
 
@@ -107,6 +113,10 @@ class PlainConnection:
         sock.settimeout(HANDSHAKE_LIMIT)
         tune_socket(sock)
 
+    def secure(self, context: ssl.SSLContext, server_side: bool = False) -> None:
+        """Put TLS in the place of the plain socket; blocks for the handshake. Raises OSError."""
+        self.sock = context.wrap_socket(self.sock, server_side=server_side)
+
     def settle(self, silence_limit: float | None) -> None:
         """End the handshake: from now on only `silence_limit` seconds without a byte end the connection."""
         self.deadline = None
@@ -150,9 +160,9 @@ class PlainConnection:
 
     def _read(self, size: int) -> bytes:
         while len(self._buffer) < size:
-            if self.deadline is not None:
-                self.sock.settimeout(max(0.001, self.deadline - time.monotonic()))
             try:
+                if self.deadline is not None:
+                    self.sock.settimeout(max(0.001, self.deadline - time.monotonic()))
                 data = self.sock.recv(max(1 << 16, min(size - len(self._buffer), 1 << 20)))
             except OSError as error:
                 raise EOFError(str(error)) from error
@@ -172,6 +182,29 @@ def tune_socket(sock: socket.socket) -> None:
         if hasattr(socket, name):  # not every system has each
             with contextlib.suppress(OSError):
                 sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+
+
+def make_tls_context(authkey: bytes, server_side: bool) -> ssl.SSLContext:
+    """TLS 1.3 with the authkey as pre-shared key (RFC 8446, section 2.2), so that there are no certificates to make.
+
+    Raises Failure where Python cannot do that.
+    """
+    import ssl
+
+    if not getattr(ssl, "HAS_PSK", False):
+        raise Failure(
+            f"--tls needs Python 3.13 or newer, this is {sys.version.split()[0]}: use an SSH tunnel instead (see README)"
+        )
+    key = hmac.digest(authkey, b"task_master TLS 1.3 pre-shared key", "sha256")  # not the key that answers challenges
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if server_side else ssl.PROTOCOL_TLS_CLIENT)
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    if server_side:
+        context.num_tickets = 0
+        context.set_psk_server_callback(lambda identity: key)
+    else:
+        context.check_hostname = False  # and CERT_REQUIRED stays: without a CA no certificate will do, only the key
+        context.set_psk_client_callback(lambda hint: ("task_worker", key))
+    return context
 
 
 def show_address(address: tuple[Any, ...]) -> str:
@@ -213,6 +246,8 @@ IDLE_POLLS = 50.0  # requests for tasks a second from all idle slots together, a
 PENDING_LIMIT = 256  # connections that have not finished the handshake; the oldest must give way
 BACKLOG = 1024  # connections that the system holds for us; multiprocessing's 16 would lose those of a large farm
 SYNC_INTERVAL = 1.0  # seconds between fsyncs of the results file
+PROGRESS_INTERVAL = 30.0  # seconds between lines of progress where there is no terminal
+RATE_SPAN = 10.0  # seconds over which the rate is taken
 LOOK_INTERVAL = 0.2  # seconds between looks at signals, local workers and the clock
 GOODBYE = 2.0  # seconds for the workers to hear that the job is over
 WORKER_GRACE = 10.0  # seconds for the local worker to leave by itself
@@ -221,9 +256,52 @@ WINDOW_BYTES = 64 << 20  # and characters in them
 WORKER_FILE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "task_worker.py")
 
 
-def say(text: str) -> None:
-    """One line on standard error."""
-    print(f"task_master: {text}", file=sys.stderr, flush=True)
+class Console:
+    """Standard error, with a line of progress below the others on a terminal: it is cleared before they are written."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()  # a signal handler may write, too
+        self.is_terminal = sys.stderr.isatty()
+        self._shown = 0  # columns of the progress on the screen
+        self._next_at = time.monotonic() + PROGRESS_INTERVAL
+
+    def write(self, stream: TextIO, text: str) -> None:
+        """Write whole lines to standard output or standard error."""
+        with self._lock:
+            self.clear()
+            stream.write(text)
+            stream.flush()
+
+    def say(self, text: str) -> None:
+        """One line on standard error."""
+        self.write(sys.stderr, f"task_master: {text}\n")
+
+    def show(self, parts: list[str]) -> None:
+        """Progress, the most important part first: as much as fits on a terminal, elsewhere a line now and then."""
+        if not self.is_terminal:
+            if time.monotonic() >= self._next_at:
+                self._next_at += PROGRESS_INTERVAL
+                self.say(", ".join(parts))
+            return
+        width = shutil.get_terminal_size().columns - 1
+        while len(", ".join(parts)) > width and len(parts) > 1:
+            parts = parts[:-1]
+        text = ", ".join(parts)[:width]
+        with self._lock:
+            sys.stderr.write("\r" + text.ljust(min(self._shown, width)))
+            sys.stderr.flush()
+            self._shown = len(text)
+
+    def clear(self) -> None:
+        with self._lock:
+            if self._shown:
+                sys.stderr.write("\r" + " " * self._shown + "\r")
+                sys.stderr.flush()
+            self._shown = 0
+
+
+console = Console()
+say = console.say
 
 
 # ---- ledger: every decision about a task ---------------------------------------------------------------------------
@@ -281,22 +359,27 @@ class Ledger:
         self._ended = self._closed = False
         self.submitted = self.failed = self.retried = self.redelivered = self.dropped = 0
 
-    def submit(self, tasks: list[tuple[int, str]]) -> None:
-        """Add tasks as (id, JSON text). Blocks while READY_LIMIT tasks wait; adds nothing once closed."""
+    def submit(self, tasks: list[tuple[int, str]]) -> bool:
+        """Add tasks as (id, JSON text). Blocks while READY_LIMIT tasks wait. Returns False when the ledger is closed."""
         with self._lock:
             self._room.wait_for(lambda: self._closed or self._has_room())
             if self._closed:
-                return
+                return False
             new = [Task(task_id, text) for task_id, text in tasks]
             self._counts[NEW] += len(new)
             self.submitted += len(new)
-            self._tasks.update((task.id, task) for task in new)
+            self._tasks.update([(task.id, task) for task in new])
             self._make_ready(new)
+            return True
 
     def end(self) -> None:
         """There will be no more tasks."""
         with self._lock:
             self._ended = True
+
+    def has_ended(self) -> bool:
+        """Whether `end` was called."""
+        return self._ended
 
     def begin(self) -> None:
         """There will be tasks again, after `end`."""
@@ -350,7 +433,7 @@ class Ledger:
         """Take back tasks that the holder did not run, free of charge; those it does not hold are ignored."""
         with self._lock:
             held = self._held.get(holder, {})
-            self._make_ready([held[task_id] for task_id in task_ids if task_id in held], self._horizon is None)
+            self._make_ready([held[task_id] for task_id in task_ids if task_id in held])
 
     def report(
         self, holder: object, outcomes: list[tuple[int, bool, str]]
@@ -376,7 +459,7 @@ class Ledger:
                 settled.append((task, what))
                 del self._tasks[task_id]  # so that a second outcome in the same report is dropped
             self._settle([task for task, _ in settled])
-            self._make_ready([task for task, _ in retried], self._horizon is None)
+            self._make_ready([task for task, _ in retried])
             self.retried += len(retried)
         return settled, retried
 
@@ -396,17 +479,18 @@ class Ledger:
             self.failed += len(given_up)
             self.redelivered += len(again)
             self._settle(given_up)
-            self._make_ready(again, self._horizon is None)
+            self._make_ready(again)
             self._held.pop(holder, None)
             self._slots.discard(holder)
             self._holder_gone.notify_all()
         return again, given_up
 
     def set_horizon(self, task_id: int) -> None:
-        """Lease no task from this id on; those that come back are then leased first, since others wait for them."""
+        """Lease no task from this id on, and always the one with the lowest id, since the others may wait for it."""
         with self._lock:
             self._horizon = task_id
-            self._tasks_ready.notify_all()
+            if self._next_ready():
+                self._tasks_ready.notify_all()
 
     def wait_empty(self, timeout: float) -> None:
         """Block until every slot has been dropped, for `timeout` seconds at most."""
@@ -452,14 +536,14 @@ class Ledger:
         for task in tasks:
             task.state = state
 
-    def _make_ready(self, tasks: list[Task], back: bool = True) -> None:
+    def _make_ready(self, tasks: list[Task]) -> None:
         self._let_go(tasks)
         self._move(tasks, READY)
         self._ready_bytes += sum([len(task.text) for task in tasks])
-        if back:
-            self._ready.extend(tasks)
-        else:
-            self._ready.extendleft(reversed(tasks))
+        in_order = self._horizon is None or not self._ready or not tasks or tasks[0].id > self._ready[-1].id
+        self._ready.extend(tasks)
+        if not in_order:
+            self._ready = collections.deque(sorted(self._ready, key=lambda task: task.id))
         self._tasks_ready.notify(len(tasks))
 
     def _settle(self, tasks: list[Task]) -> None:
@@ -507,6 +591,7 @@ class Peer:
     def __init__(self, name: str, conn: PlainConnection) -> None:
         self.name = name
         self.conn = conn
+        self.enlisted_at: float | None = None  # as a slot
         self.taken: collections.deque[tuple[int, float]] = collections.deque()  # by `get`: task id, time of taking
 
     def is_gone(self) -> bool:
@@ -650,11 +735,10 @@ class QueueServer(managers.Server):
     public = ["dummy", "create", "accept_connection", "incref", "decref"]  # no shutdown, nothing to look around with
     fallback_mapping: dict[str, Any] = {}  # nor `#GETVALUE`, which would pickle the object itself
 
-    def __init__(self, registry: Any, address: Any, authkey: bytes, serializer: str, goodbye: Callable[[Peer], None]) -> None:
+    def __init__(self, registry: Any, address: Any, authkey: bytes, serializer: str) -> None:
         self.listener: PlainListener
         super().__init__(registry, address, authkey, serializer)
         self.stop_event = threading.Event()
-        self._goodbye = goodbye
         self._lock = threading.Lock()
         self._pending: dict[PlainConnection, None] = {}  # in the handshake, oldest first
         self._open: set[PlainConnection] = set()
@@ -671,8 +755,12 @@ class QueueServer(managers.Server):
 
     def decref(self, _conn: Any, ident: str) -> None: ...
 
-    def start(self) -> None:
-        """Accept connections in a thread of this process, so that the queues need not be pickled for a child."""
+    def start(self, goodbye: Callable[[Peer], None], context: ssl.SSLContext | None) -> None:
+        """Accept connections, in a thread of this process, so that the queues need not be pickled for a child.
+
+        `goodbye` is called in the end of each, unless it ended before the peer had shown that it knows the key.
+        """
+        self._goodbye, self._context = goodbye, context
         threading.Thread(target=self.accepter, daemon=True).start()
 
     def stop(self) -> None:
@@ -706,8 +794,10 @@ class QueueServer(managers.Server):
     def handle_request(self, conn: Any) -> None:
         """Serve a connection to its end, in a thread of its own; then drop what it held."""
         try:
+            if self._context:
+                conn.secure(self._context, server_side=True)
             super().handle_request(conn)
-        except (SystemExit, EOFError):
+        except (SystemExit, OSError, EOFError):
             pass
         finally:
             if hasattr(_this_thread, "peer"):
@@ -735,8 +825,8 @@ class QueueServer(managers.Server):
 class QueueManager(managers.BaseManager):
     """The tutorial's manager; each master makes a class of its own from it, to register its own two queues."""
 
-    def get_server(self, goodbye: Callable[[Peer], None]) -> QueueServer:  # type: ignore[override]
-        return QueueServer(self._registry, self._address, self._authkey, self._serializer, goodbye)  # type: ignore[attr-defined]
+    def get_server(self) -> QueueServer:
+        return QueueServer(self._registry, self._address, self._authkey, self._serializer)  # type: ignore[attr-defined]
 
 
 def make_server(master: TaskMaster, address: tuple[str, int], authkey: bytes) -> QueueServer:
@@ -749,7 +839,7 @@ def make_server(master: TaskMaster, address: tuple[str, int], authkey: bytes) ->
     Manager.register("get_task_queue", callable=lambda: tasks, exposed=TaskQueue.exposed)
     Manager.register("get_result_queue", callable=lambda: results, exposed=ResultQueue.exposed)
     try:
-        return Manager(address, authkey, serializer="plain").get_server(master.goodbye)
+        return Manager(address, authkey, serializer="plain").get_server()
     except OSError as error:
         hint = (
             "stop what listens there, or choose another --port"
@@ -831,6 +921,9 @@ def read_lines(descriptor: int) -> Iterator[list[bytes]]:
         yield [b"".join(rest)]
 
 
+Sink = Callable[["list[int]", "list[str]"], None]  # takes ids and their records
+
+
 class ResultsFile:
     """The records, appended one line each: the memory of the job.
 
@@ -851,7 +944,7 @@ class ResultsFile:
             raise Failure(f"cannot write the results file {path}: {explain_error(error)}") from None
         self._unsynced = False
 
-    def write(self, lines: list[str]) -> None:
+    def write(self, _ids: list[int], lines: list[str]) -> None:
         """Append records; when this returns, they survive the end of this process. Raises OSError."""
         data = memoryview(("\n".join(lines) + "\n").encode())
         while data:
@@ -952,21 +1045,49 @@ class Printer:
 
     def put(self, texts: list[str]) -> None:
         with self._lock:
-            print("".join([f"Put task {show_value(text)}...\n" for text in texts]), end="", flush=True)
+            console.write(sys.stdout, "".join([f"Put task {show_value(text)}...\n" for text in texts]))
 
     def try_get(self) -> None:
         """Said once: when all tasks are put, or before the first result."""
         with self._lock:
             if not self._tried:
-                print("Try get results...", flush=True)
+                console.write(sys.stdout, "Try get results...\n")
             self._tried = True
 
-    def write(self, lines: list[str]) -> None:
+    def write(self, _ids: list[int], lines: list[str]) -> None:
         self.try_get()
         results = [record["result"] for record in map(json.loads, lines) if "result" in record]
         shown = [f"Result: {value if isinstance(value, str) else json.dumps(value)}\n" for value in results]
         with self._lock:
-            print("".join(shown), end="", flush=True)
+            console.write(sys.stdout, "".join(shown))
+
+
+class Sequencer:
+    """Passes records on in the order of their ids, and holds leasing back while too many wait for their turn."""
+
+    def __init__(self, ledger: Ledger, sink: Sink, kept: Sequence[int]) -> None:
+        self._ledger, self._sink, self._kept = ledger, sink, kept
+        self._waiting: dict[int, str] = {}
+        self._size = 0  # characters that wait
+        self._next = 0
+        self._pass_on()
+
+    def write(self, ids: list[int], lines: list[str]) -> None:
+        self._waiting.update(zip(ids, lines))
+        self._size += sum(map(len, lines))
+        self._pass_on()
+
+    def _pass_on(self) -> None:
+        ids: list[int] = []
+        while self._next in self._waiting or (self._next < len(self._kept) and self._kept[self._next]):
+            if self._next in self._waiting:
+                ids.append(self._next)
+            self._next += 1
+        lines = [self._waiting.pop(task_id) for task_id in ids]
+        self._size -= sum(map(len, lines))
+        if lines:
+            self._sink(ids, lines)
+        self._ledger.set_horizon(self._next + (WINDOW if self._size < WINDOW_BYTES else 1))
 
 
 # ---- master --------------------------------------------------------------------------------------------------------
@@ -988,6 +1109,18 @@ class Record(NamedTuple):
         return self.error is None
 
 
+class WorkerStats:
+    """What the summary says of a worker."""
+
+    def __init__(self) -> None:
+        self.slots = self.processes = self.tasks = 0  # connected now, at most, with an outcome
+        self.busy = self.connected = 0.0  # seconds, of all slots together
+
+    def describe(self) -> str:
+        share = f", {min(1.0, self.busy / self.connected):.0%} busy" if self.connected else ""
+        return f"{self.processes} processes, {self.tasks} tasks{share}" if self.processes else f"{self.tasks} tasks"
+
+
 class LocalWorker:
     """The task_worker.py beside this file, run on this host for as long as the job lasts."""
 
@@ -1003,9 +1136,18 @@ class LocalWorker:
             [*self._command, "--host", host, "--port", str(address[1])],
             env={**os.environ, "TASK_AUTHKEY": os.fsdecode(authkey)},
             stdin=subprocess.DEVNULL,
-            stdout=2,
+            stdout=subprocess.PIPE if console.is_terminal else 2,
+            stderr=subprocess.STDOUT,
             start_new_session=True,  # Ctrl-C in the terminal is for the master, which then drains
         )
+
+        if self._process.stdout:
+            threading.Thread(target=self._relay, args=(self._process.stdout,), daemon=True).start()
+
+    def _relay(self, stream: Any) -> None:
+        """Write what it prints so that it does not run into the line of progress."""
+        for line in stream:
+            console.write(sys.stderr, line.decode("utf-8", "replace"))
 
     def status(self) -> int | None:
         """Its exit status; None while it runs."""
@@ -1042,6 +1184,7 @@ class TaskMaster:
         redeliveries: int = 2,
         max_failures: int | None = None,
         batch: int | None = None,
+        tls: bool = False,
         log: Callable[[str], None] = lambda text: None,
     ) -> None:
         self.address = (host, port)
@@ -1053,14 +1196,15 @@ class TaskMaster:
         self.failures: list[str] = []  # the first few, for the summary
         self._authkey = find_key() if authkey is None else authkey
         self._retries, self._max_failures, self._log = retries, max_failures, log
+        self._context = make_tls_context(self._authkey, server_side=True) if tls else None
         what = ["--function", function] if function else ["--command", command] if command else []
         if what and not workers:
             raise Failure("function and command are for local workers, of which there are none: say how many")
-        self._local = LocalWorker(workers, what) if workers else None
+        self._local = LocalWorker(workers, what + ["--tls"] * tls) if workers else None
         self._restarts = 0
         self._recording = threading.Lock()  # guards the output, and the order of deciding and writing
-        self._sink: Callable[[list[int], list[str]], None] = lambda ids, lines: None
-        self._names: collections.Counter[str] = collections.Counter()  # slots by worker
+        self._sink: Sink = lambda ids, lines: None
+        self.workers: dict[str, WorkerStats] = collections.defaultdict(WorkerStats)  # by name
         self._closing = False
         self._next_id = 0
 
@@ -1080,7 +1224,7 @@ class TaskMaster:
             raise Failure(
                 f"the key has {len(self._authkey)} bytes, too few to listen on {self.address[0]}: use 16 random bytes or more"
             )
-        self._server.start()
+        self._server.start(self.goodbye, self._context)
         if self._local:
             self._local.start(self.address, self._authkey)
 
@@ -1103,6 +1247,7 @@ class TaskMaster:
         """
         records: queue.SimpleQueue[list[str]] = queue.SimpleQueue()
         first, seen = self._next_id, 0
+        self.ledger.set_horizon(first + WINDOW)
         self.begin(([json.dumps(task, allow_nan=False)] for task in tasks), lambda ids, lines: records.put(lines))
         try:
             while True:
@@ -1111,7 +1256,7 @@ class TaskMaster:
                     for line in records.get(timeout=0 if finished else 0.01):
                         yield make_record(line, first)
                         seen += 1
-                        if seen % 1000 == 1:
+                        if seen % 1000 == 0:
                             self.ledger.set_horizon(first + seen + WINDOW)
                     continue
                 if finished:
@@ -1123,7 +1268,7 @@ class TaskMaster:
         if self.problem:
             raise self.problem
 
-    def begin(self, batches: Iterable[list[str]], sink: Callable[[list[int], list[str]], None]) -> None:
+    def begin(self, batches: Iterable[list[str]], sink: Sink) -> None:
         """Start reading tasks, as JSON texts; `sink` gets ids and records, and its OSError ends the job.
 
         `done` is set in the end. Until then `look` must be called now and then.
@@ -1138,11 +1283,32 @@ class TaskMaster:
             for texts in batches:
                 numbered = [(number, text) for number, text in enumerate(texts, self._next_id) if text]
                 self._next_id += len(texts)
-                self.ledger.submit(numbered)
+                if not self.ledger.submit(numbered):
+                    break
         except Exception as error:
             self.problem = self.problem or error
         self.ledger.end()
         self._check_done()
+
+    def total(self) -> int | None:
+        """How many tasks there are to be recorded, once the input has ended."""
+        return self.ledger.submitted if self.ledger.has_ended() else None
+
+    def count_workers(self) -> int:
+        """How many workers are connected."""
+        return sum(stats.slots > 0 for stats in list(self.workers.values()))
+
+    def drain(self) -> None:
+        """Lease no more tasks; `done` is set when those that are leased have their outcomes."""
+        self.ledger.close()
+        self._check_done()
+
+    def guard(self, write: Callable[[], None]) -> None:
+        """Call something that writes; its OSError ends the job."""
+        try:
+            write()
+        except OSError as error:
+            self.fail(error)
 
     def look(self) -> None:
         """See after the local workers."""
@@ -1168,8 +1334,11 @@ class TaskMaster:
         """A slot has connected."""
         self.ledger.enlist(peer)
         with self._recording:
-            self._names[peer.name] += 1
-            first = self._names[peer.name] == 1
+            stats = self.workers[peer.name]
+            stats.slots += 1
+            stats.processes = max(stats.processes, stats.slots)
+            peer.enlisted_at = time.monotonic()
+            first = stats.slots == 1
         if first:
             self._log(f"worker {peer.name} connected")
         if protocol != PROTOCOL:
@@ -1182,6 +1351,8 @@ class TaskMaster:
                 raise self.problem
             settled, retried = self.ledger.report(peer, outcomes)
             self._record(settled, peer.name)
+            self.workers[peer.name].tasks += len(outcomes)
+            self.workers[peer.name].busy += busy
         self._restarts = 0
         for task, members in retried:
             self._log(
@@ -1194,8 +1365,7 @@ class TaskMaster:
         with self._recording:
             again, given_up = self.ledger.drop(peer)
             self._record([(task, describe_loss(task)) for task in given_up], peer.name)
-            self._names[peer.name] -= 1
-            last = self._names[peer.name] == 0
+            last = peer.enlisted_at is not None and self._count_out(peer.name, peer.enlisted_at)
         if again:
             shown = ", ".join([f"{task.id} (attempt {task.failures + task.losses})" for task in again[:5]])
             more = f" and {len(again) - 5} more" if len(again) > 5 else ""
@@ -1203,6 +1373,13 @@ class TaskMaster:
         if last and not self._closing:
             self._log(f"worker {peer.name} disconnected")
         self._check_done()
+
+    def _count_out(self, name: str, since: float) -> bool:
+        """A slot of a worker has gone; returns whether it was the last. Called with the output's lock held."""
+        stats = self.workers[name]
+        stats.slots -= 1
+        stats.connected += time.monotonic() - since
+        return not stats.slots
 
     def _record(self, settled: list[tuple[Task, str]], name: str) -> None:
         """Write records; called with the output's lock held."""
@@ -1321,9 +1498,11 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--text", action="store_true", help="a task is a line of text, not of JSON")
     parser.add_argument("--results", metavar="FILE", help="append records to FILE; - is standard output")
     parser.add_argument("--resume", action="store_true", help="carry on with the job of the results file")
+    parser.add_argument("--ordered", action="store_true", help="records in the order of the tasks")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     parser.add_argument("--port", type=parse_port, default=5000, help="port to listen on (default: %(default)s)")
     parser.add_argument("--authkey-file", metavar="FILE", help=f"the key (default: {DEFAULT_KEY_FILE}, made if missing)")
+    parser.add_argument("--tls", action="store_true", help="encrypt with the key (Python 3.13 or newer, on both ends)")
     parser.add_argument("--workers", type=parse_count, metavar="N", help="start N local worker processes, too")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--function", metavar="MODULE:NAME", help="what the local workers call with each task")
@@ -1372,28 +1551,41 @@ def announce(batches: Iterator[list[str]], printer: Printer) -> Iterator[list[st
     printer.try_get()
 
 
+def verify_tasks(options: argparse.Namespace, results: ResultsFile) -> None:
+    """Before a job is resumed: compare its tasks with the records that are kept. Raises Failure when they differ.
+
+    A stream can be read only once, so there the comparison is made on the way.
+    """
+    if options.task or (options.tasks and Path(options.tasks).is_file()):
+        number = 0
+        for texts in skip_kept(open_input(options), results):
+            number += len(texts)
+            if number >= len(results.kept):
+                break
+
+
+def write_records(_ids: list[int], lines: list[str]) -> None:
+    """The sink for --results -."""
+    console.write(sys.stdout, "\n".join(lines) + "\n")
+
+
+def show_time(seconds: float) -> str:
+    """A time for a person: 7.5 s, 3:07, 12:40:00."""
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{seconds:.1f} s" if seconds < 60 else f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
 class Job:
     """One run of the command line."""
 
     def __init__(self, options: argparse.Namespace, argv: list[str]) -> None:
         self._options, self._argv = options, argv
+        self._log: Callable[[str], None] = (lambda text: None) if options.quiet else say
         self._stopped_by = 0  # signal number
         self._draining = False
         self._began_at = time.monotonic()
-        self._log = (lambda text: None) if options.quiet else say
-        batches = open_input(options)
-        self._results: ResultsFile | None = None
-        printer = Printer()
-        if options.results == "-":
-            self._sink = lambda ids, lines: print("\n".join(lines), flush=True)
-        elif options.results:
-            results = self._results = ResultsFile(options.results, options.resume)
-            self._sink = lambda ids, lines: results.write(lines)
-            batches = skip_kept(batches, results)
-        else:
-            self._sink = lambda ids, lines: printer.write(lines)
-            batches = announce(batches, printer)
-        self._batches = batches
+        self._history: collections.deque[tuple[float, int]] = collections.deque()  # times, and what was DONE by then
         self._master = TaskMaster(
             options.host,
             options.port,
@@ -1406,31 +1598,78 @@ class Job:
             redeliveries=options.redeliveries,
             max_failures=options.max_failures,
             batch=options.batch,
+            tls=options.tls,
             log=self._log,
         )
+        self._results: ResultsFile | None = None
+        self._batches, self._sink = self._connect_ends(open_input(options))
+
+    def _connect_ends(self, batches: Iterator[list[str]]) -> tuple[Iterator[list[str]], Sink]:
+        """Where tasks come from and where records go, with what stands between."""
+        kept: Sequence[int] = ()
+        sink: Sink
+        if self._options.results == "-":
+            sink = write_records
+        elif self._options.results:
+            results = self._results = ResultsFile(self._options.results, self._options.resume)
+            kept = results.kept
+            verify_tasks(self._options, results)
+            batches, sink = skip_kept(batches, results), results.write
+        else:
+            printer = Printer()
+            batches, sink = announce(batches, printer), printer.write
+        if self._options.ordered:
+            sink = Sequencer(self._master.ledger, sink, kept).write
+        return batches, sink
 
     def run(self) -> int:
         """Run the job; returns the exit status. Raises Failure."""
-        with self._master as master:
-            say(f"listening on {show_address(master.address)}")
-            for number in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(number, self._handle_signal)
-            master.begin(self._batches, self._sink)
-            while not master.done.wait(LOOK_INTERVAL):
-                self._look()
+        try:
+            with self._master as master:
+                say(f"listening on {show_address(master.address)}")
+                if not self._options.tls and not is_loopback(master.address[0]):
+                    say("whoever is on the path can read and alter tasks and results: use --tls, or an SSH tunnel and no --host")
+                for number in (signal.SIGINT, signal.SIGTERM):
+                    signal.signal(number, self._handle_signal)
+                master.begin(self._batches, self._sink)
+                while not master.done.wait(LOOK_INTERVAL):
+                    self._look()
+        finally:
+            console.clear()
         master.ledger.audit()
-        if self._results:
-            self._results.close()
         return self._conclude()
 
     def _look(self) -> None:
         self._master.look()
         if self._stopped_by and not self._draining:
             self._draining = True
-            self._master.ledger.close()
-            self._master._check_done()
+            self._master.drain()
         if self._results:
-            self._results.sync()
+            self._master.guard(self._results.sync)
+        if not self._options.quiet:
+            console.show(self._describe_progress())
+
+    def _describe_progress(self) -> list[str]:
+        ledger, now = self._master.ledger, time.monotonic()
+        counts = ledger.counts()
+        done = counts[DONE]
+        self._history.append((now, done))
+        while now - self._history[0][0] > RATE_SPAN:
+            self._history.popleft()
+        since, before = self._history[0]
+        rate = (done - before) / (now - since) if now > since else 0.0
+        total = self._master.total()
+        parts = [f"{done} of {total} done" if total is not None else f"{done} done"]
+        if total is not None and rate:
+            parts.append(f"{show_time((total - done) / rate)} left")
+        running = min(counts[LEASED], counts["slots"])
+        return [
+            *parts,
+            f"{ledger.failed} failed",
+            f"{rate:.{rate < 10:d}f}/s",
+            f"{running} running",
+            f"{self._master.count_workers()} workers",
+        ]
 
     def _handle_signal(self, number: int, _frame: object) -> None:
         """The first one drains (in `_look`: a handler must not take locks), the second leaves at once."""
@@ -1441,22 +1680,33 @@ class Job:
         self._stopped_by = number
 
     def _conclude(self) -> int:
-        """Say how it went; returns the exit status."""
-        master, ledger = self._master, self._master.ledger
-        seconds = time.monotonic() - self._began_at
-        done = ledger.counts()[DONE]
-        self._log(
-            f"{done} done, {ledger.failed} of them failed, {ledger.retried} retried, {ledger.redelivered} redelivered, "
-            f"{seconds:.1f} s, {done / seconds:.0f} tasks/s"
-        )
+        """Say how it went; returns the exit status. Raises Failure."""
+        master = self._master
+        if self._results:
+            master.guard(self._results.close)
+        self._summarize()
         if isinstance(master.problem, OSError):
             raise Failure(f"cannot write {self._options.results or 'standard output'}: {explain_error(master.problem)}", 1)
-        if isinstance(master.problem, Failure):
+        if master.problem:
             raise master.problem
         if self._stopped_by:
             say(self._tell_resume())
             return 128 + self._stopped_by
-        return 1 if ledger.failed else 0
+        return 1 if master.ledger.failed else 0
+
+    def _summarize(self) -> None:
+        ledger, seconds = self._master.ledger, time.monotonic() - self._began_at
+        done = ledger.counts()[DONE]
+        for text in self._master.failures:
+            self._log(text)
+        if ledger.failed > len(self._master.failures):
+            self._log(f"and {ledger.failed - len(self._master.failures)} more failed, see the records with an error")
+        for name, stats in list(self._master.workers.items())[:20]:
+            self._log(f"worker {name}: {stats.describe()}")
+        self._log(
+            f"{done - ledger.failed} done, {ledger.failed} failed, {ledger.retried} retried, {ledger.redelivered} redelivered, "
+            f"{show_time(seconds)}, {done / seconds:.0f} tasks/s"
+        )
 
     def _tell_resume(self) -> str:
         if not self._results:

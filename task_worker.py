@@ -29,6 +29,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import hmac
 import io
 import json
 import multiprocessing
@@ -43,7 +44,10 @@ import sys
 import threading
 import time
 from multiprocessing import AuthenticationError, connection
-from typing import Any, Callable, NoReturn
+from typing import TYPE_CHECKING, Any, Callable, NoReturn
+
+if TYPE_CHECKING:
+    import ssl
 
 __version__ = "1.0.0"
 
@@ -94,6 +98,10 @@ class PlainConnection:
         sock.settimeout(HANDSHAKE_LIMIT)
         tune_socket(sock)
 
+    def secure(self, context: ssl.SSLContext, server_side: bool = False) -> None:
+        """Put TLS in the place of the plain socket; blocks for the handshake. Raises OSError."""
+        self.sock = context.wrap_socket(self.sock, server_side=server_side)
+
     def settle(self, silence_limit: float | None) -> None:
         """End the handshake: from now on only `silence_limit` seconds without a byte end the connection."""
         self.deadline = None
@@ -137,9 +145,9 @@ class PlainConnection:
 
     def _read(self, size: int) -> bytes:
         while len(self._buffer) < size:
-            if self.deadline is not None:
-                self.sock.settimeout(max(0.001, self.deadline - time.monotonic()))
             try:
+                if self.deadline is not None:
+                    self.sock.settimeout(max(0.001, self.deadline - time.monotonic()))
                 data = self.sock.recv(max(1 << 16, min(size - len(self._buffer), 1 << 20)))
             except OSError as error:
                 raise EOFError(str(error)) from error
@@ -159,6 +167,29 @@ def tune_socket(sock: socket.socket) -> None:
         if hasattr(socket, name):  # not every system has each
             with contextlib.suppress(OSError):
                 sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+
+
+def make_tls_context(authkey: bytes, server_side: bool) -> ssl.SSLContext:
+    """TLS 1.3 with the authkey as pre-shared key (RFC 8446, section 2.2), so that there are no certificates to make.
+
+    Raises Failure where Python cannot do that.
+    """
+    import ssl
+
+    if not getattr(ssl, "HAS_PSK", False):
+        raise Failure(
+            f"--tls needs Python 3.13 or newer, this is {sys.version.split()[0]}: use an SSH tunnel instead (see README)"
+        )
+    key = hmac.digest(authkey, b"task_master TLS 1.3 pre-shared key", "sha256")  # not the key that answers challenges
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if server_side else ssl.PROTOCOL_TLS_CLIENT)
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    if server_side:
+        context.num_tickets = 0
+        context.set_psk_server_callback(lambda identity: key)
+    else:
+        context.check_hostname = False  # and CERT_REQUIRED stays: without a CA no certificate will do, only the key
+        context.set_psk_client_callback(lambda hint: ("task_worker", key))
+    return context
 
 
 def show_address(address: tuple[Any, ...]) -> str:
@@ -475,9 +506,11 @@ class Link:
     AuthenticationError say what went wrong. `close` it when done.
     """
 
-    def __init__(self, address: tuple[str, int], authkey: bytes, name: str) -> None:
+    def __init__(self, address: tuple[str, int], authkey: bytes, name: str, context: ssl.SSLContext | None = None) -> None:
         self._connection = PlainConnection(socket.create_connection(address, HANDSHAKE_LIMIT))
         try:
+            if context:
+                self._connection.secure(context)
             connection.answer_challenge(self._connection, authkey)  # type: ignore[arg-type]
             connection.deliver_challenge(self._connection, authkey)  # type: ignore[arg-type]
             self.call(None, "accept_connection", name)
@@ -699,13 +732,23 @@ class Worker:
     """The slots of this host, and what they share: the way to the master and the reasons to leave."""
 
     def __init__(
-        self, address: tuple[str, int], authkey: bytes, processes: int, function: str | None, command: str | None, wait: float
+        self,
+        address: tuple[str, int],
+        authkey: bytes,
+        processes: int,
+        function: str | None,
+        command: str | None,
+        wait: float,
+        tls: bool,
+        quiet: bool,
     ) -> None:
         self.function, self.command = function, command
         self.place = show_address(address)
         self.leaving = threading.Event()
         self._address, self._authkey = address, authkey
         self._name = f"{socket.gethostname()}/{os.getpid()}"
+        self._context = make_tls_context(authkey, server_side=False) if tls else None
+        self._say: Callable[[str], None] = (lambda text: None) if quiet else say
         self._wait = wait  # seconds to look for the master; 0: for ever
         self._lock = threading.Lock()
         self._announced = False
@@ -741,10 +784,9 @@ class Worker:
         delay = 0.05
         while not self.leaving.is_set():
             try:
-                link = Link(self._address, self._authkey, self._name)
-            except AuthenticationError:
-                raise Failure(f"the master at {self.place} refused the key: copy its key file to this host", 3) from None
-            except (OSError, EOFError) as error:
+                link = Link(self._address, self._authkey, self._name, self._context)
+            except (OSError, EOFError, AuthenticationError) as error:
+                self._refuse_hopeless(error)
                 self._check_patience(error)
                 delay = min(2.0, delay * 2)
                 self.leaving.wait(delay * random.uniform(0.5, 1.0))
@@ -752,6 +794,14 @@ class Worker:
                 self._greeted()
                 return link
         return None
+
+    def _refuse_hopeless(self, error: BaseException) -> None:
+        """Raises Failure when the master is there, and will not have us however long we try."""
+        reason = getattr(error, "reason", None) or ""  # of an SSLError
+        if reason in ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE"):
+            raise Failure(f"the master at {self.place} does not speak TLS: start it with --tls, or this without", 3)
+        if isinstance(error, AuthenticationError) or reason:
+            raise Failure(f"the master at {self.place} refused the key: copy its key file to this host", 3)
 
     def _check_patience(self, error: BaseException) -> None:
         """Say once that we wait. Raises Failure when we waited enough, or when waiting cannot help."""
@@ -763,13 +813,13 @@ class Worker:
         if self._wait and (unknown or waited >= self._wait):
             raise Failure(f"cannot reach the master at {self.place}: {reason} (is it running? is --host right?)", 3)
         if first:
-            say(f"waiting for the master at {self.place} ({reason})")
+            self._say(f"waiting for the master at {self.place} ({reason})")
 
     def _greeted(self) -> None:
         with self._lock:
             first, self._connected = not self._connected, True
         if first:
-            say(f"connected to {self.place}")
+            self._say(f"connected to {self.place}")
 
     def lost(self, reason: str) -> None:
         """A slot lost its connection."""
@@ -778,7 +828,7 @@ class Worker:
             if first:
                 self._lost_at = time.monotonic()
         if first and not self.leaving.is_set():
-            say(f"lost the master at {self.place} ({reason})")
+            self._say(f"lost the master at {self.place} ({reason})")
 
     def job_over(self) -> None:
         """A slot heard that the job is over: leave, or with --wait 0 look for the next master."""
@@ -788,7 +838,7 @@ class Worker:
         with self._lock:
             first, self._connected = bool(self._connected), False
         if first:
-            say("the job is over; waiting for the next master")
+            self._say("the job is over; waiting for the next master")
         self.leaving.wait(1.0)
 
     def fail(self, failure: Failure) -> None:
@@ -842,11 +892,13 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--host", default="127.0.0.1", help="where the master is (default: %(default)s)")
     parser.add_argument("--port", type=parse_port, default=5000, help="its port (default: %(default)s)")
     parser.add_argument("--authkey-file", metavar="FILE", help=f"the master's key (default: {DEFAULT_KEY_FILE})")
+    parser.add_argument("--tls", action="store_true", help="encrypt with the key (Python 3.13 or newer, on both ends)")
     parser.add_argument("--processes", type=parse_count, default=count_cpus(), metavar="N", help="default: %(default)s")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--function", metavar="MODULE:NAME", help="called with each task (default: square)")
     what.add_argument("--command", metavar="TEMPLATE", help="shell command run for each task, {} replaced by it")
     parser.add_argument("--wait", type=parse_seconds, default=60.0, metavar="S", help="default: %(default)g")
+    parser.add_argument("--quiet", action="store_true", help="say nothing but errors on standard error")
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     return parser
 
@@ -873,7 +925,14 @@ def main(argv: list[str] | None = None) -> int:
     options = make_parser().parse_args(argv)
     try:
         worker = Worker(
-            (options.host, options.port), find_key(options), options.processes, options.function, options.command, options.wait
+            (options.host, options.port),
+            find_key(options),
+            options.processes,
+            options.function,
+            options.command,
+            options.wait,
+            options.tls,
+            options.quiet,
         )
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, worker.handle_signal)
