@@ -45,6 +45,7 @@ import os
 import pickle
 import queue
 import random
+import re
 import secrets
 import shlex
 import shutil
@@ -211,6 +212,27 @@ def show_address(address: tuple[Any, ...]) -> str:
     return f"[{address[0]}]:{address[1]}" if ":" in address[0] else f"{address[0]}:{address[1]}"
 
 
+def bounded(kind: Callable[[str], Any], low: float, high: float, noun: str) -> Callable[[str], Any]:
+    """A type for argparse: a number from `low` to `high`."""
+
+    def parse(text: str) -> Any:
+        with contextlib.suppress(ValueError):
+            if low <= kind(text) <= high:
+                return kind(text)
+        raise argparse.ArgumentTypeError(f"{text} is not {noun}")
+
+    return parse
+
+
+def raise_file_limit() -> None:
+    """Allow as many open files as the system lets us: every slot needs some, at both ends."""
+    with contextlib.suppress(ImportError, ValueError, OSError):
+        import resource
+
+        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
 def explain_error(error: BaseException) -> str:
     """What the system says, without its number: `connection refused`."""
     text = str(getattr(error, "strerror", None) or error or type(error).__name__)
@@ -245,7 +267,8 @@ LEASE_BYTES = 8 << 20  # characters of text in one lease, unless a single task h
 IDLE_POLLS = 50.0  # requests for tasks a second from all idle slots together, at most (but each may ask every second)
 PENDING_LIMIT = 256  # connections that have not finished the handshake; the oldest must give way
 BACKLOG = 1024  # connections that the system holds for us; multiprocessing's 16 would lose those of a large farm
-SYNC_INTERVAL = 1.0  # seconds between fsyncs of the results file
+SYNC_INTERVAL = 0.7  # seconds that records may wait for their fsync; with LOOK_INTERVAL that is less than one
+NO_OFFSET = (1 << 64) - 1
 PROGRESS_INTERVAL = 30.0  # seconds between lines of progress where there is no terminal
 RATE_SPAN = 10.0  # seconds over which the rate is taken
 LOOK_INTERVAL = 0.2  # seconds between looks at signals, local workers and the clock
@@ -433,7 +456,7 @@ class Ledger:
         """Take back tasks that the holder did not run, free of charge; those it does not hold are ignored."""
         with self._lock:
             held = self._held.get(holder, {})
-            self._make_ready([held[task_id] for task_id in task_ids if task_id in held])
+            self._make_ready([held[task_id] for task_id in dict.fromkeys(task_ids) if task_id in held])
 
     def report(
         self, holder: object, outcomes: list[tuple[int, bool, str]]
@@ -454,12 +477,12 @@ class Ledger:
                     task.failures += 1
                     if task.failures <= self._retries:
                         retried.append((task, what))
+                        self._make_ready([task])  # at once, so that a second outcome in the same report is late
                         continue
                     self.failed += 1
                 settled.append((task, what))
-                del self._tasks[task_id]  # so that a second outcome in the same report is dropped
+                del self._tasks[task_id]  # at once, so that a second one is dropped
             self._settle([task for task, _ in settled])
-            self._make_ready([task for task, _ in retried])
             self.retried += len(retried)
         return settled, retried
 
@@ -538,11 +561,11 @@ class Ledger:
 
     def _make_ready(self, tasks: list[Task]) -> None:
         self._let_go(tasks)
+        fresh = not tasks or tasks[0].state == NEW
         self._move(tasks, READY)
         self._ready_bytes += sum([len(task.text) for task in tasks])
-        in_order = self._horizon is None or not self._ready or not tasks or tasks[0].id > self._ready[-1].id
         self._ready.extend(tasks)
-        if not in_order:
+        if self._horizon is not None and not fresh:
             self._ready = collections.deque(sorted(self._ready, key=lambda task: task.id))
         self._tasks_ready.notify(len(tasks))
 
@@ -698,6 +721,21 @@ def parse_outcome(line: str) -> tuple[int, bool, str]:
 def format_error(kind: str, message: str) -> str:
     """The member `"error"` of a record, as JSON text."""
     return '"error": ' + json.dumps({"type": kind, "message": message, "traceback": ""})
+
+
+def load_record(line: str) -> dict[str, Any]:
+    """A record. What a worker sent may be no JSON (the part before it is ours): then it is an error. Raises ValueError."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        start = re.match(r'\{"id": (\d+), "task": ', line)
+        if not start:
+            raise ValueError("not a record") from None
+        problem = {"type": "ValueError", "message": f"the outcome is not JSON: {error}", "traceback": ""}
+        return {"id": int(start.group(1)), "task": None, "error": problem, "worker": "", "attempts": 1}
+    if not isinstance(record, dict) or not isinstance(record.get("id"), int) or "task" not in record:
+        raise ValueError("not a record")
+    return record
 
 
 def format_record(task: Task, members: str, worker: str) -> str:
@@ -931,7 +969,7 @@ class ResultsFile:
     """
 
     def __init__(self, path: str, resume: bool) -> None:
-        self.path = path
+        self.path = os.path.realpath(path)
         self.kept = array.array("Q")  # by task id: 0, or the digest of a task that need not run again
         try:
             self._open()
@@ -942,23 +980,24 @@ class ResultsFile:
                 self._resume()
         except OSError as error:
             raise Failure(f"cannot write the results file {path}: {explain_error(error)}") from None
-        self._unsynced = False
+        self._unsynced_since: float | None = None
 
     def write(self, _ids: list[int], lines: list[str]) -> None:
         """Append records; when this returns, they survive the end of this process. Raises OSError."""
-        data = memoryview(("\n".join(lines) + "\n").encode())
+        data = memoryview(("\n".join(lines) + "\n").encode("utf-8", "replace"))
         while data:
             data = data[os.write(self._fd, data) :]
-        self._unsynced = True
+        self._unsynced_since = self._unsynced_since or time.monotonic()
 
-    def sync(self) -> None:
-        """Make what was written survive a power cut. Raises OSError."""
-        if self._unsynced and self._regular:
-            self._unsynced = False
+    def sync(self, interval: float = SYNC_INTERVAL) -> None:
+        """Make what was written survive a power cut, if it has waited for `interval` seconds. Raises OSError."""
+        since = self._unsynced_since
+        if since and self._regular and time.monotonic() - since >= interval:
+            self._unsynced_since = None
             os.fsync(self._fd)
 
     def close(self) -> None:
-        self.sync()
+        self.sync(0.0)
         os.close(self._fd)
 
     def _open(self) -> None:
@@ -971,22 +1010,40 @@ class ResultsFile:
         """Note the records that succeeded; write the file anew without those that failed and a torn last line."""
         good = self.path + ".resume"
         with open(self.path, "rb") as old, open(good, "wb") as new:
-            whole = True
             for number, line in enumerate(old, 1):
                 try:
-                    keep = line.endswith(b"\n") and self._note(json.loads(line))
-                except (ValueError, KeyError, TypeError):
+                    keep = line.endswith(b"\n") and self._note(load_record(line.decode()))
+                except ValueError:
                     raise Failure(f"{self.path}, line {number}: this is not a record, so it cannot be resumed") from None
-                whole = whole and keep
                 if keep:
                     new.write(line)
             new.flush()
             os.fsync(new.fileno())
-        if whole:
-            os.unlink(good)
-            return
+        self._replace(good)
+
+    def sort(self) -> None:
+        """Put the records in the order of their ids. Raises OSError."""
+        offsets = array.array("Q")
+        with open(self.path, "rb") as old, open(self.path + ".sorted", "wb") as new:
+            offset = 0
+            for line in old:
+                task_id = int(line[7 : line.index(b",")])
+                offsets.extend([NO_OFFSET] * (task_id + 1 - len(offsets)))
+                offsets[task_id] = offset
+                offset += len(line)
+            for offset in offsets:
+                if offset != NO_OFFSET:
+                    old.seek(offset)
+                    new.write(old.readline())
+            new.flush()
+            os.fsync(new.fileno())
+        self._replace(new.name)
+
+    def _replace(self, path: str) -> None:
+        """Put another file in the place of this one, which stays locked until that one is."""
+        shutil.copymode(self.path, path)
         locked = self._fd
-        os.replace(good, self.path)
+        os.replace(path, self.path)
         self._open()
         os.close(locked)
 
@@ -1056,7 +1113,7 @@ class Printer:
 
     def write(self, _ids: list[int], lines: list[str]) -> None:
         self.try_get()
-        results = [record["result"] for record in map(json.loads, lines) if "result" in record]
+        results = [record["result"] for record in map(load_record, lines) if "result" in record]
         shown = [f"Result: {value if isinstance(value, str) else json.dumps(value)}\n" for value in results]
         with self._lock:
             console.write(sys.stdout, "".join(shown))
@@ -1205,7 +1262,7 @@ class TaskMaster:
         self._recording = threading.Lock()  # guards the output, and the order of deciding and writing
         self._sink: Sink = lambda ids, lines: None
         self.workers: dict[str, WorkerStats] = collections.defaultdict(WorkerStats)  # by name
-        self._closing = False
+        self._closing = self._broken = False
         self._next_id = 0
 
     def __enter__(self) -> TaskMaster:
@@ -1347,8 +1404,8 @@ class TaskMaster:
     def report(self, peer: Peer, outcomes: list[tuple[int, bool, str]], busy: float) -> None:
         """Record the outcomes that settle a task. When this returns, they are acknowledged."""
         with self._recording:
-            if isinstance(self.problem, OSError):
-                raise self.problem
+            if self._broken:
+                raise OSError("the results cannot be written")  # no acknowledgement
             settled, retried = self.ledger.report(peer, outcomes)
             self._record(settled, peer.name)
             self.workers[peer.name].tasks += len(outcomes)
@@ -1364,7 +1421,8 @@ class TaskMaster:
         """A connection has ended: what it held is READY again, or given up."""
         with self._recording:
             again, given_up = self.ledger.drop(peer)
-            self._record([(task, describe_loss(task)) for task in given_up], peer.name)
+            with contextlib.suppress(OSError):  # noted as the problem that ends the job
+                self._record([(task, describe_loss(task)) for task in given_up], peer.name)
             last = peer.enlisted_at is not None and self._count_out(peer.name, peer.enlisted_at)
         if again:
             shown = ", ".join([f"{task.id} (attempt {task.failures + task.losses})" for task in again[:5]])
@@ -1388,7 +1446,8 @@ class TaskMaster:
         worker = json.dumps(name)
         try:
             self._sink([task.id for task, _ in settled], [format_record(task, members, worker) for task, members in settled])
-        except OSError as error:
+        except Exception as error:
+            self._broken = True
             self.fail(error)
             raise
         for task, members in settled:
@@ -1427,16 +1486,9 @@ def explain_members(members: str) -> str:
 
 def make_record(line: str, first: int) -> Record:
     """A line of the results file as a Record, its id counted from `first`."""
-    fields = json.loads(line)
-    return Record(
-        fields["id"] - first,
-        fields["task"],
-        fields.get("result"),
-        fields.get("error"),
-        fields["seconds"],
-        fields["worker"],
-        fields["attempts"],
-    )
+    record = load_record(line)
+    record["id"] -= first
+    return Record(*map(record.get, Record._fields))  # type: ignore[arg-type]  # since a worker may lie
 
 
 def is_loopback(host: str) -> bool:
@@ -1463,35 +1515,11 @@ def find_key(path: str | None = None) -> bytes:
 # ---- command line --------------------------------------------------------------------------------------------------
 
 
-def parse_port(text: str) -> int:
-    if not text.isdigit() or int(text) > 65535:
-        raise argparse.ArgumentTypeError(f"{text} is not a port: it takes a number from 0 (any free one) to 65535")
-    return int(text)
-
-
-def parse_count(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a count: it takes a whole number from 1")
-    return int(text)
-
-
-def parse_number(text: str) -> int:
-    if not text.isdigit():
-        raise argparse.ArgumentTypeError(f"{text} is not a number: it takes a whole number from 0")
-    return int(text)
-
-
-def parse_seconds(text: str) -> float:
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = 0.0
-    if not 0 < seconds < 1e9:
-        raise argparse.ArgumentTypeError(f"{text} is not a time: it takes seconds, more than 0")
-    return seconds
-
-
 def make_parser() -> argparse.ArgumentParser:
+    port = bounded(int, 0, 65535, "a port: it takes 0 (any free one) to 65535")
+    count = bounded(int, 1, 1e9, "a count: it takes a whole number from 1")
+    number = bounded(int, 0, 1e9, "a number: it takes a whole number from 0")
+    seconds = bounded(float, 0.001, 1e9, "a time: it takes seconds, at least 0.001")
     parser = argparse.ArgumentParser(prog="task_master", description="Serve tasks to task_workers, collect the outcomes.")
     parser.add_argument("task", nargs="*", metavar="TASK", help="a JSON value (default: ten random integers)")
     parser.add_argument("--tasks", metavar="FILE", help="JSON Lines, one task a line; - is standard input")
@@ -1500,18 +1528,18 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--resume", action="store_true", help="carry on with the job of the results file")
     parser.add_argument("--ordered", action="store_true", help="records in the order of the tasks")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
-    parser.add_argument("--port", type=parse_port, default=5000, help="port to listen on (default: %(default)s)")
+    parser.add_argument("--port", type=port, default=5000, help="port to listen on (default: %(default)s)")
     parser.add_argument("--authkey-file", metavar="FILE", help=f"the key (default: {DEFAULT_KEY_FILE}, made if missing)")
     parser.add_argument("--tls", action="store_true", help="encrypt with the key (Python 3.13 or newer, on both ends)")
-    parser.add_argument("--workers", type=parse_count, metavar="N", help="start N local worker processes, too")
+    parser.add_argument("--workers", type=count, metavar="N", help="start N local worker processes, too")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--function", metavar="MODULE:NAME", help="what the local workers call with each task")
     what.add_argument("--command", metavar="TEMPLATE", help="what the local workers run in a shell")
-    parser.add_argument("--timeout", type=parse_seconds, metavar="S", help="seconds a task may take")
-    parser.add_argument("--retries", type=parse_number, default=0, metavar="N", help="after errors (default: %(default)s)")
-    parser.add_argument("--redeliveries", type=parse_number, default=2, metavar="N", help="after lost workers (default: 2)")
-    parser.add_argument("--max-failures", type=parse_count, metavar="N", help="stop after N failed tasks")
-    parser.add_argument("--batch", type=parse_count, metavar="N", help="tasks per lease, at most (default: adaptive)")
+    parser.add_argument("--timeout", type=seconds, metavar="S", help="seconds a task may take")
+    parser.add_argument("--retries", type=number, default=0, metavar="N", help="after errors (default: %(default)s)")
+    parser.add_argument("--redeliveries", type=number, default=2, metavar="N", help="after lost workers (default: 2)")
+    parser.add_argument("--max-failures", type=count, metavar="N", help="stop after N failed tasks")
+    parser.add_argument("--batch", type=count, metavar="N", help="tasks per lease, at most (default: adaptive)")
     parser.add_argument("--quiet", action="store_true", help="say nothing but errors on standard error")
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     return parser
@@ -1683,9 +1711,13 @@ class Job:
         """Say how it went; returns the exit status. Raises Failure."""
         master = self._master
         if self._results:
+            if self._options.ordered and self._options.resume:
+                master.guard(self._results.sort)  # those that ran again stand behind those that were kept
             master.guard(self._results.close)
         self._summarize()
         if isinstance(master.problem, OSError):
+            if not self._results:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python would try it again in the end, and complain
             raise Failure(f"cannot write {self._options.results or 'standard output'}: {explain_error(master.problem)}", 1)
         if master.problem:
             raise master.problem
@@ -1725,6 +1757,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("--function and --command are for the local workers of --workers N; other workers have their own")
     if options.resume and options.results in (None, "-"):
         parser.error("--resume needs the --results FILE of the job to carry on")
+    raise_file_limit()
     try:
         return Job(options, [sys.argv[0], *(sys.argv[1:] if argv is None else argv)]).run()
     except Failure as failure:

@@ -196,6 +196,27 @@ def show_address(address: tuple[Any, ...]) -> str:
     return f"[{address[0]}]:{address[1]}" if ":" in address[0] else f"{address[0]}:{address[1]}"
 
 
+def bounded(kind: Callable[[str], Any], low: float, high: float, noun: str) -> Callable[[str], Any]:
+    """A type for argparse: a number from `low` to `high`."""
+
+    def parse(text: str) -> Any:
+        with contextlib.suppress(ValueError):
+            if low <= kind(text) <= high:
+                return kind(text)
+        raise argparse.ArgumentTypeError(f"{text} is not {noun}")
+
+    return parse
+
+
+def raise_file_limit() -> None:
+    """Allow as many open files as the system lets us: every slot needs some, at both ends."""
+    with contextlib.suppress(ImportError, ValueError, OSError):
+        import resource
+
+        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
 def explain_error(error: BaseException) -> str:
     """What the system says, without its number: `connection refused`."""
     text = str(getattr(error, "strerror", None) or error or type(error).__name__)
@@ -860,28 +881,6 @@ class Worker:
 # ---- command line --------------------------------------------------------------------------------------------------
 
 
-def parse_port(text: str) -> int:
-    if not text.isdigit() or not 1 <= int(text) <= 65535:
-        raise argparse.ArgumentTypeError(f"{text} is not a port: it takes a number from 1 to 65535")
-    return int(text)
-
-
-def parse_count(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a count: it takes a whole number from 1")
-    return int(text)
-
-
-def parse_seconds(text: str) -> float:
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = -1.0
-    if not 0 <= seconds < 1e9:
-        raise argparse.ArgumentTypeError(f"{text} is not a time: it takes seconds, 0 or more")
-    return seconds
-
-
 def count_cpus() -> int:
     """The CPUs that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -890,14 +889,28 @@ def count_cpus() -> int:
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="task_worker", description="Run tasks for a task_master.")
     parser.add_argument("--host", default="127.0.0.1", help="where the master is (default: %(default)s)")
-    parser.add_argument("--port", type=parse_port, default=5000, help="its port (default: %(default)s)")
+    parser.add_argument(
+        "--port", type=bounded(int, 1, 65535, "a port: it takes 1 to 65535"), default=5000, help="its port (default: %(default)s)"
+    )
     parser.add_argument("--authkey-file", metavar="FILE", help=f"the master's key (default: {DEFAULT_KEY_FILE})")
     parser.add_argument("--tls", action="store_true", help="encrypt with the key (Python 3.13 or newer, on both ends)")
-    parser.add_argument("--processes", type=parse_count, default=count_cpus(), metavar="N", help="default: %(default)s")
+    parser.add_argument(
+        "--processes",
+        type=bounded(int, 1, 4096, "a count: it takes 1 to 4096"),
+        default=count_cpus(),
+        metavar="N",
+        help="default: %(default)s",
+    )
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--function", metavar="MODULE:NAME", help="called with each task (default: square)")
     what.add_argument("--command", metavar="TEMPLATE", help="shell command run for each task, {} replaced by it")
-    parser.add_argument("--wait", type=parse_seconds, default=60.0, metavar="S", help="default: %(default)g")
+    parser.add_argument(
+        "--wait",
+        type=bounded(float, 0, 1e9, "a time: it takes seconds, 0 for ever"),
+        default=60.0,
+        metavar="S",
+        help="default: %(default)g",
+    )
     parser.add_argument("--quiet", action="store_true", help="say nothing but errors on standard error")
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     return parser
@@ -923,6 +936,7 @@ def find_key(options: argparse.Namespace) -> bytes:
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
     options = make_parser().parse_args(argv)
+    raise_file_limit()
     try:
         worker = Worker(
             (options.host, options.port),

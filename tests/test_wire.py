@@ -1,0 +1,98 @@
+"""What crosses the wire: frames as the standard library makes them, plain data inside, and nothing else."""
+
+from __future__ import annotations
+
+import datetime
+import io
+import pickle
+import pickletools
+import socket
+import struct
+import threading
+from multiprocessing.connection import Connection
+from typing import Any
+
+import pytest
+from conftest import ROOT
+from hypothesis import given
+from hypothesis import strategies as st
+
+import task_master
+import task_worker
+
+PLAIN = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats(allow_nan=False) | st.text() | st.binary(),
+    lambda inner: st.lists(inner) | st.tuples(inner, inner) | st.dictionaries(st.text(), inner),
+)
+
+
+def load(data: bytes) -> Any:
+    return task_worker.PlainUnpickler(io.BytesIO(data)).load()
+
+
+def wire_part(name: str) -> str:
+    text = (ROOT / name).read_text()
+    return text[text.index("# ---- wire:") : text.index("# ---- end of the wire")]
+
+
+def test_both_files_have_the_same_wire() -> None:
+    assert wire_part("task_master.py") == wire_part("task_worker.py")
+
+
+@given(PLAIN, st.sampled_from([3, 4, 5]))
+def test_plain_data_of_any_protocol_comes_back_as_it_was(value: Any, protocol: int) -> None:
+    assert load(pickle.dumps(value, protocol)) == value
+
+
+@pytest.mark.parametrize("value", [print, ValueError("x"), datetime.date(2000, 1, 1), {1, 2}, bytearray(b"x"), range(3), 1j])
+def test_a_pickle_that_imports_or_calls_is_refused(value: object) -> None:
+    for protocol in range(6):
+        with pytest.raises(KeyError):
+            load(pickle.dumps(value, protocol))
+
+
+def test_no_opcode_that_imports_calls_or_sets_attributes_is_known() -> None:
+    names = {opcode.name for opcode in pickletools.opcodes if ord(opcode.code) in task_worker.PlainUnpickler.dispatch}
+    dangerous = {"GLOBAL", "STACK_GLOBAL", "REDUCE", "BUILD", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "EXT1", "PERSID", "BINPERSID"}
+    assert names == set(task_worker.PLAIN_OPCODES)
+    assert not names & dangerous
+
+
+def test_a_few_bytes_cannot_claim_gigabytes() -> None:
+    for bomb in (
+        b"\x80\x04Nr\xff\xff\xff\x7f.",
+        b"\x80\x04\x8e" + struct.pack("<Q", 1 << 40) + b".",
+        b"\x80\x04\x95" + b"\xff" * 8,
+    ):
+        try:
+            assert load(bomb) in (None, b"")
+        except Exception as error:
+            assert not isinstance(error, MemoryError)
+
+
+@pytest.mark.parametrize("size", [0, 1, 100, 16_384, 65_537, 3_000_000])
+def test_frames_are_those_of_multiprocessing(size: int) -> None:
+    ours, theirs = socket.socketpair()
+    connection = task_master.PlainConnection(ours)
+    peer = Connection(theirs.detach())
+    message = ("#RETURN", "x" * size)
+    sender = threading.Thread(target=peer.send, args=(message,))
+    sender.start()
+    assert connection.recv() == message
+    sender.join()
+    sender = threading.Thread(target=connection.send, args=(message,))
+    sender.start()
+    assert peer.recv() == message
+    sender.join()
+    connection.close()
+    peer.close()
+
+
+@pytest.mark.parametrize("header", [struct.pack("!i", -1) + struct.pack("!Q", 1 << 40), struct.pack("!i", (64 << 20) + 1)])
+def test_a_message_that_is_too_long_is_refused_before_it_is_read(header: bytes) -> None:
+    ours, theirs = socket.socketpair()
+    connection = task_master.PlainConnection(ours)
+    theirs.sendall(header)
+    with pytest.raises(EOFError, match="too long"):
+        connection.recv()
+    theirs.close()
