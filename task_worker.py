@@ -535,8 +535,12 @@ class Link:
             connection.answer_challenge(self._connection, authkey)  # type: ignore[arg-type]
             connection.deliver_challenge(self._connection, authkey)  # type: ignore[arg-type]
             self.call(None, "accept_connection", name)
-        except BaseException:
+        except BaseException as error:
             self._connection.close()
+            if isinstance(error, AssertionError):  # how Python up to 3.11 says that this is no challenge
+                raise EOFError("another program answers there") from None
+            if "timed out" in str(error):
+                raise EOFError("it took the connection and says nothing; does it listen with --tls?") from None
             raise
         self._connection.settle(SILENCE_LIMIT - 5)  # to be done with it before the master is
         self.close = self._connection.close
@@ -818,10 +822,12 @@ class Worker:
 
     def _refuse_hopeless(self, error: BaseException) -> None:
         """Raises Failure when the master is there, and will not have us however long we try."""
-        reason = getattr(error, "reason", None) or ""  # of an SSLError
+        reason = getattr(error, "reason", None)  # of an SSLError
         if reason in ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE"):
             raise Failure(f"the master at {self.place} does not speak TLS: start it with --tls, or this without", 3)
-        if isinstance(error, AuthenticationError) or reason:
+        if reason == "CERTIFICATE_VERIFY_FAILED":
+            raise Failure(f"what answers at {self.place} shows a certificate and not the key: it is not our master", 3)
+        if isinstance(error, AuthenticationError) or "ALERT" in str(reason):
             raise Failure(f"the master at {self.place} refused the key: copy its key file to this host", 3)
 
     def _check_patience(self, error: BaseException) -> None:

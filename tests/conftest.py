@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import queue
@@ -114,8 +115,10 @@ class Program:
 class Farm:
     """Makes masters and workers that know the same key, in `folder`, where functions.py is."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, tls: bool = False) -> None:
         self.folder = folder
+        self.tls = ["--tls"] if tls else []
+        self.python = tls_python() if tls else sys.executable
         self.key = secrets.token_hex(16)
         self.home = folder / "home"
         self.home.mkdir()
@@ -127,10 +130,10 @@ class Farm:
         inherited = {name: value for name, value in os.environ.items() if not name.startswith(("TASK_", "PYTHON"))}
         return {**inherited, "HOME": str(self.home), "TASK_AUTHKEY": self.key, **more}
 
-    def run(self, *argv: object, python: str = sys.executable, env: dict[str, str] | None = None, **options: Any) -> Program:
+    def run(self, *argv: object, python: str | None = None, env: dict[str, str] | None = None, **options: Any) -> Program:
         """Start any program of this repository: `run("task_master.py", "--port", 0)`."""
         path = ROOT / str(argv[0]) if (ROOT / str(argv[0])).exists() else argv[0]
-        command = [python, str(path), *map(str, argv[1:])]
+        command = [python or self.python, str(path), *map(str, argv[1:])]
         options.setdefault("cwd", self.folder)
         program = Program(command, env=self.env() if env is None else env, **options)
         self.programs.append(program)
@@ -138,12 +141,12 @@ class Farm:
 
     def master(self, *argv: object, **options: Any) -> Program:
         """Start a master on a free port."""
-        return self.run("task_master.py", "--port", 0, *argv, **options)
+        return self.run("task_master.py", "--port", 0, *self.tls, *argv, **options)
 
     def worker(self, master: Program, *argv: object, **options: Any) -> Program:
         """Start a worker for a master, with one process unless told otherwise."""
         processes = [] if "--processes" in argv else ["--processes", 1]
-        return self.run("task_worker.py", "--port", master.port(), *processes, *argv, **options)
+        return self.run("task_worker.py", "--port", master.port(), *self.tls, *processes, *argv, **options)
 
     def write_tasks(self, tasks: list[Any], name: str = "tasks.jsonl") -> Path:
         path = self.folder / name
@@ -163,11 +166,47 @@ class Farm:
 
 @pytest.fixture
 def farm(tmp_path: Path) -> Iterator[Farm]:
+    """A farm without TLS, run by the Python of the tests."""
     farm = Farm(tmp_path)
-    try:
-        yield farm
-    finally:
-        farm.close()
+    yield farm
+    farm.close()
+
+
+@pytest.fixture
+def tls_farm(tmp_path: Path) -> Iterator[Farm]:
+    """A farm with TLS, run by a Python that can do it."""
+    farm = Farm(tmp_path, tls=True)
+    yield farm
+    farm.close()
+
+
+@pytest.fixture(params=["plain", "tls"])
+def any_farm(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Farm]:
+    """Once without TLS, once with it."""
+    farm = Farm(tmp_path, tls=request.param == "tls")
+    yield farm
+    farm.close()
+
+
+def find_pythons() -> list[str]:
+    """Every Python from 3.9 on that is on PATH or under PYENV_ROOT, one of each minor version."""
+    folders = [Path(folder) for folder in os.environ["PATH"].split(os.pathsep)]
+    folders += sorted(Path(os.environ.get("PYENV_ROOT", "~/.pyenv")).expanduser().glob("versions/*/bin"))
+    found: dict[str, str] = {}
+    for folder in folders:
+        for path in folder.glob("python3.[0-9]*"):
+            if re.fullmatch(r"python3\.\d+", path.name) and "shims" not in path.parts:
+                found.setdefault(path.name, str(path))
+    return [found[name] for name in sorted(found, key=lambda name: int(name[8:])) if int(name[8:]) >= 9]
+
+
+@functools.lru_cache
+def tls_python() -> str:
+    """A Python with TLS-PSK; skips the test when there is none."""
+    for python in [sys.executable, *find_pythons()]:
+        if subprocess.run([python, "-c", "import ssl; ssl.HAS_PSK or exit(1)"], capture_output=True, check=False).returncode == 0:
+            return python
+    pytest.skip("no Python 3.13 or newer here: TLS with a pre-shared key needs one")
 
 
 def children_of(pid: int) -> list[int]:
