@@ -511,6 +511,8 @@ class Ledger:
     def set_horizon(self, task_id: int) -> None:
         """Lease no task from this id on, and always the one with the lowest id, since the others may wait for it."""
         with self._lock:
+            if self._horizon is None:
+                self._sort_ready()
             self._horizon = task_id
             if self._next_ready():
                 self._tasks_ready.notify_all()
@@ -566,8 +568,11 @@ class Ledger:
         self._ready_bytes += sum([len(task.text) for task in tasks])
         self._ready.extend(tasks)
         if self._horizon is not None and not fresh:
-            self._ready = collections.deque(sorted(self._ready, key=lambda task: task.id))
+            self._sort_ready()
         self._tasks_ready.notify(len(tasks))
+
+    def _sort_ready(self) -> None:
+        self._ready = collections.deque(sorted(self._ready, key=lambda task: task.id))
 
     def _settle(self, tasks: list[Task]) -> None:
         self._let_go(tasks)
@@ -917,15 +922,16 @@ def parse_line(line: bytes, as_text: bool) -> str:
         raise ValueError(f"the task has {len(line)} bytes or more, at most {TEXT_LIMIT} are possible: put a path there instead")
     if not line.strip():
         return ""
-    if as_text:
-        return json.dumps(line.rstrip(b"\r").decode("utf-8", "surrogateescape"))
-    return check_json(line.decode("utf-8"))
+    if not as_text:
+        return check_json(line.decode("utf-8"))
+    text = json.dumps(line.rstrip(b"\r").decode("utf-8", "surrogateescape"))
+    return parse_line(text.encode(), False) if len(text) > TEXT_LIMIT else text  # it may have grown too long
 
 
 def read_tasks(descriptor: int, name: str, as_text: bool) -> Iterator[list[str]]:
     """The tasks of a stream of lines, in batches as they arrive. Raises Failure at a bad line, after those before it."""
     number = 0
-    for lines in read_lines(descriptor):
+    for lines in read_lines(descriptor, name):
         tasks: list[str] = []
         for line in lines:
             number += 1
@@ -939,14 +945,22 @@ def read_tasks(descriptor: int, name: str, as_text: bool) -> Iterator[list[str]]
         yield tasks
 
 
-def read_lines(descriptor: int) -> Iterator[list[bytes]]:
+def read_chunk(descriptor: int, name: str) -> bytes:
+    """What there is to read, b"" at the end; blocks until there is something. Raises Failure."""
+    try:
+        return os.read(descriptor, 1 << 16)
+    except OSError as error:
+        raise Failure(f"cannot read {name}: {explain_error(error)}") from None
+
+
+def read_lines(descriptor: int, name: str) -> Iterator[list[bytes]]:
     """Lines without their end, in batches as they arrive; a line that is too long comes cut, with what was read of it.
 
     Read from the descriptor, since a thread that waits in sys.stdin.buffer would crash the interpreter at its end.
     """
     rest: list[bytes] = []
     size = 0
-    while chunk := os.read(descriptor, 1 << 16):
+    while chunk := read_chunk(descriptor, name):
         rest.append(chunk)
         size += len(chunk)
         if b"\n" in chunk or size > TEXT_LIMIT:
@@ -1262,7 +1276,8 @@ class TaskMaster:
         self._recording = threading.Lock()  # guards the output, and the order of deciding and writing
         self._sink: Sink = lambda ids, lines: None
         self.workers: dict[str, WorkerStats] = collections.defaultdict(WorkerStats)  # by name
-        self._closing = self._broken = False
+        self.broken: BaseException | None = None  # what the sink raised: nothing can be recorded any more
+        self._closing = False
         self._next_id = 0
 
     def __enter__(self) -> TaskMaster:
@@ -1360,12 +1375,15 @@ class TaskMaster:
         self.ledger.close()
         self._check_done()
 
-    def guard(self, write: Callable[[], None]) -> None:
-        """Call something that writes; its OSError ends the job."""
+    def guard(self, write: Callable[..., None], *args: Any) -> None:
+        """Call something that writes results. What it raises ends the job, and is raised again."""
         try:
-            write()
-        except OSError as error:
-            self.fail(error)
+            write(*args)
+        except Exception as error:
+            self.broken = error
+            reason = "the results cannot be written, and those not written were not acknowledged"
+            self.fail(Failure(f"{reason}: {explain_error(error)}", 1) if isinstance(error, OSError) else error)
+            raise
 
     def look(self) -> None:
         """See after the local workers."""
@@ -1404,8 +1422,8 @@ class TaskMaster:
     def report(self, peer: Peer, outcomes: list[tuple[int, bool, str]], busy: float) -> None:
         """Record the outcomes that settle a task. When this returns, they are acknowledged."""
         with self._recording:
-            if self._broken:
-                raise OSError("the results cannot be written")  # no acknowledgement
+            if self.broken:
+                raise self.broken  # no acknowledgement
             settled, retried = self.ledger.report(peer, outcomes)
             self._record(settled, peer.name)
             self.workers[peer.name].tasks += len(outcomes)
@@ -1444,12 +1462,11 @@ class TaskMaster:
         if not settled:
             return
         worker = json.dumps(name)
-        try:
-            self._sink([task.id for task, _ in settled], [format_record(task, members, worker) for task, members in settled])
-        except Exception as error:
-            self._broken = True
-            self.fail(error)
-            raise
+        self.guard(
+            self._sink,
+            [task.id for task, _ in settled],
+            [format_record(task, members, worker) for task, members in settled],
+        )
         for task, members in settled:
             if members.startswith('"error"'):
                 self._note_failure(task, f"{explain_members(members)} on {name}")
@@ -1673,7 +1690,8 @@ class Job:
             self._draining = True
             self._master.drain()
         if self._results:
-            self._master.guard(self._results.sync)
+            with contextlib.suppress(OSError):  # noted by the master
+                self._master.guard(self._results.sync)
         if not self._options.quiet:
             console.show(self._describe_progress())
 
@@ -1711,17 +1729,16 @@ class Job:
         """Say how it went; returns the exit status. Raises Failure."""
         master = self._master
         if self._results:
-            if self._options.ordered and self._options.resume:
-                master.guard(self._results.sort)  # those that ran again stand behind those that were kept
-            master.guard(self._results.close)
+            with contextlib.suppress(OSError):  # noted by the master
+                if self._options.ordered and self._options.resume:
+                    master.guard(self._results.sort)  # those that ran again stand behind those that were kept
+                master.guard(self._results.close)
+        elif master.broken:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python would try it again in the end, and complain
         self._summarize()
-        if isinstance(master.problem, OSError):
-            if not self._results:
-                os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python would try it again in the end, and complain
-            raise Failure(f"cannot write {self._options.results or 'standard output'}: {explain_error(master.problem)}", 1)
         if master.problem:
             raise master.problem
-        if self._stopped_by:
+        if self._draining:
             say(self._tell_resume())
             return 128 + self._stopped_by
         return 1 if master.ledger.failed else 0
@@ -1763,6 +1780,8 @@ def main(argv: list[str] | None = None) -> int:
     except Failure as failure:
         say(str(failure))
         return failure.status
+    except KeyboardInterrupt:  # before there was anything to drain
+        return 128 + signal.SIGINT
 
 
 if __name__ == "__main__":

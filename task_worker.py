@@ -960,6 +960,8 @@ def main(argv: list[str] | None = None) -> int:
     except Failure as failure:
         say(str(failure))
         return failure.status
+    except KeyboardInterrupt:  # before there was anything to drain
+        return 128 + signal.SIGINT
     print("worker exit.", flush=True)
     return status
 
