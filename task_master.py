@@ -60,7 +60,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from multiprocessing import connection, managers
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Callable, NamedTuple, TextIO
+from typing import TYPE_CHECKING, Any, Callable, NamedTuple, NoReturn, TextIO
 
 if TYPE_CHECKING:
     import ssl
@@ -222,6 +222,13 @@ def bounded(kind: Callable[[str], Any], low: float, high: float, noun: str) -> C
         raise argparse.ArgumentTypeError(f"{text} is not {noun}")
 
     return parse
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong with the command line in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} (--help tells more)\n")
 
 
 def raise_file_limit() -> None:
@@ -899,21 +906,17 @@ def refuse_constant(name: str) -> Any:
     raise ValueError(f"{name} is not JSON")
 
 
-_scan = json.JSONDecoder(parse_constant=refuse_constant).scan_once  # type: ignore[attr-defined]  # json.loads, in half the time
-
-
 def check_json(text: str) -> str:
     """The JSON text of one value, without the white space around it. Raises ValueError when it is none."""
     text = text.strip(" \t\r\n")
     try:
-        if _scan(text, 0)[1] == len(text):
-            return text
-    except StopIteration:
-        pass
+        json.loads(text, parse_constant=refuse_constant)
+    except json.JSONDecodeError as error:
+        shown = text if len(text) < 40 else text[:40] + "..."
+        raise ValueError(f"{shown} is not JSON: {error.msg.lower()} at column {error.colno} (--text takes it as it is)") from None
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
-    json.loads(text)  # says what is wrong
-    raise ValueError("it is not JSON")
+    return text
 
 
 def parse_line(line: bytes, as_text: bool) -> str:
@@ -1264,6 +1267,7 @@ class TaskMaster:
         self.ledger = Ledger(retries, redeliveries, batch)
         self.problem: BaseException | None = None  # why the job ends early
         self.done = threading.Event()  # nothing is left to wait for
+        self.recorded = 0
         self.failures: list[str] = []  # the first few, for the summary
         self._authkey = find_key() if authkey is None else authkey
         self._retries, self._max_failures, self._log = retries, max_failures, log
@@ -1303,7 +1307,7 @@ class TaskMaster:
     def close(self) -> None:
         """Let the workers leave, or lose them when the job is not done; close the port. Blocks some seconds at most."""
         self._closing = True
-        unfinished = not self.ledger.over()
+        unfinished = bool(self.broken) or not self.ledger.over()
         self.ledger.close()
         if not unfinished:
             self.ledger.wait_empty(GOODBYE)
@@ -1467,6 +1471,7 @@ class TaskMaster:
             [task.id for task, _ in settled],
             [format_record(task, members, worker) for task, members in settled],
         )
+        self.recorded += len(settled)
         for task, members in settled:
             if members.startswith('"error"'):
                 self._note_failure(task, f"{explain_members(members)} on {name}")
@@ -1532,12 +1537,12 @@ def find_key(path: str | None = None) -> bytes:
 # ---- command line --------------------------------------------------------------------------------------------------
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser() -> Parser:
     port = bounded(int, 0, 65535, "a port: it takes 0 (any free one) to 65535")
     count = bounded(int, 1, 1e9, "a count: it takes a whole number from 1")
     number = bounded(int, 0, 1e9, "a number: it takes a whole number from 0")
     seconds = bounded(float, 0.001, 1e9, "a time: it takes seconds, at least 0.001")
-    parser = argparse.ArgumentParser(prog="task_master", description="Serve tasks to task_workers, collect the outcomes.")
+    parser = Parser(prog="task_master", description="Serve tasks to task_workers, collect the outcomes.")
     parser.add_argument("task", nargs="*", metavar="TASK", help="a JSON value (default: ten random integers)")
     parser.add_argument("--tasks", metavar="FILE", help="JSON Lines, one task a line; - is standard input")
     parser.add_argument("--text", action="store_true", help="a task is a line of text, not of JSON")
@@ -1745,7 +1750,9 @@ class Job:
 
     def _summarize(self) -> None:
         ledger, seconds = self._master.ledger, time.monotonic() - self._began_at
-        done = ledger.counts()[DONE]
+        done = self._master.recorded
+        if self._master.problem and not done:
+            return
         for text in self._master.failures:
             self._log(text)
         if ledger.failed > len(self._master.failures):

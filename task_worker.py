@@ -208,6 +208,13 @@ def bounded(kind: Callable[[str], Any], low: float, high: float, noun: str) -> C
     return parse
 
 
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong with the command line in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} (--help tells more)\n")
+
+
 def raise_file_limit() -> None:
     """Allow as many open files as the system lets us: every slot needs some, at both ends."""
     with contextlib.suppress(ImportError, ValueError, OSError):
@@ -892,8 +899,8 @@ def count_cpus() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="task_worker", description="Run tasks for a task_master.")
+def make_parser() -> Parser:
+    parser = Parser(prog="task_worker", description="Run tasks for a task_master.")
     parser.add_argument("--host", default="127.0.0.1", help="where the master is (default: %(default)s)")
     parser.add_argument(
         "--port", type=bounded(int, 1, 65535, "a port: it takes 1 to 65535"), default=5000, help="its port (default: %(default)s)"

@@ -159,12 +159,19 @@ print("done", flush=True)
 
 # Slots without a child: each thread leases and reports as task_worker's slots do, and runs nothing.
 CLIENTS = """
-import os, sys, threading, time
+import os, random, sys, threading, time
 sys.path.insert(0, sys.argv[1])
 from task_worker import PROTOCOL, RESULTS, TASKS, Link
 
+def connect(address, key):
+    while True:
+        try:
+            return Link(address, key, f"light/{os.getpid()}")
+        except (OSError, EOFError):  # too many at once: again, as a worker does
+            time.sleep(random.uniform(0.05, 0.2))
+
 def serve(address, key):
-    link = Link(address, key, f"light/{os.getpid()}")
+    link = connect(address, key)
     run = link.call(TASKS, "settings", PROTOCOL)["run"]
     print("connected", flush=True)
     limit = 1
