@@ -353,7 +353,7 @@ class IllegalMove(Exception):
 class Task:
     """A task until it is DONE; its state is changed by `Ledger._move` alone."""
 
-    __slots__ = ("failures", "holder", "id", "losses", "state", "text")
+    __slots__ = ("failures", "holder", "id", "losses", "outcome", "state", "text", "worker")
 
     def __init__(self, task_id: int, text: str) -> None:
         self.id = task_id
@@ -362,6 +362,11 @@ class Task:
         self.failures = 0  # error outcomes so far
         self.losses = 0  # times that its connection was lost
         self.holder: object = None  # who has leased it
+        self.outcome = ""  # of the last attempt, as members of a record; the ledger does not look into it
+        self.worker = ""  # that it came from
+
+
+Sink = Callable[["list[Task]"], None]  # takes settled tasks, to record them
 
 
 class Ledger:
@@ -465,31 +470,30 @@ class Ledger:
             held = self._held.get(holder, {})
             self._make_ready([held[task_id] for task_id in dict.fromkeys(task_ids) if task_id in held])
 
-    def report(
-        self, holder: object, outcomes: list[tuple[int, bool, str]]
-    ) -> tuple[list[tuple[Task, str]], list[tuple[Task, str]]]:
-        """Take outcomes: (id, whether it is ok, anything to hand back).
+    def report(self, holder: object, outcomes: list[tuple[int, bool, str]]) -> tuple[list[Task], list[Task]]:
+        """Take outcomes: (id, whether it is ok, the outcome).
 
-        Returns those that settled their task and are to be recorded now, and those after which it is retried.
+        Returns the tasks that are settled by them, to be recorded now, and those that are retried.
         """
-        settled: list[tuple[Task, str]] = []
-        retried: list[tuple[Task, str]] = []
+        settled: list[Task] = []
+        retried: list[Task] = []
         with self._lock:
-            for task_id, ok, what in outcomes:
+            for task_id, ok, outcome in outcomes:
                 task = self._tasks.get(task_id)
                 if task is None or (not ok and task.holder is not holder and task.failures < self._retries):
                     self.dropped += 1  # it has a record, or it is going to be run again anyway
                     continue
+                task.outcome = outcome
                 if not ok:
                     task.failures += 1
                     if task.failures <= self._retries:
-                        retried.append((task, what))
+                        retried.append(task)
                         self._make_ready([task])  # at once, so that a second outcome in the same report is late
                         continue
                     self.failed += 1
-                settled.append((task, what))
+                settled.append(task)
                 del self._tasks[task_id]  # at once, so that a second one is dropped
-            self._settle([task for task, _ in settled])
+            self._settle(settled)
             self.retried += len(retried)
         return settled, retried
 
@@ -735,25 +739,29 @@ def format_error(kind: str, message: str) -> str:
     return '"error": ' + json.dumps({"type": kind, "message": message, "traceback": ""})
 
 
-def load_record(line: str) -> dict[str, Any]:
-    """A record. What a worker sent may be no JSON (the part before it is ours): then it is an error. Raises ValueError."""
+def load_outcome(task: Task) -> dict[str, Any]:
+    """The outcome of a task: `result` or `error`, and `seconds`. If a worker sent no JSON, that is an error."""
     try:
-        record = json.loads(line)
+        outcome: dict[str, Any] = json.loads("{" + task.outcome + "}")
     except (ValueError, RecursionError) as error:
-        start = re.match(r'\{"id": (\d+), "task": ', line)
-        if not start:
-            raise ValueError("not a record") from None
-        problem = {"type": "ValueError", "message": f"the outcome is not JSON: {error}", "traceback": ""}
-        return {"id": int(start.group(1)), "task": None, "error": problem, "worker": "", "attempts": 1}
-    if not isinstance(record, dict) or not isinstance(record.get("id"), int) or "task" not in record:
-        raise ValueError("not a record")
-    return record
+        return {"error": {"type": "ValueError", "message": f"the outcome is not JSON: {error}", "traceback": ""}}
+    return outcome
 
 
-def format_record(task: Task, members: str, worker: str) -> str:
-    """One line of the results file."""
-    attempts = max(1, task.failures + task.losses + members.startswith('"result"'))
-    return f'{{"id": {task.id}, "task": {task.text}, {members}, "worker": {worker}, "attempts": {attempts}}}'
+def count_attempts(task: Task) -> int:
+    """How often a task was run, as far as the master knows."""
+    return task.failures + task.losses + task.outcome.startswith('"result"')
+
+
+def format_records(tasks: list[Task]) -> str:
+    """Lines of the results file, put together from JSON texts: what workers sent is not read, however large it is."""
+    return "".join(
+        [
+            f'{{"id": {task.id}, "task": {task.text}, {task.outcome}, '
+            f'"worker": "{task.worker}", "attempts": {count_attempts(task)}}}\n'
+            for task in tasks
+        ]
+    )
 
 
 # ---- server --------------------------------------------------------------------------------------------------------
@@ -860,7 +868,7 @@ class QueueServer(managers.Server):
             self._pending.pop(conn, None)
             self._open.add(conn)
         host = conn.sock.getpeername()[0]
-        name = "".join(filter(str.isprintable, str(name)[:100]))
+        name = re.sub(r"[^!-~]|[\"\\]", "?", str(name)[:100])  # it goes into records and onto terminals
         _this_thread.peer = Peer(name if "/" in name else f"{host}/{name}", conn)
         conn.settle(None)  # a plain client may be silent while it works; only the system's keepalive watches it
         super().accept_connection(conn, name)
@@ -906,8 +914,15 @@ def refuse_constant(name: str) -> Any:
     raise ValueError(f"{name} is not JSON")
 
 
+# The scanner that json.loads calls: a third of the time, without what stands around it there.
+scan_json = json.JSONDecoder(parse_constant=refuse_constant).scan_once  # type: ignore[attr-defined]
+
+
 def check_json(text: str) -> str:
     """The JSON text of one value, without the white space around it. Raises ValueError when it is none."""
+    with contextlib.suppress(StopIteration, ValueError, RecursionError):
+        if scan_json(text, 0)[1] == len(text):
+            return text
     text = text.strip(" \t\r\n")
     try:
         json.loads(text, parse_constant=refuse_constant)
@@ -976,9 +991,6 @@ def read_lines(descriptor: int, name: str) -> Iterator[list[bytes]]:
         yield [b"".join(rest)]
 
 
-Sink = Callable[["list[int]", "list[str]"], None]  # takes ids and their records
-
-
 class ResultsFile:
     """The records, appended one line each: the memory of the job.
 
@@ -999,9 +1011,9 @@ class ResultsFile:
             raise Failure(f"cannot write the results file {path}: {explain_error(error)}") from None
         self._unsynced_since: float | None = None
 
-    def write(self, _ids: list[int], lines: list[str]) -> None:
-        """Append records; when this returns, they survive the end of this process. Raises OSError."""
-        data = memoryview(("\n".join(lines) + "\n").encode("utf-8", "replace"))
+    def write(self, tasks: list[Task]) -> None:
+        """Append the records of tasks; when this returns, they survive the end of this process. Raises OSError."""
+        data = memoryview(format_records(tasks).encode("utf-8", "replace"))
         while data:
             data = data[os.write(self._fd, data) :]
         self._unsynced_since = self._unsynced_since or time.monotonic()
@@ -1083,6 +1095,21 @@ class ResultsFile:
         return True
 
 
+def load_record(line: str) -> dict[str, Any]:
+    """A record. What a worker sent may be no JSON (the part before it is ours): then it is an error. Raises ValueError."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        start = re.match(r'\{"id": (\d+), "task": ', line)
+        if not start:
+            raise ValueError("not a record") from None
+        problem = {"type": "ValueError", "message": f"the outcome is not JSON: {error}", "traceback": ""}
+        return {"id": int(start.group(1)), "task": None, "error": problem, "worker": "", "attempts": 1}
+    if not isinstance(record, dict) or not isinstance(record.get("id"), int) or "task" not in record:
+        raise ValueError("not a record")
+    return record
+
+
 def digest_task(value: Any) -> int:
     """64 bits that stand for a task, however it was written; never 0."""
     text = json.dumps(value, sort_keys=True)
@@ -1128,39 +1155,39 @@ class Printer:
                 console.write(sys.stdout, "Try get results...\n")
             self._tried = True
 
-    def write(self, _ids: list[int], lines: list[str]) -> None:
+    def write(self, tasks: list[Task]) -> None:
+        """The results; errors are told on standard error."""
         self.try_get()
-        results = [record["result"] for record in map(load_record, lines) if "result" in record]
+        results = [outcome["result"] for outcome in map(load_outcome, tasks) if "result" in outcome]
         shown = [f"Result: {value if isinstance(value, str) else json.dumps(value)}\n" for value in results]
         with self._lock:
             console.write(sys.stdout, "".join(shown))
 
 
 class Sequencer:
-    """Passes records on in the order of their ids, and holds leasing back while too many wait for their turn."""
+    """Passes settled tasks on in the order of their ids, and holds leasing back while too many wait for their turn."""
 
     def __init__(self, ledger: Ledger, sink: Sink, kept: Sequence[int]) -> None:
         self._ledger, self._sink, self._kept = ledger, sink, kept
-        self._waiting: dict[int, str] = {}
+        self._waiting: dict[int, Task] = {}
         self._size = 0  # characters that wait
         self._next = 0
         self._pass_on()
 
-    def write(self, ids: list[int], lines: list[str]) -> None:
-        self._waiting.update(zip(ids, lines))
-        self._size += sum(map(len, lines))
+    def write(self, tasks: list[Task]) -> None:
+        self._waiting.update([(task.id, task) for task in tasks])
+        self._size += sum([len(task.outcome) for task in tasks])
         self._pass_on()
 
     def _pass_on(self) -> None:
-        ids: list[int] = []
+        tasks: list[Task] = []
         while self._next in self._waiting or (self._next < len(self._kept) and self._kept[self._next]):
             if self._next in self._waiting:
-                ids.append(self._next)
+                tasks.append(self._waiting.pop(self._next))
             self._next += 1
-        lines = [self._waiting.pop(task_id) for task_id in ids]
-        self._size -= sum(map(len, lines))
-        if lines:
-            self._sink(ids, lines)
+        self._size -= sum([len(task.outcome) for task in tasks])
+        if tasks:
+            self._sink(tasks)
         self._ledger.set_horizon(self._next + (WINDOW if self._size < WINDOW_BYTES else 1))
 
 
@@ -1278,7 +1305,7 @@ class TaskMaster:
         self._local = LocalWorker(workers, what + ["--tls"] * tls) if workers else None
         self._restarts = 0
         self._recording = threading.Lock()  # guards the output, and the order of deciding and writing
-        self._sink: Sink = lambda ids, lines: None
+        self._sink: Sink = lambda tasks: None
         self.workers: dict[str, WorkerStats] = collections.defaultdict(WorkerStats)  # by name
         self.broken: BaseException | None = None  # what the sink raised: nothing can be recorded any more
         self._closing = False
@@ -1321,16 +1348,16 @@ class TaskMaster:
         The ids count from 0 in each call. Waits for ever while there is no worker. Raises Failure when the job cannot
         go on, TypeError or ValueError for a task that is not JSON, after the records of those before it.
         """
-        records: queue.SimpleQueue[list[str]] = queue.SimpleQueue()
+        settled: queue.SimpleQueue[list[Task]] = queue.SimpleQueue()
         first, seen = self._next_id, 0
         self.ledger.set_horizon(first + WINDOW)
-        self.begin(([json.dumps(task, allow_nan=False)] for task in tasks), lambda ids, lines: records.put(lines))
+        self.begin(encode_tasks(tasks), settled.put)
         try:
             while True:
                 finished = self.done.is_set()  # asked before looking for the last records
                 with contextlib.suppress(queue.Empty):
-                    for line in records.get(timeout=0 if finished else 0.01):
-                        yield make_record(line, first)
+                    for task in settled.get(timeout=0 if finished else 0.01):
+                        yield make_record(task, first)
                         seen += 1
                         if seen % 1000 == 0:
                             self.ledger.set_horizon(first + seen + WINDOW)
@@ -1345,7 +1372,7 @@ class TaskMaster:
             raise self.problem
 
     def begin(self, batches: Iterable[list[str]], sink: Sink) -> None:
-        """Start reading tasks, as JSON texts; `sink` gets ids and records, and its OSError ends the job.
+        """Start reading tasks, as JSON texts; `sink` gets those that are settled, and an OSError of it ends the job.
 
         `done` is set in the end. Until then `look` must be called now and then.
         """
@@ -1433,10 +1460,8 @@ class TaskMaster:
             self.workers[peer.name].tasks += len(outcomes)
             self.workers[peer.name].busy += busy
         self._restarts = 0
-        for task, members in retried:
-            self._log(
-                f"task {task.id} is retried: {explain_members(members)} on {peer.name}, attempt {task.failures + task.losses}"
-            )
+        for task in retried:
+            self._log(f"task {task.id} is retried: {explain_outcome(task)} on {peer.name}, attempt {count_attempts(task)}")
         self._check_done()
 
     def goodbye(self, peer: Peer) -> None:
@@ -1444,10 +1469,12 @@ class TaskMaster:
         with self._recording:
             again, given_up = self.ledger.drop(peer)
             with contextlib.suppress(OSError):  # noted as the problem that ends the job
-                self._record([(task, describe_loss(task)) for task in given_up], peer.name)
+                for task in given_up:
+                    task.outcome = describe_loss(task)
+                self._record(given_up, peer.name)
             last = peer.enlisted_at is not None and self._count_out(peer.name, peer.enlisted_at)
         if again:
-            shown = ", ".join([f"{task.id} (attempt {task.failures + task.losses})" for task in again[:5]])
+            shown = ", ".join([f"{task.id} (attempt {count_attempts(task)})" for task in again[:5]])
             more = f" and {len(again) - 5} more" if len(again) > 5 else ""
             self._log(f"redelivered since {peer.name} was lost: task {shown}{more}")
         if last and not self._closing:
@@ -1461,23 +1488,20 @@ class TaskMaster:
         stats.connected += time.monotonic() - since
         return not stats.slots
 
-    def _record(self, settled: list[tuple[Task, str]], name: str) -> None:
+    def _record(self, settled: list[Task], name: str) -> None:
         """Write records; called with the output's lock held."""
         if not settled:
             return
-        worker = json.dumps(name)
-        self.guard(
-            self._sink,
-            [task.id for task, _ in settled],
-            [format_record(task, members, worker) for task, members in settled],
-        )
+        for task in settled:
+            task.worker = name
+        self.guard(self._sink, settled)
         self.recorded += len(settled)
-        for task, members in settled:
-            if members.startswith('"error"'):
-                self._note_failure(task, f"{explain_members(members)} on {name}")
+        for task in settled:
+            if not task.outcome.startswith('"result"'):
+                self._note_failure(task)
 
-    def _note_failure(self, task: Task, reason: str) -> None:
-        text = f"task {task.id} failed: {reason}, attempt {task.failures + task.losses}"
+    def _note_failure(self, task: Task) -> None:
+        text = f"task {task.id} failed: {explain_outcome(task)} on {task.worker}, attempt {count_attempts(task)}"
         self._log(text)
         if len(self.failures) < 5:
             self.failures.append(text)
@@ -1496,21 +1520,45 @@ def describe_loss(task: Task) -> str:
     return format_error("WorkerLost", f"its worker was lost {times}; it may have run") + ', "seconds": null'
 
 
-def explain_members(members: str) -> str:
-    """The error in the members of a record, for a person, on one line."""
+def explain_outcome(task: Task) -> str:
+    """The error of a task, for a person, on one line."""
     try:
-        error = json.loads("{" + members + "}")["error"]
+        error = load_outcome(task)["error"]
         text = f"{error['type']}: {error['message']}"
-    except (ValueError, KeyError, TypeError):
-        text = members
+    except (KeyError, TypeError):
+        text = task.outcome
     return " ".join(text.split())[:200]
 
 
-def make_record(line: str, first: int) -> Record:
-    """A line of the results file as a Record, its id counted from `first`."""
-    record = load_record(line)
-    record["id"] -= first
-    return Record(*map(record.get, Record._fields))  # type: ignore[arg-type]  # since a worker may lie
+def encode_tasks(tasks: Iterable[Any]) -> Iterator[list[str]]:
+    """Tasks as JSON texts: in batches if all of them are there, else singly as they come. Raises TypeError, ValueError."""
+    encode = json.JSONEncoder(allow_nan=False).encode
+    texts: list[str] = []
+    size = 1000 if isinstance(tasks, Sequence) else 1
+    try:
+        for task in tasks:
+            texts.append(encode(task))
+            if len(texts) == size:
+                yield texts
+                texts = []
+    except Exception:  # the tasks before it count
+        yield texts
+        raise
+    yield texts
+
+
+def make_record(task: Task, first: int) -> Record:
+    """A settled task as a Record, its id counted from `first`."""
+    outcome = load_outcome(task)
+    return Record(
+        task.id - first,
+        json.loads(task.text),
+        outcome.get("result"),
+        outcome.get("error"),
+        outcome.get("seconds"),
+        task.worker,
+        count_attempts(task),
+    )
 
 
 def is_loopback(host: str) -> bool:
@@ -1614,9 +1662,9 @@ def verify_tasks(options: argparse.Namespace, results: ResultsFile) -> None:
                 break
 
 
-def write_records(_ids: list[int], lines: list[str]) -> None:
+def print_records(tasks: list[Task]) -> None:
     """The sink for --results -."""
-    console.write(sys.stdout, "\n".join(lines) + "\n")
+    console.write(sys.stdout, format_records(tasks))
 
 
 def show_time(seconds: float) -> str:
@@ -1659,7 +1707,7 @@ class Job:
         kept: Sequence[int] = ()
         sink: Sink
         if self._options.results == "-":
-            sink = write_records
+            sink = print_records
         elif self._options.results:
             results = self._results = ResultsFile(self._options.results, self._options.resume)
             kept = results.kept
