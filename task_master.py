@@ -296,15 +296,16 @@ class Console:
         self._next_at = time.monotonic() + PROGRESS_INTERVAL
 
     def write(self, stream: TextIO, text: str) -> None:
-        """Write whole lines to standard output or standard error."""
+        """Write whole lines to standard output or standard error. Raises OSError."""
         with self._lock:
             self.clear()
             stream.write(text)
             stream.flush()
 
     def say(self, text: str) -> None:
-        """One line on standard error."""
-        self.write(sys.stderr, f"task_master: {text}\n")
+        """One line on standard error; the job goes on when nobody can read it any more."""
+        with contextlib.suppress(OSError, ValueError):
+            self.write(sys.stderr, f"task_master: {text}\n")
 
     def show(self, parts: list[str]) -> None:
         """Progress, the most important part first: as much as fits on a terminal, elsewhere a line now and then."""
@@ -667,9 +668,9 @@ class TaskQueue:
         tasks = self._lease(limit, wait)
         return None if tasks is None else "\n".join([f"{task.id} {task.text}" for task in tasks])
 
-    def release(self, task_ids: list[int]) -> None:
-        """Hand back tasks that were not run."""
-        self._ledger.release(caller(), task_ids)
+    def release(self, task_ids: str) -> None:
+        """Hand back tasks that were not run; their ids are separated by blanks."""
+        self._ledger.release(caller(), map(int, task_ids.split()))
 
     def beat(self) -> None:
         """The caller lives: its connection has been heard of."""

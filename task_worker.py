@@ -44,7 +44,7 @@ import sys
 import threading
 import time
 from multiprocessing import AuthenticationError, connection
-from typing import TYPE_CHECKING, Any, Callable, NoReturn
+from typing import TYPE_CHECKING, Any, Callable, NoReturn, TextIO
 
 if TYPE_CHECKING:
     import ssl
@@ -254,6 +254,7 @@ def read_key(path: str | None) -> bytes:
 
 TASKS, RESULTS = "get_task_queue", "get_result_queue"  # what the tutorial calls them; also their ids on the wire
 LEASE_SECONDS = 0.2  # of work to lease at a time, when the master is near
+MAX_LEASE_SECONDS = 10.0  # of work, however far the master
 ROUND_TRIP_SHARE = 0.05  # at most this part of a slot's time should go to round trips
 LEASE_WAIT = 20.0  # seconds that a request for tasks may wait at the master
 REPORT_INTERVAL = 0.5  # seconds between reports while a lease is worked on
@@ -270,9 +271,10 @@ POSITION, STARTED_AT, REVOKED = range(3)  # the shared memory between a slot and
 Function = Callable[[Any], Any]
 
 
-def say(text: str) -> None:
-    """One line on standard error."""
-    print(f"task_worker: {text}", file=sys.stderr, flush=True)
+def say(text: str, stream: TextIO | None = None) -> None:
+    """One line, on standard error unless told otherwise; work goes on when nobody can read it any more."""
+    with contextlib.suppress(OSError, ValueError):
+        print(text if stream else f"task_worker: {text}", file=stream or sys.stderr, flush=True)
 
 
 # ---- functions: what is done with a task ---------------------------------------------------------------------------
@@ -364,7 +366,8 @@ def run_child(pipe: Any, shared: Any, function_spec: str | None, command: str | 
 def leave_terminal() -> None:
     """A session of its own: Ctrl-C in the terminal reaches the parent alone, and a kill takes the whole group."""
     if hasattr(os, "setsid"):
-        os.setsid()
+        with contextlib.suppress(OSError):  # it has one
+            os.setsid()
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # forgets one that came in before
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -402,18 +405,20 @@ def run_tasks(function: Function, lines: list[str], pipe: Any, shared: Any) -> N
         now = clock()
         outcomes.append(f'{task_id} {members}, "seconds": {now - started_at:.6f}')
         size += len(members)
-        if now - flushed_at > FLUSH_INTERVAL or size > 1 << 20:
-            flush_output()
-            pipe.send_bytes(b"+" + "\n".join(outcomes).encode())
+        if now - flushed_at > FLUSH_INTERVAL or size > 1 << 20 or sys.stdout.closed:
+            pipe.send_bytes(b"+" + finish_output("\n".join(outcomes)))
             outcomes, size, flushed_at = [], 0, now
-    flush_output()
-    pipe.send_bytes(b"." + "\n".join(outcomes).encode())
+            if sys.stdout.closed:
+                sys.exit()  # the next task is to find what it expects, in a new child
+    pipe.send_bytes(b"." + finish_output("\n".join(outcomes)))
 
 
-def flush_output() -> None:
+def finish_output(outcomes: str) -> bytes:
+    """Outcomes as they go to the slot, once all that their tasks printed has gone out."""
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(Exception):  # the task may have closed or replaced it
+        with contextlib.suppress(Exception):  # a task may have closed or replaced it
             stream.flush()
+    return outcomes.encode()
 
 
 def describe_error(error: BaseException) -> str:
@@ -442,7 +447,7 @@ def format_error(kind: str, message: str, trace: str = "") -> str:
 
 
 class ChildDied(Exception):
-    """The child process has ended; says how."""
+    """The child process has ended; says how, in the words of a record's error: its type and its message."""
 
 
 class Child:
@@ -455,16 +460,16 @@ class Child:
     def __init__(self, function: str | None, command: str | None) -> None:
         self._arguments = (function, command)
         self._shared = self.context.RawArray("d", 3)
-        self._reason: str | None = None
+        self.overdue: int | None = None  # the position of the task for which it was killed
 
     def start(self) -> None:
         """Start the process. Its first message says why it cannot load the function, or nothing."""
-        self._reason = None
+        self.overdue = None
         self._pipe, theirs = self.context.Pipe()
         self._process = self.context.Process(target=run_child, args=(theirs, self._shared, *self._arguments))
         with self.starting:
             if self.closed:
-                raise ChildDied("the worker is leaving")
+                raise ChildDied("ProcessDied", "the worker is leaving")
             self._process.start()
         theirs.close()
 
@@ -472,7 +477,7 @@ class Child:
         """Hand over tasks, to be run in this order; each message of outcomes comes back through `receive`."""
         self._shared[POSITION], self._shared[REVOKED], self._shared[STARTED_AT] = -1, 0, time.perf_counter()
         with contextlib.suppress(OSError):  # it just died: `receive` finds out
-            self._pipe.send_bytes("\n".join(lines).encode())
+            self._pipe.send_bytes("\n".join(lines).encode("utf-8", "replace"))
 
     def receive(self, timeout: float) -> bytes | None:
         """The next message, or None when there was none for `timeout` seconds. Raises ChildDied."""
@@ -483,7 +488,7 @@ class Child:
             if self._pipe.poll():  # what it said before it died counts
                 return self._pipe.recv_bytes()
         self._process.join(EXIT_GRACE)
-        raise ChildDied(self._reason or describe_exit(self._process.exitcode))
+        raise ChildDied("ProcessDied", describe_exit(self._process.exitcode))
 
     def position(self) -> int:
         """Of the task that was started last, in the list that was fed; -1 when none was."""
@@ -497,9 +502,8 @@ class Child:
         """Start no more of the tasks that were fed: the child ends with the one that runs."""
         self._shared[REVOKED] = 1
 
-    def kill(self, reason: str | None = None) -> None:
-        """Kill the process and all that it started; `reason` is what ChildDied will say."""
-        self._reason = reason
+    def kill(self) -> None:
+        """Kill the process and all that it started."""
         with contextlib.suppress(OSError, AttributeError):
             if hasattr(os, "killpg") and os.getpgid(self._process.pid or 0) == self._process.pid:
                 os.killpg(self._process.pid, signal.SIGKILL)
@@ -546,7 +550,7 @@ class Link:
             self._connection.close()
             if isinstance(error, AssertionError):  # how Python up to 3.11 says that this is no challenge
                 raise EOFError("another program answers there") from None
-            if "timed out" in str(error):
+            if "timed out" in str(error) or "peer closed" in str(error):
                 raise EOFError("it took the connection and says nothing; does it listen with --tls?") from None
             raise
         self._connection.settle(SILENCE_LIMIT - 5)  # to be done with it before the master is
@@ -554,12 +558,21 @@ class Link:
         self.called_at = time.monotonic()
 
     def call(self, queue: str | None, method: str, *args: object) -> Any:
-        self._connection.send((queue, method, args, {}))
-        kind, result = self._connection.recv()
+        """Call a method of one of the queues."""
+        return self.call_all([(queue, method, args)])[0]
+
+    def call_all(self, calls: list[tuple[str | None, str, tuple[object, ...]]]) -> list[Any]:
+        """Make several calls, of which only the last may wait at the master, in one round trip."""
+        for queue, method, args in calls:
+            self._connection.send((queue, method, args, {}))
+        results = []
+        for _ in calls:
+            answer = self._connection.recv()
+            if not isinstance(answer, tuple) or len(answer) != 2 or answer[0] != "#RETURN":
+                raise EOFError(f"it answers {str(answer)[:200]}")
+            results.append(answer[1])
         self.called_at = time.monotonic()
-        if kind != "#RETURN":
-            raise EOFError(f"the master answered {method} with {kind}: {str(result).strip().splitlines()[-1:]}")
-        return result
+        return results
 
 
 class Slot(threading.Thread):
@@ -612,60 +625,71 @@ class Slot(threading.Thread):
         try:
             self._greet(self._link)
             limit = 1
-            while not self._worker.leaving.is_set():
-                lease = self._link.call(TASKS, "lease", limit, LEASE_WAIT)
+            while self._link and not self._worker.leaving.is_set():
+                lease = self._trade(self._link, limit)
                 if lease is None:
                     self._worker.job_over()
                     return
                 if lease:
                     limit = self._work(lease.split("\n"))
-                if self._link is None:
-                    self._worker.lost("it does not answer")
-                    return
+            if self._link is None:
+                self._worker.lost("it does not answer")
         except (OSError, EOFError) as error:
             self._worker.lost(explain_error(error))
         finally:
+            self._report()
             if self._link:
                 self._link.close()
 
     def _greet(self, link: Link) -> None:
-        """Exchange settings; report what was finished under a lost connection, if the master is still the same."""
+        """Exchange settings. What was finished under a lost connection is kept, if the master is still the same."""
         asked_at = time.monotonic()
         settings = link.call(TASKS, "settings", PROTOCOL)
         self._round_trip = time.monotonic() - asked_at
-        if settings["protocol"] != PROTOCOL:
+        try:
+            protocol, run_id, self._timeout = settings["protocol"], settings["run"], settings["timeout"]
+        except (KeyError, TypeError):
+            raise EOFError("it does not state its settings") from None
+        if protocol != PROTOCOL:
             raise Failure(
-                f"the master at {self._worker.place} speaks protocol {settings['protocol']}, this worker {PROTOCOL}: "
+                f"the master at {self._worker.place} speaks protocol {protocol}, this worker {PROTOCOL}: "
                 "copy the task_worker.py of the master's host here",
                 3,
             )
-        if settings["run"] != self._run_id:
-            self._run_id = settings["run"]
-            self._outcomes, self._size, self._busy = [], 0, 0.0
-        self._timeout = settings["timeout"]
-        self._report()
+        if run_id != self._run_id:
+            self._run_id, self._outcomes, self._size, self._busy = run_id, [], 0, 0.0
+
+    def _trade(self, link: Link, limit: int) -> str | None:
+        """Report what is finished and lease anew, in one round trip. Returns what `lease` does."""
+        report, count = self._next_report()
+        asked_at = time.monotonic()
+        *_, lease = link.call_all([*report, (TASKS, "lease", (limit, LEASE_WAIT))])
+        self._acknowledge(count, asked_at)
+        if lease is not None and not isinstance(lease, str):
+            raise EOFError("it leases what is no task")
+        return lease
 
     def _work(self, lines: list[str]) -> int:
         """Run a lease to its end. Returns how many tasks to ask for next."""
         leased, begun_at = len(lines), time.monotonic()
-        idle_deaths = 0
-        self.child.feed(lines)
+        futile = 0  # children in a row that died before they got anywhere
         done = 0  # tasks of `lines` that have an outcome
+        self.child.feed(lines)
         while True:
             lines = self._shorten(lines)
             try:
                 message = self.child.receive(self._patience())
             except ChildDied as death:
-                lines, culprit = self._bury(lines, done, str(death))
-                idle_deaths = 0 if culprit else idle_deaths + 1
-                if idle_deaths == 3:
+                remaining = self._bury(lines, done, death)
+                futile = futile + 1 if remaining == lines else 0
+                if futile == 3 or Child.closed:
                     raise
+                lines, done = remaining, 0
                 self._report()
                 self._start_child()
                 if not lines:
                     break
                 self.child.feed(lines)
-                done = 0
                 continue
             if message is not None:
                 done += self._keep(message[1:].decode())
@@ -676,11 +700,10 @@ class Slot(threading.Thread):
         self._release(lines[done:])  # revoked just before they were started
         spent = time.monotonic() - begun_at
         self._busy += spent
-        self._report()
         return self._next_limit(leased, spent)
 
     def _next_limit(self, leased: int, spent: float) -> int:
-        wanted = max(LEASE_SECONDS, 2 * self._round_trip / ROUND_TRIP_SHARE)
+        wanted = min(MAX_LEASE_SECONDS, max(LEASE_SECONDS, self._round_trip / ROUND_TRIP_SHARE))
         return max(1, min(2 * leased, int(wanted * leased / max(spent, 1e-6))))
 
     def _patience(self) -> float:
@@ -707,19 +730,23 @@ class Slot(threading.Thread):
         self._size += len(outcomes)
         return outcomes.count("\n") + 1
 
-    def _bury(self, lines: list[str], done: int, reason: str) -> tuple[list[str], bool]:
+    def _bury(self, lines: list[str], done: int, death: ChildDied) -> list[str]:
         """After the child's death: the outcome for the task that ran. Returns the tasks that still have none."""
-        position = self.child.position()
-        if position < done:
-            return lines[done:], False
-        kind = "TimeoutError" if reason.startswith("no result") else "ProcessDied"
+        kind, reason = death.args
+        position, overdue = self.child.position(), self.child.overdue
+        if overdue is not None:
+            kind, reason = "TimeoutError", f"no result within the time limit of {self._timeout:g} s"
+        if position < done or Child.closed or overdue not in (None, position):  # it had finished, or we did it
+            return lines[done:]
         seconds = f', "seconds": {self.child.running_for():.6f}'
         self._keep(f"{lines[position].partition(' ')[0]} {format_error(kind, reason)}{seconds}")
-        return lines[done:position] + lines[position + 1 :], True
+        return lines[done:position] + lines[position + 1 :]
 
     def _enforce_timeout(self, done: int) -> None:
-        if self._timeout is not None and self.child.position() >= done and self.child.running_for() > self._timeout:
-            self.child.kill(f"no result within the time limit of {self._timeout:g} s")
+        position = self.child.position()
+        if self._timeout is not None and position >= done and self.child.running_for() > self._timeout:
+            self.child.overdue = position
+            self.child.kill()
 
     def _keep_in_touch(self) -> None:
         """Report now and then, and let the master know that a busy slot lives."""
@@ -732,21 +759,31 @@ class Slot(threading.Thread):
     def _report(self) -> None:
         """Hand all outcomes to the master; they are kept when the connection is lost meanwhile."""
         while self._outcomes and self._link:
-            text, count = self._outcomes[0], 1
-            while count < len(self._outcomes) and len(text) < REPORT_SIZE:
-                text, count = text + "\n" + self._outcomes[count], count + 1
+            [(queue, method, args)], count = self._next_report()
             asked_at = time.monotonic()
-            if not self._tell(RESULTS, "report", self._run_id, text, round(self._busy, 6)):
-                return
-            self._round_trip = (self._round_trip + time.monotonic() - asked_at) / 2
-            del self._outcomes[:count]
-            self._busy = 0.0
+            if self._tell(queue, method, *args):
+                self._acknowledge(count, asked_at)
+
+    def _next_report(self) -> tuple[list[tuple[str, str, tuple[object, ...]]], int]:
+        """The call that reports as many messages of outcomes as one report may hold, and how many; none if there are none."""
+        if not self._outcomes:
+            return [], 0
+        size, count = len(self._outcomes[0]), 1
+        while count < len(self._outcomes) and size + len(self._outcomes[count]) < REPORT_SIZE:
+            size, count = size + len(self._outcomes[count]), count + 1
+        return [(RESULTS, "report", (self._run_id, "\n".join(self._outcomes[:count]), self._busy))], count
+
+    def _acknowledge(self, count: int, asked_at: float) -> None:
+        """The first `count` messages of outcomes are recorded."""
+        now = time.monotonic()
+        self._round_trip = min(now - asked_at, 1.25 * self._round_trip)  # the call may have waited, for tasks or a disk
+        del self._outcomes[:count]
         self._size = sum(map(len, self._outcomes))
-        self._reported_at = time.monotonic()
+        self._busy, self._reported_at = 0.0, now
 
     def _release(self, lines: list[str]) -> None:
         if lines:
-            self._tell(TASKS, "release", [int(line.partition(" ")[0]) for line in lines])
+            self._tell(TASKS, "release", " ".join([line.partition(" ")[0] for line in lines]))
 
     def _tell(self, queue: str, method: str, *args: object) -> bool:
         """Call the master if it can be reached. False when it cannot: the link is gone then."""
@@ -763,31 +800,22 @@ class Slot(threading.Thread):
 class Worker:
     """The slots of this host, and what they share: the way to the master and the reasons to leave."""
 
-    def __init__(
-        self,
-        address: tuple[str, int],
-        authkey: bytes,
-        processes: int,
-        function: str | None,
-        command: str | None,
-        wait: float,
-        tls: bool,
-        quiet: bool,
-    ) -> None:
-        self.function, self.command = function, command
-        self.place = show_address(address)
+    def __init__(self, options: argparse.Namespace, authkey: bytes) -> None:
+        """`options` are those of the command line."""
+        self.function, self.command = options.function, options.command
         self.leaving = threading.Event()
-        self._address, self._authkey = address, authkey
+        self._address, self._authkey = (options.host, options.port), authkey
+        self.place = show_address(self._address)
         self._name = f"{socket.gethostname()}/{os.getpid()}"
-        self._context = make_tls_context(authkey, server_side=False) if tls else None
-        self._say: Callable[[str], None] = (lambda text: None) if quiet else say
-        self._wait = wait  # seconds to look for the master; 0: for ever
+        self._context = make_tls_context(authkey, server_side=False) if options.tls else None
+        self._say: Callable[[str], None] = (lambda text: None) if options.quiet else say
+        self._wait = options.wait  # seconds to look for the master; 0: for ever
         self._lock = threading.Lock()
         self._announced = False
         self._connected: bool | None = None  # None: never yet
         self._lost_at = time.monotonic()
         self._failure: Failure | None = None
-        self._slots = [Slot(self) for _ in range(processes)]
+        self._slots = [Slot(self) for _ in range(options.processes)]
 
     def run(self) -> int:
         """Serve until the job is over. Returns the exit status; blocks meanwhile. Raises Failure."""
@@ -811,7 +839,7 @@ class Worker:
         """A link to the master, tried until --wait has passed (then Failure) or the worker leaves (then None)."""
         with self._lock:
             if not self._announced:
-                print(f"Connect to server {self._address[0]}...", flush=True)
+                say(f"Connect to server {self._address[0]}...", sys.stdout)
             self._announced = True
         delay = 0.05
         while not self.leaving.is_set():
@@ -884,6 +912,7 @@ class Worker:
         """The first one drains, the second leaves at once."""
         if self.leaving.is_set():
             say("leaving at once")
+            Child.closed = True  # so that no slot reports a task that is killed here
             for slot in self._slots:
                 slot.child.kill()
             os._exit(128 + number)
@@ -951,16 +980,7 @@ def main(argv: list[str] | None = None) -> int:
     options = make_parser().parse_args(argv)
     raise_file_limit()
     try:
-        worker = Worker(
-            (options.host, options.port),
-            find_key(options),
-            options.processes,
-            options.function,
-            options.command,
-            options.wait,
-            options.tls,
-            options.quiet,
-        )
+        worker = Worker(options, find_key(options))
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, worker.handle_signal)
         status = worker.run()
@@ -969,7 +989,7 @@ def main(argv: list[str] | None = None) -> int:
         return failure.status
     except KeyboardInterrupt:  # before there was anything to drain
         return 128 + signal.SIGINT
-    print("worker exit.", flush=True)
+    say("worker exit.", sys.stdout)
     return status
 
 
