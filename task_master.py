@@ -37,6 +37,7 @@ import array
 import collections
 import contextlib
 import errno
+import gc
 import hashlib
 import hmac
 import io
@@ -47,6 +48,7 @@ import queue
 import random
 import re
 import secrets
+import selectors
 import shlex
 import shutil
 import signal
@@ -58,7 +60,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from multiprocessing import connection, managers
+from multiprocessing import managers
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable, NamedTuple, NoReturn, TextIO
 
@@ -268,9 +270,11 @@ def read_key(path: str | None) -> bytes:
 
 # ---- end of the wire -----------------------------------------------------------------------------------------------
 
-READY_LIMIT = 100_000  # tasks read and not yet leased; the reader waits while there are more
+READY_LIMIT = 50_000  # tasks read and not yet leased; the reader waits while there are more
 READY_BYTES = 64 << 20  # and characters of their text
+LEASE_LIMIT = 5_000  # tasks in one lease
 LEASE_BYTES = 8 << 20  # characters of text in one lease, unless a single task has more
+LEASE_FLOOR = 16  # a slot gets this part of what it asked for even if its share is smaller
 IDLE_POLLS = 50.0  # requests for tasks a second from all idle slots together, at most (but each may ask every second)
 PENDING_LIMIT = 256  # connections that have not finished the handshake; the oldest must give way
 BACKLOG = 1024  # connections that the system holds for us; multiprocessing's 16 would lose those of a large farm
@@ -379,7 +383,8 @@ class Ledger:
     def __init__(self, retries: int = 0, redeliveries: int = 2, batch: int | None = None) -> None:
         self._retries, self._redeliveries, self._batch = retries, redeliveries, batch
         self._lock = threading.Lock()
-        # notified for each task that becomes READY, and when `lease` begins to return None; awaited in `wait_ready`
+        # notified while a task is READY, once for each one that waits; and when `lease` begins to return None.
+        # Awaited in `wait_ready`
         self._tasks_ready = threading.Condition(self._lock)
         # notified when leasing leaves room for more READY tasks, and when the ledger is closed; awaited in `submit`
         self._room = threading.Condition(self._lock)
@@ -450,12 +455,14 @@ class Ledger:
     def lease(self, holder: object, limit: int) -> list[Task] | None:
         """Up to `limit` tasks for a holder, [] when there is none yet, None when the ledger is closed. Never blocks.
 
-        Slots share what is READY; a task that was lost before, or may not be lost, is leased alone.
+        Slots share what is READY, but calls for a handful of tiny tasks would cost more than a fair share is worth. A
+        task that was lost before, or may not be lost, is leased alone.
         """
         with self._lock:
             if self._closed:
                 return None
-            limit = min(limit, self._batch or limit, 1 + self._counts[READY] // (2 * len(self._slots) or 1))
+            share = self._counts[READY] // (2 * len(self._slots) or 1)
+            limit = min(limit, LEASE_LIMIT, self._batch or limit, max(share, limit // LEASE_FLOOR))
             lease = self._take(max(1, limit))
             for task in lease:
                 task.holder = holder
@@ -463,6 +470,7 @@ class Ledger:
             self._move(lease, LEASED)
             if self._has_room():
                 self._room.notify_all()
+            self._wake_next()
             return lease
 
     def release(self, holder: object, task_ids: Iterable[int]) -> None:
@@ -517,6 +525,7 @@ class Ledger:
             self._make_ready(again)
             self._held.pop(holder, None)
             self._slots.discard(holder)
+            self._wake_next()  # it may have been woken, and have died
             self._holder_gone.notify_all()
         return again, given_up
 
@@ -526,8 +535,7 @@ class Ledger:
             if self._horizon is None:
                 self._sort_ready()
             self._horizon = task_id
-            if self._next_ready():
-                self._tasks_ready.notify_all()
+            self._wake_next()
 
     def wait_empty(self, timeout: float) -> None:
         """Block until every slot has been dropped, for `timeout` seconds at most."""
@@ -581,7 +589,12 @@ class Ledger:
         self._ready.extend(tasks)
         if self._horizon is not None and not fresh:
             self._sort_ready()
-        self._tasks_ready.notify(len(tasks))
+        self._wake_next()
+
+    def _wake_next(self) -> None:
+        """Wake one that waits for tasks; it wakes the next if it leaves some. So a thousand do not wake for a few tasks."""
+        if self._next_ready():
+            self._tasks_ready.notify()
 
     def _sort_ready(self) -> None:
         self._ready = collections.deque(sorted(self._ready, key=lambda task: task.id))
@@ -631,12 +644,14 @@ class Peer:
     def __init__(self, name: str, conn: PlainConnection) -> None:
         self.name = name
         self.conn = conn
+        self._selector = getattr(selectors, "PollSelector", selectors.SelectSelector)()  # without a descriptor of its own
+        self._selector.register(conn.sock, selectors.EVENT_READ)
         self.enlisted_at: float | None = None  # as a slot
         self.taken: collections.deque[tuple[int, float]] = collections.deque()  # by `get`: task id, time of taking
 
     def is_gone(self) -> bool:
         """Whether it has closed the connection. Asked while it waits for an answer, so it has nothing to say."""
-        return bool(connection.wait([self.conn.sock], 0))
+        return bool(self._selector.select(0))
 
 
 _this_thread = threading.local()
@@ -1831,6 +1846,7 @@ def main(argv: list[str] | None = None) -> int:
     if options.resume and options.results in (None, "-"):
         parser.error("--resume needs the --results FILE of the job to carry on")
     raise_file_limit()
+    gc.set_threshold(100_000, 50, 100)  # tasks come and go by the thousand, and make no cycles: a quarter less time
     try:
         return Job(options, [sys.argv[0], *(sys.argv[1:] if argv is None else argv)]).run()
     except Failure as failure:

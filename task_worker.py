@@ -254,6 +254,7 @@ def read_key(path: str | None) -> bytes:
 
 TASKS, RESULTS = "get_task_queue", "get_result_queue"  # what the tutorial calls them; also their ids on the wire
 LEASE_SECONDS = 0.2  # of work to lease at a time, when the master is near
+LEASE_GROWTH = 8  # times the last lease, at most: what turns out to be slow is released
 MAX_LEASE_SECONDS = 10.0  # of work, however far the master
 ROUND_TRIP_SHARE = 0.05  # at most this part of a slot's time should go to round trips
 LEASE_WAIT = 20.0  # seconds that a request for tasks may wait at the master
@@ -387,7 +388,8 @@ def die_with_parent() -> NoReturn:
 
 def run_tasks(function: Function, lines: list[str], pipe: Any, shared: Any) -> None:
     """Run tasks (`ID TEXT`) and send their outcomes (`ID MEMBERS`), a message every FLUSH_INTERVAL and a last one."""
-    clock, loads, encode = time.perf_counter, json.loads, json.JSONEncoder(allow_nan=False).encode
+    clock, encode = time.perf_counter, json.JSONEncoder(allow_nan=False).encode
+    scan = json.JSONDecoder().scan_once  # type: ignore[attr-defined]  # json.loads without what stands around it, for time
     outcomes: list[str] = []
     size, flushed_at = 0, clock()
     for position, line in enumerate(lines):
@@ -397,7 +399,8 @@ def run_tasks(function: Function, lines: list[str], pipe: Any, shared: Any) -> N
         if shared[REVOKED]:
             break
         try:
-            members = '"result": ' + encode(function(loads(text)))
+            value = function(scan(text, 0)[0])
+            members = '"result": ' + (repr(value) if type(value) is int else encode(value))
             if len(members) > TEXT_LIMIT:
                 raise ValueError(f"the result has {len(members)} bytes as JSON, more than {TEXT_LIMIT}: write it to a file")
         except BaseException as error:  # SystemExit and KeyboardInterrupt too: no task may end its child
@@ -704,7 +707,7 @@ class Slot(threading.Thread):
 
     def _next_limit(self, leased: int, spent: float) -> int:
         wanted = min(MAX_LEASE_SECONDS, max(LEASE_SECONDS, self._round_trip / ROUND_TRIP_SHARE))
-        return max(1, min(2 * leased, int(wanted * leased / max(spent, 1e-6))))
+        return max(1, min(LEASE_GROWTH * leased, int(wanted * leased / max(spent, 1e-6))))
 
     def _patience(self) -> float:
         """Seconds to wait for the child before looking at the clock."""
