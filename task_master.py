@@ -262,9 +262,16 @@ def read_key(path: str | None) -> bytes:
         except OSError as error:
             if path is None and isinstance(error, FileNotFoundError):
                 raise
-            raise Failure(f"cannot read the key file {source}: {explain_error(error)}") from None
+            raise Failure(f"cannot read the key file {source}: {explain_error(error)} (copy it from the master's host)") from None
+    return check_key(key, source)
+
+
+def check_key(key: bytes, source: str) -> bytes:
+    """The key without the white space around it. Raises Failure when it cannot be one."""
     if not key.strip():
         raise Failure(f"the key in {source} is empty: put at least 16 random bytes there")
+    if b"\0" in key:
+        raise Failure(f"the key in {source} has a zero byte, which no environment can carry: use letters and digits")
     return key.strip()
 
 
@@ -301,10 +308,16 @@ class Console:
 
     def write(self, stream: TextIO, text: str) -> None:
         """Write whole lines to standard output or standard error. Raises OSError."""
-        with self._lock:
-            self.clear()
+        with self.cleared():
             stream.write(text)
             stream.flush()
+
+    @contextlib.contextmanager
+    def cleared(self) -> Iterator[None]:
+        """While other lines are written: no progress is on the screen."""
+        with self._lock:
+            self.clear()
+            yield
 
     def say(self, text: str) -> None:
         """One line on standard error; the job goes on when nobody can read it any more."""
@@ -388,8 +401,6 @@ class Ledger:
         self._tasks_ready = threading.Condition(self._lock)
         # notified when leasing leaves room for more READY tasks, and when the ledger is closed; awaited in `submit`
         self._room = threading.Condition(self._lock)
-        # notified when a holder is dropped; awaited in `wait_empty`
-        self._holder_gone = threading.Condition(self._lock)
         self._ready: collections.deque[Task] = collections.deque()  # in the order of leasing; some may be DONE since
         self._ready_bytes = 0
         self._tasks: dict[int, Task] = {}  # all that are not DONE
@@ -433,6 +444,10 @@ class Ledger:
             self._closed = True
             self._tasks_ready.notify_all()
             self._room.notify_all()
+
+    def is_closed(self) -> bool:
+        """Whether `close` was called."""
+        return self._closed
 
     def over(self) -> bool:
         """Whether nothing is left to wait for: all is DONE, or the ledger was closed and nothing is LEASED."""
@@ -526,7 +541,6 @@ class Ledger:
             self._held.pop(holder, None)
             self._slots.discard(holder)
             self._wake_next()  # it may have been woken, and have died
-            self._holder_gone.notify_all()
         return again, given_up
 
     def set_horizon(self, task_id: int) -> None:
@@ -536,11 +550,6 @@ class Ledger:
                 self._sort_ready()
             self._horizon = task_id
             self._wake_next()
-
-    def wait_empty(self, timeout: float) -> None:
-        """Block until every slot has been dropped, for `timeout` seconds at most."""
-        with self._lock:
-            self._holder_gone.wait_for(lambda: not self._slots, timeout)
 
     def counts(self) -> dict[str, int]:
         """How many tasks are in each state, and how many slots there are."""
@@ -816,6 +825,7 @@ class QueueServer(managers.Server):
         self._lock = threading.Lock()
         self._pending: dict[PlainConnection, None] = {}  # in the handshake, oldest first
         self._open: set[PlainConnection] = set()
+        self._closed = threading.Condition(self._lock)  # notified when one is no longer open; awaited in `wait_closed`
         # The objects live as long as the server, under the name of their type, so there are no references to count
         # (the counts of BaseManager can reach 0 while another client connects).
         for typeid, (make, exposed, *_) in registry.items():
@@ -836,6 +846,11 @@ class QueueServer(managers.Server):
         """
         self._goodbye, self._context = goodbye, context
         threading.Thread(target=self.accepter, daemon=True).start()
+
+    def wait_closed(self, timeout: float) -> None:
+        """Block until every peer has closed its connection, for `timeout` seconds at most."""
+        with self._lock:
+            self._closed.wait_for(lambda: not self._open, timeout)
 
     def stop(self) -> None:
         """Close the port and every connection."""
@@ -893,6 +908,7 @@ class QueueServer(managers.Server):
         with self._lock:
             self._pending.pop(conn, None)
             self._open.discard(conn)
+            self._closed.notify_all()
         conn.close()
 
 
@@ -1024,14 +1040,18 @@ class ResultsFile:
             if size:
                 self._resume()
         except OSError as error:
-            raise Failure(f"cannot write the results file {path}: {explain_error(error)}") from None
+            raise Failure(f"cannot write the results file {path}: {explain_error(error)} (name one that can be made)") from None
         self._unsynced_since: float | None = None
 
     def write(self, tasks: list[Task]) -> None:
         """Append the records of tasks; when this returns, they survive the end of this process. Raises OSError."""
         data = memoryview(format_records(tasks).encode("utf-8", "replace"))
-        while data:
-            data = data[os.write(self._fd, data) :]
+        try:
+            while data:
+                data = data[os.write(self._fd, data) :]
+        except OSError as error:
+            error.filename = self.path
+            raise
         self._unsynced_since = self._unsynced_since or time.monotonic()
 
     def sync(self, interval: float = SYNC_INTERVAL) -> None:
@@ -1312,7 +1332,7 @@ class TaskMaster:
         self.done = threading.Event()  # nothing is left to wait for
         self.recorded = 0
         self.failures: list[str] = []  # the first few, for the summary
-        self._authkey = find_key() if authkey is None else authkey
+        self._authkey = find_key() if authkey is None else check_key(authkey, "authkey")
         self._retries, self._max_failures, self._log = retries, max_failures, log
         self._context = make_tls_context(self._authkey, server_side=True) if tls else None
         what = ["--function", function] if function else ["--command", command] if command else []
@@ -1351,19 +1371,23 @@ class TaskMaster:
         """Let the workers leave, or lose them when the job is not done; close the port. Blocks some seconds at most."""
         self._closing = True
         unfinished = bool(self.broken) or not self.ledger.over()
+        workers = self.count_workers()
         self.ledger.close()
         if not unfinished:
-            self.ledger.wait_empty(GOODBYE)
+            self._server.wait_closed(GOODBYE)
         self._server.stop()
         if self._local:
-            self._local.stop(0.0 if unfinished else WORKER_GRACE)
+            self._local.stop(0.0 if unfinished or not workers else WORKER_GRACE)
 
     def run(self, tasks: Iterable[Any]) -> Iterator[Record]:
         """Run tasks (any values that JSON has), read lazily; yields their records as they come, in any order.
 
-        The ids count from 0 in each call. Waits for ever while there is no worker. Raises Failure when the job cannot
-        go on, TypeError or ValueError for a task that is not JSON, after the records of those before it.
+        The ids count from 0 in each call; a call that is left early ends the farm. Waits for ever while there is no
+        worker. Raises Failure when the job cannot go on, TypeError or ValueError for a task that is not JSON, after the
+        records of those before it.
         """
+        if self.ledger.is_closed():
+            raise Failure("this farm was closed, or a run of it was left early: make another")
         settled: queue.SimpleQueue[list[Task]] = queue.SimpleQueue()
         first, seen = self._next_id, 0
         self.ledger.set_horizon(first + WINDOW)
@@ -1393,6 +1417,7 @@ class TaskMaster:
         `done` is set in the end. Until then `look` must be called now and then.
         """
         self._sink = sink
+        self.problem = None
         self.done.clear()
         self.ledger.begin()
         threading.Thread(target=self._read, args=(batches,), daemon=True).start()
@@ -1404,7 +1429,7 @@ class TaskMaster:
                 self._next_id += len(texts)
                 if not self.ledger.submit(numbered):
                     break
-        except Exception as error:
+        except BaseException as error:  # what the caller's own iterable raises is for the caller
             self.problem = self.problem or error
         self.ledger.end()
         self._check_done()
@@ -1428,8 +1453,12 @@ class TaskMaster:
             write(*args)
         except Exception as error:
             self.broken = error
-            reason = "the results cannot be written, and those not written were not acknowledged"
-            self.fail(Failure(f"{reason}: {explain_error(error)}", 1) if isinstance(error, OSError) else error)
+            if isinstance(error, OSError):
+                place = error.filename or "standard output"
+                error = Failure(
+                    f"cannot write {place}: {explain_error(error)} (nothing that is missing there was acknowledged)", 1
+                )
+            self.fail(error)
             raise
 
     def look(self) -> None:
@@ -1438,7 +1467,7 @@ class TaskMaster:
         if not self._local or status is None or status is False:
             return
         self._restarts += 1
-        if status == 2 or self._restarts > 5:
+        if status in (2, 3) or self._restarts > 5:
             self.fail(Failure(f"the local worker ended with exit status {status}, see above", 2 if status == 2 else 1))
         else:
             self._log(f"the local worker ended with exit status {status}: starting another")
@@ -1590,7 +1619,9 @@ def find_key(path: str | None = None) -> bytes:
     with contextlib.suppress(FileExistsError):  # another master was faster
         try:
             descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        except PermissionError as error:
+        except OSError as error:
+            if isinstance(error, FileExistsError):
+                raise
             raise Failure(f"cannot make the key file {path}: {explain_error(error)}") from None
         with open(descriptor, "w") as file:
             file.write(secrets.token_hex(32) + "\n")
@@ -1635,13 +1666,14 @@ def open_input(options: argparse.Namespace) -> Iterator[list[str]]:
     """The tasks as JSON texts, in batches. Raises Failure at once when there can be none."""
     if options.task:
         try:
-            return iter([[json.dumps(text) if options.text else check_json(text) for text in options.task]])
+            texts = [json.dumps(text) if options.text else check_json(text) for text in options.task]
+            return iter([[text.replace("\n", " ").replace("\r", " ") for text in texts]])  # JSON may have several lines
         except ValueError as error:
             raise Failure(f"TASK {' '.join(options.task)[:60]}: {error}") from None
     if options.tasks is None:
         return iter([[str(random.randint(0, 10000)) for _ in range(10)]])
     try:
-        descriptor = sys.stdin.fileno() if options.tasks == "-" else os.open(options.tasks, os.O_RDONLY)
+        descriptor = os.dup(0) if options.tasks == "-" else os.open(options.tasks, os.O_RDONLY)
     except OSError as error:
         raise Failure(f"cannot read the tasks file {options.tasks}: {explain_error(error)}") from None
     return read_tasks(descriptor, "standard input" if options.tasks == "-" else options.tasks, options.text)
@@ -1679,8 +1711,10 @@ def verify_tasks(options: argparse.Namespace, results: ResultsFile) -> None:
 
 
 def print_records(tasks: list[Task]) -> None:
-    """The sink for --results -."""
-    console.write(sys.stdout, format_records(tasks))
+    """The sink for --results -: UTF-8, whatever the terminal is set to."""
+    with console.cleared():
+        sys.stdout.buffer.write(format_records(tasks).encode("utf-8", "replace"))
+        sys.stdout.buffer.flush()
 
 
 def show_time(seconds: float) -> str:
@@ -1846,6 +1880,7 @@ def main(argv: list[str] | None = None) -> int:
     if options.resume and options.results in (None, "-"):
         parser.error("--resume needs the --results FILE of the job to carry on")
     raise_file_limit()
+    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # not every terminal knows every letter
     gc.set_threshold(100_000, 50, 100)  # tasks come and go by the thousand, and make no cycles: a quarter less time
     try:
         return Job(options, [sys.argv[0], *(sys.argv[1:] if argv is None else argv)]).run()

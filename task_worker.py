@@ -244,9 +244,16 @@ def read_key(path: str | None) -> bytes:
         except OSError as error:
             if path is None and isinstance(error, FileNotFoundError):
                 raise
-            raise Failure(f"cannot read the key file {source}: {explain_error(error)}") from None
+            raise Failure(f"cannot read the key file {source}: {explain_error(error)} (copy it from the master's host)") from None
+    return check_key(key, source)
+
+
+def check_key(key: bytes, source: str) -> bytes:
+    """The key without the white space around it. Raises Failure when it cannot be one."""
     if not key.strip():
         raise Failure(f"the key in {source} is empty: put at least 16 random bytes there")
+    if b"\0" in key:
+        raise Failure(f"the key in {source} has a zero byte, which no environment can carry: use letters and digits")
     return key.strip()
 
 
@@ -335,7 +342,7 @@ def load_function(spec: str) -> Function:
     try:
         function = functools.reduce(getattr, name.split("."), importlib.import_module(module_name))
     except BaseException as error:  # the module's own code runs here, and may raise anything
-        reason = f"{type(error).__name__}: {error}"
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
         if isinstance(error, ModuleNotFoundError):
             reason += f" (looked in {os.getcwd()} and the path of {sys.executable})"
         raise Failure(f"--function {spec}: cannot import it on {socket.gethostname()}: {reason}") from None
