@@ -74,6 +74,7 @@ __version__ = "1.0.0"
 PROTOCOL = 1  # of what the two queues expect and return; both ends state theirs
 MESSAGE_LIMIT = 64 << 20  # bytes; a longer message is refused before it is read
 TEXT_LIMIT = 60 << 20  # bytes of one task or one result as JSON text: a message has room for it
+OBJECT_LIMIT = 200_000  # values in one message
 HANDSHAKE_LIMIT = 10.0  # seconds for a new connection to prove that it knows the key
 SILENCE_LIMIT = 60.0  # seconds without a word after which a peer is given up
 DEFAULT_KEY_FILE = "~/.task_authkey"
@@ -101,6 +102,30 @@ class PlainUnpickler(pickle._Unpickler):
     """
 
     dispatch = {getattr(pickle, name)[0]: pickle._Unpickler.dispatch[getattr(pickle, name)[0]] for name in PLAIN_OPCODES}
+
+    def load_setitems(self) -> None:
+        self._set_items(self.pop_mark())  # type: ignore[attr-defined]
+
+    def load_setitem(self) -> None:
+        value, key = self.stack.pop(), self.stack.pop()  # type: ignore[attr-defined]
+        self._set_items([key, value])
+
+    def _set_items(self, items: list[Any]) -> None:
+        if not all(isinstance(key, (str, bytes, int, float, type(None))) for key in items[::2]):
+            raise pickle.UnpicklingError("a key is no scalar")  # to hash tuples nested deeply would overflow the stack
+        self.stack[-1].update(zip(items[::2], items[1::2]))  # type: ignore[attr-defined]
+
+    dispatch.update({pickle.SETITEMS[0]: load_setitems, pickle.SETITEM[0]: load_setitem})  # type: ignore[dict-item]
+
+
+def load_plain(data: bytes) -> Any:
+    """The plain data in a pickle. Raises whatever comes when it is something else, or more than OBJECT_LIMIT objects."""
+    if len(data) > OBJECT_LIMIT:  # every object takes a byte at least, and many more in memory
+        import pickletools
+
+        if any(count > OBJECT_LIMIT for count, _ in enumerate(pickletools.genops(data))):
+            raise pickle.UnpicklingError("too many objects")
+    return PlainUnpickler(io.BytesIO(data)).load()
 
 
 class PlainConnection:
@@ -141,7 +166,7 @@ class PlainConnection:
         """The next message; blocks until it is there, EOFError when the peer is silent for too long."""
         data = self.recv_bytes()
         try:
-            return PlainUnpickler(io.BytesIO(data)).load()
+            return load_plain(data)
         except Exception as error:
             self.close()
             raise EOFError(f"the peer sent something that is not plain data ({error!r})") from None
@@ -233,6 +258,12 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message} (--help tells more)\n")
 
 
+def write_error(text: str) -> None:
+    """Write to standard error, at once and whole, also from a signal handler; nothing happens when nobody can read it."""
+    with contextlib.suppress(OSError):
+        os.write(2, text.encode("utf-8", "replace"))
+
+
 def raise_file_limit() -> None:
     """Allow as many open files as the system lets us: every slot needs some, at both ends."""
     with contextlib.suppress(ImportError, ValueError, OSError):
@@ -283,6 +314,7 @@ LEASE_LIMIT = 5_000  # tasks in one lease
 LEASE_BYTES = 8 << 20  # characters of text in one lease, unless a single task has more
 LEASE_FLOOR = 16  # a slot gets this part of what it asked for even if its share is smaller
 IDLE_POLLS = 50.0  # requests for tasks a second from all idle slots together, at most (but each may ask every second)
+CHECK_LIMIT = 1 << 16  # characters of an outcome that is checked before it is recorded
 PENDING_LIMIT = 256  # connections that have not finished the handshake; the oldest must give way
 BACKLOG = 1024  # connections that the system holds for us; multiprocessing's 16 would lose those of a large farm
 SYNC_INTERVAL = 0.7  # seconds that records may wait for their fsync; with LOOK_INTERVAL that is less than one
@@ -307,7 +339,7 @@ class Console:
         self._next_at = time.monotonic() + PROGRESS_INTERVAL
 
     def write(self, stream: TextIO, text: str) -> None:
-        """Write whole lines to standard output or standard error. Raises OSError."""
+        """Write whole lines to a stream. Raises OSError."""
         with self.cleared():
             stream.write(text)
             stream.flush()
@@ -320,9 +352,9 @@ class Console:
             yield
 
     def say(self, text: str) -> None:
-        """One line on standard error; the job goes on when nobody can read it any more."""
-        with contextlib.suppress(OSError, ValueError):
-            self.write(sys.stderr, f"task_master: {text}\n")
+        """One line on standard error."""
+        with self.cleared():
+            write_error(f"task_master: {text}\n")
 
     def show(self, parts: list[str]) -> None:
         """Progress, the most important part first: as much as fits on a terminal, elsewhere a line now and then."""
@@ -336,15 +368,13 @@ class Console:
             parts = parts[:-1]
         text = ", ".join(parts)[:width]
         with self._lock:
-            sys.stderr.write("\r" + text.ljust(min(self._shown, width)))
-            sys.stderr.flush()
+            write_error("\r" + text.ljust(min(self._shown, width)))
             self._shown = len(text)
 
     def clear(self) -> None:
         with self._lock:
             if self._shown:
-                sys.stderr.write("\r" + " " * self._shown + "\r")
-                sys.stderr.flush()
+                write_error("\r" + " " * self._shown + "\r")
             self._shown = 0
 
 
@@ -692,9 +722,9 @@ class TaskQueue:
         tasks = self._lease(limit, wait)
         return None if tasks is None else "\n".join([f"{task.id} {task.text}" for task in tasks])
 
-    def release(self, task_ids: str) -> None:
-        """Hand back tasks that were not run; their ids are separated by blanks."""
-        self._ledger.release(caller(), map(int, task_ids.split()))
+    def release(self, task_ids: list[int]) -> None:
+        """Hand back tasks that were not run."""
+        self._ledger.release(caller(), map(int, task_ids))
 
     def beat(self) -> None:
         """The caller lives: its connection has been heard of."""
@@ -718,8 +748,10 @@ class TaskQueue:
         return self._ledger.counts()[READY]
 
     def _lease(self, limit: int, wait: float) -> list[Task] | None:
-        if wait > 0 and self._ledger.wait_ready(wait) and caller().is_gone():
-            raise EOFError  # it died while it waited: a task given to it would count as lost
+        if wait > 0:
+            self._ledger.wait_ready(wait)
+            if caller().is_gone():
+                raise EOFError  # it died while it waited: a task given to it would count as lost
         return self._ledger.lease(caller(), int(limit))
 
 
@@ -754,9 +786,21 @@ class ResultQueue:
 
 
 def parse_outcome(line: str) -> tuple[int, bool, str]:
-    """The id, whether it is ok, and the members of a record that say so."""
-    task_id, _, members = line.partition(" ")
-    return int(task_id), members.startswith('"result": '), members
+    """The id, whether it is ok, and the outcome itself: two members of a record.
+
+    It goes into the results file as it is, so that the file stays one of records whatever a worker sends; but for a
+    large one, whose reader (`load_outcome`) must be patient.
+    """
+    task_id, _, outcome = line.partition(" ")
+    if len(outcome) < CHECK_LIMIT:
+        try:
+            members, end = scan_json("{" + outcome + "}", 0)
+            sound = end == len(outcome) + 2 and len(members) == 2 and "seconds" in members
+        except (StopIteration, ValueError, RecursionError):
+            sound = False
+        if not sound or outcome[:10] not in ('"result": ', '"error": {'):
+            outcome = format_error("ValueError", "what the worker sent is no outcome") + ', "seconds": null'
+    return int(task_id), outcome.startswith('"result": '), outcome
 
 
 def format_error(kind: str, message: str) -> str:
@@ -792,8 +836,21 @@ def format_records(tasks: list[Task]) -> str:
 # ---- server --------------------------------------------------------------------------------------------------------
 
 
+class RequestConnection(PlainConnection):
+    """The server's end of a connection: lets through what has the shape of a request, since the server looks things up by it."""
+
+    def recv(self) -> Any:
+        """The next (id, method, args, kwds)."""
+        request = super().recv()
+        shape = [type(part) for part in request] if isinstance(request, tuple) else []
+        if shape not in ([str, str, tuple, dict], [type(None), str, tuple, dict]):
+            self.close()
+            raise EOFError("the peer sent no request")
+        return request
+
+
 class PlainListener:
-    """Accepts PlainConnections; what `multiprocessing.managers` expects of a listener."""
+    """Accepts connections; what `multiprocessing.managers` expects of a listener."""
 
     def __init__(self, address: tuple[str, int], backlog: int = BACKLOG) -> None:
         family, *_, bound = socket.getaddrinfo(*address, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
@@ -803,7 +860,7 @@ class PlainListener:
 
     def accept(self) -> PlainConnection:
         """The next connection. Raises TimeoutError (an OSError) when there is none for LOOK_INTERVAL."""
-        return PlainConnection(self._socket.accept()[0])
+        return RequestConnection(self._socket.accept()[0])
 
     def close(self) -> None:
         self._socket.close()
@@ -873,6 +930,8 @@ class QueueServer(managers.Server):
             with self._lock:
                 self._pending[conn] = None
                 surplus = next(iter(self._pending)) if len(self._pending) > PENDING_LIMIT else None
+                if surplus:
+                    del self._pending[surplus]
             if surplus:
                 surplus.close()
             try:
@@ -978,21 +1037,27 @@ def parse_line(line: bytes, as_text: bool) -> str:
     return parse_line(text.encode(), False) if len(text) > TEXT_LIMIT else text  # it may have grown too long
 
 
-def read_tasks(descriptor: int, name: str, as_text: bool) -> Iterator[list[str]]:
-    """The tasks of a stream of lines, in batches as they arrive. Raises Failure at a bad line, after those before it."""
-    number = 0
+def read_tasks(descriptor: int, name: str, as_text: bool, results: ResultsFile | None) -> Iterator[list[str]]:
+    """The tasks of a stream of lines, in batches as they arrive; "" for those that have a record in `results`.
+
+    Raises Failure at a bad line, after the tasks before it.
+    """
+    number = task_id = 0
     for lines in read_lines(descriptor, name):
         tasks: list[str] = []
         for line in lines:
             number += 1
             try:
                 task = parse_line(line, as_text)
+                if task:
+                    tasks.append("" if results and results.has(task_id, task) else task)
+                    task_id += 1
             except ValueError as error:
                 yield tasks
                 raise Failure(f"{name}, line {number}: {error}") from None
-            if task:
-                tasks.append(task)
         yield tasks
+    if results and task_id < len(results.kept):
+        raise Failure(f"{name}: the results file {results.path} belongs to other tasks, it has more than these {task_id}")
 
 
 def read_chunk(descriptor: int, name: str) -> bytes:
@@ -1046,12 +1111,9 @@ class ResultsFile:
     def write(self, tasks: list[Task]) -> None:
         """Append the records of tasks; when this returns, they survive the end of this process. Raises OSError."""
         data = memoryview(format_records(tasks).encode("utf-8", "replace"))
-        try:
+        with self._named():
             while data:
                 data = data[os.write(self._fd, data) :]
-        except OSError as error:
-            error.filename = self.path
-            raise
         self._unsynced_since = self._unsynced_since or time.monotonic()
 
     def sync(self, interval: float = SYNC_INTERVAL) -> None:
@@ -1059,7 +1121,17 @@ class ResultsFile:
         since = self._unsynced_since
         if since and self._regular and time.monotonic() - since >= interval:
             self._unsynced_since = None
-            os.fsync(self._fd)
+            with self._named():
+                os.fsync(self._fd)
+
+    @contextlib.contextmanager
+    def _named(self) -> Iterator[None]:
+        """An OSError inside has the name of the file."""
+        try:
+            yield
+        except OSError as error:
+            error.filename = self.path
+            raise
 
     def close(self) -> None:
         self.sync(0.0)
@@ -1120,14 +1192,12 @@ class ResultsFile:
             self.kept[task_id] = digest
         return "result" in record
 
-    def check_task(self, task_id: int, text: str) -> bool:
-        """Whether a task has a record that is kept. Raises Failure when that is of another task."""
+    def has(self, task_id: int, text: str) -> bool:
+        """Whether a task has a record that is kept. Raises ValueError when that is of another task."""
         if task_id >= len(self.kept) or not self.kept[task_id]:
             return False
         if self.kept[task_id] != digest_task(json.loads(text)):
-            raise Failure(
-                f"the results file {self.path} belongs to other tasks: its task {task_id} is not {text[:60]}, as in the input"
-            )
+            raise ValueError(f"the results file {self.path} belongs to other tasks, its task {task_id} is not {text[:60]}")
         return True
 
 
@@ -1194,8 +1264,8 @@ class Printer:
     def write(self, tasks: list[Task]) -> None:
         """The results; errors are told on standard error."""
         self.try_get()
-        results = [outcome["result"] for outcome in map(load_outcome, tasks) if "result" in outcome]
-        shown = [f"Result: {value if isinstance(value, str) else json.dumps(value)}\n" for value in results]
+        texts = [task.outcome[10:].rpartition(', "seconds": ')[0] for task in tasks if task.outcome.startswith('"result": ')]
+        shown = [f"Result: {show_value(text)}\n" for text in texts]
         with self._lock:
             console.write(sys.stdout, "".join(shown))
 
@@ -1265,6 +1335,7 @@ class LocalWorker:
         if not os.path.exists(WORKER_FILE):
             raise Failure(f"--workers needs task_worker.py beside this file: copy it to {os.path.dirname(WORKER_FILE)}")
         self._command = [sys.executable, WORKER_FILE, "--processes", str(processes), "--wait", "5", *what]
+        self._process: subprocess.Popen[bytes] | None = None
 
     def start(self, address: tuple[str, int], authkey: bytes) -> None:
         """Start the process. The key travels in its environment; what it prints goes to our standard error."""
@@ -1284,18 +1355,26 @@ class LocalWorker:
     def _relay(self, stream: Any) -> None:
         """Write what it prints so that it does not run into the line of progress."""
         for line in stream:
-            console.write(sys.stderr, line.decode("utf-8", "replace"))
+            with console.cleared():
+                write_error(line.decode("utf-8", "replace"))
 
     def status(self) -> int | None:
         """Its exit status; None while it runs."""
-        return self._process.poll()
+        return self._process.poll() if self._process else None
+
+    def kill(self) -> None:
+        """Kill it; its children see that and end, too."""
+        if self._process:
+            self._process.kill()
 
     def stop(self, grace: float) -> None:
         """Give it `grace` seconds to leave by itself."""
+        if not self._process:
+            return
         try:
             self._process.wait(grace)
         except subprocess.TimeoutExpired:
-            self._process.kill()  # its children see that and end, too
+            self.kill()
             self._process.wait()
 
 
@@ -1438,6 +1517,11 @@ class TaskMaster:
         """How many tasks there are to be recorded, once the input has ended."""
         return self.ledger.submitted if self.ledger.has_ended() else None
 
+    def kill_local(self) -> None:
+        """Kill the local worker, without waiting for its end."""
+        if self._local:
+            self._local.kill()
+
     def count_workers(self) -> int:
         """How many workers are connected."""
         return sum(stats.slots > 0 for stats in list(self.workers.values()))
@@ -1483,6 +1567,7 @@ class TaskMaster:
 
     def welcome(self, peer: Peer, protocol: int) -> None:
         """A slot has connected."""
+        protocol = int(protocol)
         self.ledger.enlist(peer)
         with self._recording:
             stats = self.workers[peer.name]
@@ -1662,12 +1747,13 @@ def make_parser() -> Parser:
     return parser
 
 
-def open_input(options: argparse.Namespace) -> Iterator[list[str]]:
-    """The tasks as JSON texts, in batches. Raises Failure at once when there can be none."""
+def open_input(options: argparse.Namespace, results: ResultsFile | None) -> Iterator[list[str]]:
+    """The tasks as JSON texts, in batches, "" for those with a record in `results`. Raises Failure when there can be none."""
     if options.task:
         try:
             texts = [json.dumps(text) if options.text else check_json(text) for text in options.task]
-            return iter([[text.replace("\n", " ").replace("\r", " ") for text in texts]])  # JSON may have several lines
+            texts = [text.replace("\n", " ").replace("\r", " ") for text in texts]  # JSON may have several lines
+            return iter([["" if results and results.has(task_id, text) else text for task_id, text in enumerate(texts)]])
         except ValueError as error:
             raise Failure(f"TASK {' '.join(options.task)[:60]}: {error}") from None
     if options.tasks is None:
@@ -1675,18 +1761,8 @@ def open_input(options: argparse.Namespace) -> Iterator[list[str]]:
     try:
         descriptor = os.dup(0) if options.tasks == "-" else os.open(options.tasks, os.O_RDONLY)
     except OSError as error:
-        raise Failure(f"cannot read the tasks file {options.tasks}: {explain_error(error)}") from None
-    return read_tasks(descriptor, "standard input" if options.tasks == "-" else options.tasks, options.text)
-
-
-def skip_kept(batches: Iterator[list[str]], results: ResultsFile) -> Iterator[list[str]]:
-    """The tasks, with "" in the place of those that have a record already. Raises Failure when they differ."""
-    number = 0
-    for texts in batches:
-        yield ["" if results.check_task(task_id, text) else text for task_id, text in enumerate(texts, number)]
-        number += len(texts)
-    if number < len(results.kept):
-        raise Failure(f"the results file {results.path} belongs to other tasks: it has more than the {number} of the input")
+        raise Failure(f"cannot read the tasks file {options.tasks}: {explain_error(error)} (is the path right?)") from None
+    return read_tasks(descriptor, "standard input" if options.tasks == "-" else options.tasks, options.text, results)
 
 
 def announce(batches: Iterator[list[str]], printer: Printer) -> Iterator[list[str]]:
@@ -1698,13 +1774,13 @@ def announce(batches: Iterator[list[str]], printer: Printer) -> Iterator[list[st
 
 
 def verify_tasks(options: argparse.Namespace, results: ResultsFile) -> None:
-    """Before a job is resumed: compare its tasks with the records that are kept. Raises Failure when they differ.
+    """Before a job is resumed: compare the tasks of a file with the records that are kept. Raises Failure when they differ.
 
     A stream can be read only once, so there the comparison is made on the way.
     """
-    if options.task or (options.tasks and Path(options.tasks).is_file()):
+    if options.tasks and Path(options.tasks).is_file():
         number = 0
-        for texts in skip_kept(open_input(options), results):
+        for texts in open_input(options, results):
             number += len(texts)
             if number >= len(results.kept):
                 break
@@ -1750,19 +1826,21 @@ class Job:
             log=self._log,
         )
         self._results: ResultsFile | None = None
-        self._batches, self._sink = self._connect_ends(open_input(options))
+        self._batches, self._sink = self._connect_ends()
 
-    def _connect_ends(self, batches: Iterator[list[str]]) -> tuple[Iterator[list[str]], Sink]:
+    def _connect_ends(self) -> tuple[Iterator[list[str]], Sink]:
         """Where tasks come from and where records go, with what stands between."""
+        batches = open_input(self._options, None)  # before a results file is made
         kept: Sequence[int] = ()
         sink: Sink
         if self._options.results == "-":
             sink = print_records
         elif self._options.results:
             results = self._results = ResultsFile(self._options.results, self._options.resume)
-            kept = results.kept
-            verify_tasks(self._options, results)
-            batches, sink = skip_kept(batches, results), results.write
+            kept, sink = results.kept, results.write
+            if kept:
+                verify_tasks(self._options, results)
+                batches = open_input(self._options, results)
         else:
             printer = Printer()
             batches, sink = announce(batches, printer), printer.write
@@ -1773,12 +1851,12 @@ class Job:
     def run(self) -> int:
         """Run the job; returns the exit status. Raises Failure."""
         try:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, self._handle_signal)
             with self._master as master:
                 say(f"listening on {show_address(master.address)}")
                 if not self._options.tls and not is_loopback(master.address[0]):
                     say("whoever is on the path can read and alter tasks and results: use --tls, or an SSH tunnel and no --host")
-                for number in (signal.SIGINT, signal.SIGTERM):
-                    signal.signal(number, self._handle_signal)
                 master.begin(self._batches, self._sink)
                 while not master.done.wait(LOOK_INTERVAL):
                     self._look()
@@ -1824,6 +1902,7 @@ class Job:
         """The first one drains (in `_look`: a handler must not take locks), the second leaves at once."""
         if self._stopped_by:
             say("leaving at once")
+            self._master.kill_local()
             os._exit(128 + number)
         say("draining: waiting for the tasks that run (once more to leave at once)")
         self._stopped_by = number
@@ -1839,10 +1918,11 @@ class Job:
         elif master.broken:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python would try it again in the end, and complain
         self._summarize()
+        if (master.problem and master.recorded) or self._draining:
+            say(self._tell_resume())
         if master.problem:
             raise master.problem
         if self._draining:
-            say(self._tell_resume())
             return 128 + self._stopped_by
         return 1 if master.ledger.failed else 0
 

@@ -44,7 +44,7 @@ import sys
 import threading
 import time
 from multiprocessing import AuthenticationError, connection
-from typing import TYPE_CHECKING, Any, Callable, NoReturn, TextIO
+from typing import TYPE_CHECKING, Any, Callable, NoReturn
 
 if TYPE_CHECKING:
     import ssl
@@ -56,6 +56,7 @@ __version__ = "1.0.0"
 PROTOCOL = 1  # of what the two queues expect and return; both ends state theirs
 MESSAGE_LIMIT = 64 << 20  # bytes; a longer message is refused before it is read
 TEXT_LIMIT = 60 << 20  # bytes of one task or one result as JSON text: a message has room for it
+OBJECT_LIMIT = 200_000  # values in one message
 HANDSHAKE_LIMIT = 10.0  # seconds for a new connection to prove that it knows the key
 SILENCE_LIMIT = 60.0  # seconds without a word after which a peer is given up
 DEFAULT_KEY_FILE = "~/.task_authkey"
@@ -83,6 +84,30 @@ class PlainUnpickler(pickle._Unpickler):
     """
 
     dispatch = {getattr(pickle, name)[0]: pickle._Unpickler.dispatch[getattr(pickle, name)[0]] for name in PLAIN_OPCODES}
+
+    def load_setitems(self) -> None:
+        self._set_items(self.pop_mark())  # type: ignore[attr-defined]
+
+    def load_setitem(self) -> None:
+        value, key = self.stack.pop(), self.stack.pop()  # type: ignore[attr-defined]
+        self._set_items([key, value])
+
+    def _set_items(self, items: list[Any]) -> None:
+        if not all(isinstance(key, (str, bytes, int, float, type(None))) for key in items[::2]):
+            raise pickle.UnpicklingError("a key is no scalar")  # to hash tuples nested deeply would overflow the stack
+        self.stack[-1].update(zip(items[::2], items[1::2]))  # type: ignore[attr-defined]
+
+    dispatch.update({pickle.SETITEMS[0]: load_setitems, pickle.SETITEM[0]: load_setitem})  # type: ignore[dict-item]
+
+
+def load_plain(data: bytes) -> Any:
+    """The plain data in a pickle. Raises whatever comes when it is something else, or more than OBJECT_LIMIT objects."""
+    if len(data) > OBJECT_LIMIT:  # every object takes a byte at least, and many more in memory
+        import pickletools
+
+        if any(count > OBJECT_LIMIT for count, _ in enumerate(pickletools.genops(data))):
+            raise pickle.UnpicklingError("too many objects")
+    return PlainUnpickler(io.BytesIO(data)).load()
 
 
 class PlainConnection:
@@ -123,7 +148,7 @@ class PlainConnection:
         """The next message; blocks until it is there, EOFError when the peer is silent for too long."""
         data = self.recv_bytes()
         try:
-            return PlainUnpickler(io.BytesIO(data)).load()
+            return load_plain(data)
         except Exception as error:
             self.close()
             raise EOFError(f"the peer sent something that is not plain data ({error!r})") from None
@@ -215,6 +240,12 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message} (--help tells more)\n")
 
 
+def write_error(text: str) -> None:
+    """Write to standard error, at once and whole, also from a signal handler; nothing happens when nobody can read it."""
+    with contextlib.suppress(OSError):
+        os.write(2, text.encode("utf-8", "replace"))
+
+
 def raise_file_limit() -> None:
     """Allow as many open files as the system lets us: every slot needs some, at both ends."""
     with contextlib.suppress(ImportError, ValueError, OSError):
@@ -270,6 +301,7 @@ REPORT_SIZE = 8 << 20  # characters of outcomes that are reported at once, whate
 BEAT_INTERVAL = 15.0  # seconds after which a busy slot says that it lives
 SLOW_TASK = 0.5  # seconds after which the tasks behind a running one are released
 FLUSH_INTERVAL = 0.05  # seconds between batches of outcomes from a child
+START_ATTEMPTS = 3  # of a child that dies while it loads the function
 POLL_INTERVAL = 0.5  # seconds after which a waiting slot looks around
 EXIT_GRACE = 5.0  # seconds for a child to leave by itself
 OUTPUT_LIMIT = 1 << 20  # bytes kept of each stream of a --command
@@ -279,10 +311,15 @@ POSITION, STARTED_AT, REVOKED = range(3)  # the shared memory between a slot and
 Function = Callable[[Any], Any]
 
 
-def say(text: str, stream: TextIO | None = None) -> None:
-    """One line, on standard error unless told otherwise; work goes on when nobody can read it any more."""
+def say(text: str) -> None:
+    """One line on standard error."""
+    write_error(f"task_worker: {text}\n")
+
+
+def print_line(text: str) -> None:
+    """One line on standard output; work goes on when nobody can read it any more."""
     with contextlib.suppress(OSError, ValueError):
-        print(text if stream else f"task_worker: {text}", file=stream or sys.stderr, flush=True)
+        print(text, flush=True)
 
 
 # ---- functions: what is done with a task ---------------------------------------------------------------------------
@@ -314,7 +351,9 @@ def run_command(template: str, task: Any) -> dict[str, Any]:
     reader.join()
     status = process.wait()
     if status:
-        raise RuntimeError(f"exit status {status}: {kept['stderr'].strip() or 'nothing on standard error'}")
+        said = kept["stderr"].strip()[-MESSAGE_SIZE // 2 :]  # the reason usually comes last
+        how = f"exit status {status}" if status > 0 else f"killed by {name_signal(-status)}"
+        raise RuntimeError(f"{how}: {said or 'nothing on standard error'}")
     return {"exit": 0, "stdout": kept["stdout"], "stderr": kept["stderr"]}
 
 
@@ -357,6 +396,7 @@ def load_function(spec: str) -> Function:
 def run_child(pipe: Any, shared: Any, function_spec: str | None, command: str | None) -> None:
     """The child's main: says whether the function could be loaded, then runs every message of tasks."""
     leave_terminal()
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # so that nothing a task starts waits for the terminal
     threading.Thread(target=die_with_parent, daemon=True).start()
     function: Function = functools.partial(run_command, command) if command else square
     try:
@@ -399,6 +439,7 @@ def run_tasks(function: Function, lines: list[str], pipe: Any, shared: Any) -> N
     scan = json.JSONDecoder().scan_once  # type: ignore[attr-defined]  # json.loads without what stands around it, for time
     outcomes: list[str] = []
     size, flushed_at = 0, clock()
+    own_pid = os.getpid()
     for position, line in enumerate(lines):
         task_id, _, text = line.partition(" ")
         shared[STARTED_AT] = started_at = clock()
@@ -412,6 +453,8 @@ def run_tasks(function: Function, lines: list[str], pipe: Any, shared: Any) -> N
                 raise ValueError(f"the result has {len(members)} bytes as JSON, more than {TEXT_LIMIT}: write it to a file")
         except BaseException as error:  # SystemExit and KeyboardInterrupt too: no task may end its child
             members = describe_error(error)
+        if os.getpid() != own_pid:  # the task has forked and both copies came back: one is enough
+            os._exit(0)
         now = clock()
         outcomes.append(f'{task_id} {members}, "seconds": {now - started_at:.6f}')
         size += len(members)
@@ -419,7 +462,7 @@ def run_tasks(function: Function, lines: list[str], pipe: Any, shared: Any) -> N
             pipe.send_bytes(b"+" + finish_output("\n".join(outcomes)))
             outcomes, size, flushed_at = [], 0, now
             if sys.stdout.closed:
-                sys.exit()  # the next task is to find what it expects, in a new child
+                os._exit(0)  # the next task is to find what it expects, in a new child
     pipe.send_bytes(b"." + finish_output("\n".join(outcomes)))
 
 
@@ -532,10 +575,14 @@ class Child:
 def describe_exit(code: int | None) -> str:
     if code is None or code >= 0:
         return f"the task ended its process with exit status {code}"
+    return f"the task's process was killed by {name_signal(-code)}"
+
+
+def name_signal(number: int) -> str:
     try:
-        return f"the task's process was killed by signal {-code} ({signal.Signals(-code).name})"
+        return f"signal {number} ({signal.Signals(number).name})"
     except ValueError:
-        return f"the task's process was killed by signal {-code}"
+        return f"signal {number}"
 
 
 # ---- worker: the connections, without user code --------------------------------------------------------------------
@@ -566,6 +613,18 @@ class Link:
         self._connection.settle(SILENCE_LIMIT - 5)  # to be done with it before the master is
         self.close = self._connection.close
         self.called_at = time.monotonic()
+        self._exchange_settings()
+
+    def _exchange_settings(self) -> None:
+        asked_at = time.monotonic()
+        settings = self.call(TASKS, "settings", PROTOCOL)
+        self.round_trip = time.monotonic() - asked_at  # seconds
+        try:
+            self.protocol, self.run_id = int(settings["protocol"]), str(settings["run"])
+            self.timeout = None if settings["timeout"] is None else float(settings["timeout"])
+        except (KeyError, TypeError, ValueError, RecursionError):
+            self.close()
+            raise EOFError("it does not state its settings") from None
 
     def call(self, queue: str | None, method: str, *args: object) -> Any:
         """Call a method of one of the queues."""
@@ -579,7 +638,7 @@ class Link:
         for _ in calls:
             answer = self._connection.recv()
             if not isinstance(answer, tuple) or len(answer) != 2 or answer[0] != "#RETURN":
-                raise EOFError(f"it answers {str(answer)[:200]}")
+                raise EOFError(f"it answers {method} with an error")
             results.append(answer[1])
         self.called_at = time.monotonic()
         return results
@@ -621,53 +680,39 @@ class Slot(threading.Thread):
 
     def _start_child(self) -> None:
         """Start the child and wait until it has loaded the function. Raises Failure when it cannot."""
-        self.child.start()
-        while (problem := self.child.receive(POLL_INTERVAL)) is None:
-            self._keep_in_touch()
-        if problem:
-            raise Failure(problem.decode())
+        for attempt in range(START_ATTEMPTS):
+            with contextlib.suppress(*[ChildDied] * (attempt + 1 < START_ATTEMPTS)):
+                self.child.start()
+                while (problem := self.child.receive(POLL_INTERVAL)) is None:
+                    self._keep_in_touch()
+                if problem:
+                    raise Failure(problem.decode())
+                return
 
     def _serve(self) -> None:
         """Connect and work until the connection is lost or the job is over."""
         self._link = self._worker.connect()
         if self._link is None:
             return
+        if self._link.run_id != self._run_id:  # another master: what was finished for the last one is void
+            self._run_id, self._outcomes, self._size, self._busy = self._link.run_id, [], 0, 0.0
+        self._round_trip, self._timeout = self._link.round_trip, self._link.timeout
+        limit = 1
         try:
-            self._greet(self._link)
-            limit = 1
             while self._link and not self._worker.leaving.is_set():
                 lease = self._trade(self._link, limit)
                 if lease is None:
-                    self._worker.job_over()
-                    return
+                    self._worker.job_over(self._run_id)
+                    break
+                self._worker.served()
                 if lease:
                     limit = self._work(lease.split("\n"))
-            if self._link is None:
-                self._worker.lost("it does not answer")
+            self._report()
         except (OSError, EOFError) as error:
             self._worker.lost(explain_error(error))
         finally:
-            self._report()
             if self._link:
                 self._link.close()
-
-    def _greet(self, link: Link) -> None:
-        """Exchange settings. What was finished under a lost connection is kept, if the master is still the same."""
-        asked_at = time.monotonic()
-        settings = link.call(TASKS, "settings", PROTOCOL)
-        self._round_trip = time.monotonic() - asked_at
-        try:
-            protocol, run_id, self._timeout = settings["protocol"], settings["run"], settings["timeout"]
-        except (KeyError, TypeError):
-            raise EOFError("it does not state its settings") from None
-        if protocol != PROTOCOL:
-            raise Failure(
-                f"the master at {self._worker.place} speaks protocol {protocol}, this worker {PROTOCOL}: "
-                "copy the task_worker.py of the master's host here",
-                3,
-            )
-        if run_id != self._run_id:
-            self._run_id, self._outcomes, self._size, self._busy = run_id, [], 0, 0.0
 
     def _trade(self, link: Link, limit: int) -> str | None:
         """Report what is finished and lease anew, in one round trip. Returns what `lease` does."""
@@ -793,17 +838,18 @@ class Slot(threading.Thread):
 
     def _release(self, lines: list[str]) -> None:
         if lines:
-            self._tell(TASKS, "release", " ".join([line.partition(" ")[0] for line in lines]))
+            self._tell(TASKS, "release", [line.partition(" ")[0] for line in lines])
 
     def _tell(self, queue: str, method: str, *args: object) -> bool:
         """Call the master if it can be reached. False when it cannot: the link is gone then."""
         try:
             if self._link:
                 self._link.call(queue, method, *args)
-        except (OSError, EOFError):
+        except (OSError, EOFError) as error:
             assert self._link
             self._link.close()
             self._link = None
+            self._worker.lost(explain_error(error))
         return self._link is not None
 
 
@@ -823,7 +869,8 @@ class Worker:
         self._lock = threading.Lock()
         self._announced = False
         self._connected: bool | None = None  # None: never yet
-        self._lost_at = time.monotonic()
+        self._lost_at: float | None = time.monotonic()  # None while the master serves us
+        self._finished = ""  # id of the last run that is over
         self._failure: Failure | None = None
         self._slots = [Slot(self) for _ in range(options.processes)]
 
@@ -849,21 +896,38 @@ class Worker:
         """A link to the master, tried until --wait has passed (then Failure) or the worker leaves (then None)."""
         with self._lock:
             if not self._announced:
-                say(f"Connect to server {self._address[0]}...", sys.stdout)
+                print_line(f"Connect to server {self._address[0]}...")
             self._announced = True
         delay = 0.05
         while not self.leaving.is_set():
             try:
                 link = Link(self._address, self._authkey, self._name, self._context)
+                if self._accept(link):
+                    return link
             except (OSError, EOFError, AuthenticationError) as error:
                 self._refuse_hopeless(error)
                 self._check_patience(error)
-                delay = min(2.0, delay * 2)
-                self.leaving.wait(delay * random.uniform(0.5, 1.0))
-            else:
-                self._greeted()
-                return link
+            delay = min(2.0, delay * 2)
+            self.leaving.wait(delay * random.uniform(0.5, 1.0))
         return None
+
+    def _accept(self, link: Link) -> bool:
+        """Whether to work over this link: not for a master whose job is over. Raises Failure for one that is too strange."""
+        if link.protocol != PROTOCOL:
+            link.close()
+            raise Failure(
+                f"the master at {self.place} speaks protocol {link.protocol}, this worker {PROTOCOL}: "
+                "copy the task_worker.py of the master's host here",
+                3,
+            )
+        with self._lock:
+            if link.run_id == self._finished:
+                link.close()
+                return False
+            first, self._connected = not self._connected, True
+        if first:
+            self._say(f"connected to {self.place}")
+        return True
 
     def _refuse_hopeless(self, error: BaseException) -> None:
         """Raises Failure when the master is there, and will not have us however long we try."""
@@ -879,7 +943,8 @@ class Worker:
         """Say once that we wait. Raises Failure when we waited enough, or when waiting cannot help."""
         reason = explain_error(error)
         with self._lock:
-            first, self._connected = self._connected is not False, False
+            first, self._connected = self._connected is None, False
+            self._lost_at = self._lost_at or time.monotonic()
             waited = time.monotonic() - self._lost_at
         unknown = isinstance(error, socket.gaierror) and error.errno == socket.EAI_NONAME and first
         if self._wait and (unknown or waited >= self._wait):
@@ -887,31 +952,31 @@ class Worker:
         if first:
             self._say(f"waiting for the master at {self.place} ({reason})")
 
-    def _greeted(self) -> None:
-        with self._lock:
-            first, self._connected = not self._connected, True
-        if first:
-            self._say(f"connected to {self.place}")
+    def served(self) -> None:
+        """The master answers a slot's request for tasks: the time to wait for it starts anew when it is lost."""
+        self._lost_at = None
 
     def lost(self, reason: str) -> None:
-        """A slot lost its connection."""
+        """A slot lost its connection. Raises Failure when the master has not served us for too long."""
         with self._lock:
             first, self._connected = bool(self._connected), False
-            if first:
-                self._lost_at = time.monotonic()
+            self._lost_at = self._lost_at or time.monotonic()
+            waited = time.monotonic() - self._lost_at
         if first and not self.leaving.is_set():
             self._say(f"lost the master at {self.place} ({reason})")
+        if self._wait and waited >= self._wait:
+            raise Failure(f"gave up the master at {self.place}: {reason}", 3)
+        self.leaving.wait(0.1)  # it may take connections only to end them
 
-    def job_over(self) -> None:
+    def job_over(self, run_id: str) -> None:
         """A slot heard that the job is over: leave, or with --wait 0 look for the next master."""
         if self._wait:
             self.leaving.set()
             return
         with self._lock:
-            first, self._connected = bool(self._connected), False
+            first, self._finished, self._connected = self._finished != run_id, run_id, False
         if first:
             self._say("the job is over; waiting for the next master")
-        self.leaving.wait(1.0)
 
     def fail(self, failure: Failure) -> None:
         with self._lock:
@@ -999,7 +1064,7 @@ def main(argv: list[str] | None = None) -> int:
         return failure.status
     except KeyboardInterrupt:  # before there was anything to drain
         return 128 + signal.SIGINT
-    say("worker exit.", sys.stdout)
+    print_line("worker exit.")
     return status
 
 

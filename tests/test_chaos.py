@@ -159,9 +159,8 @@ def run_seed(seed: int, tasks: int, master_kills: int) -> str:
             farm.close()
     kinds = collections.Counter(record["error"]["type"] for record in failed)
     kills = ", ".join(f"{chaos.kills[what]} {what}" for what in ("child", "worker", "master"))
-    return (
-        f"seed {seed:2}: killed {kills}; redelivered {chaos.redelivered()}, failed records {dict(kinds)}, {seconds:.1f} s"
-        + (f"; LEFT BY THEMSELVES {chaos.left}" if chaos.left else "")
+    return f"seed {seed:2}: killed {kills}; redelivered {chaos.redelivered()}, failed records {dict(kinds)}, {seconds:.1f} s" + (
+        f"; LEFT BY THEMSELVES {chaos.left}" if chaos.left else ""
     )
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import collections
 import contextlib
+import itertools
 import json
 import os
 import pickle
@@ -209,13 +210,13 @@ def test_garbage_before_the_handshake_does_not_disturb_the_job(beside: Beside) -
 
 def test_hundreds_of_silent_connections_and_a_slow_one_end_in_time(beside: Beside) -> None:
     """And meanwhile a worker that knows the key is let in."""
-    silent = [dial(beside.port) for _ in range(400)]
     began_at = time.monotonic()
+    silent = [dial(beside.port) for _ in range(700)]
     slow = dial(beside.port)
     late = Peer(beside.farm, beside.port)
     assert late.join()
     late.close()
-    assert beside.count_threads() <= beside.threads + 300
+    beside.wait_threads(450, 3)  # the oldest give way to the newest
     handshake = frame(b"#CHALLENGE#" + b"x" * 80)
     ended_at = 0.0
     for byte in handshake:
@@ -224,7 +225,7 @@ def test_hundreds_of_silent_connections_and_a_slow_one_end_in_time(beside: Besid
         if is_closed(slow, 0.25):
             ended_at = time.monotonic()
             break
-    assert 5 < ended_at - began_at < 20, "the limit on the whole handshake is 10 s"
+    assert 5 < ended_at - began_at < 20, "the whole handshake may take 10 s"
     for sock in silent:
         assert is_closed(sock, max(0.0, began_at + 20 - time.monotonic()))
         sock.close()
@@ -380,7 +381,12 @@ def test_a_message_of_a_million_objects_does_not_fill_the_memory(beside: Beside)
 
 
 def test_a_message_that_announces_a_terabyte_takes_no_memory(beside: Beside) -> None:
-    for head in (struct.pack("!iQ", -1, 1 << 40), struct.pack("!i", 0x7FFFFFFF), struct.pack("!i", -2), struct.pack("!i", 65 << 20)):
+    for head in (
+        struct.pack("!iQ", -1, 1 << 40),
+        struct.pack("!i", 0x7FFFFFFF),
+        struct.pack("!i", -2),
+        struct.pack("!i", 65 << 20),
+    ):
         for make in (lambda: connection.Client(("127.0.0.1", beside.port), authkey=beside.farm.key.encode()),
                      lambda: Peer(beside.farm, beside.port).connection):  # fmt: skip
             conn = make()
@@ -427,8 +433,8 @@ FOREIGN_CALLS = [
     (None, "decref", ("nothing",)),
 ]
 NOT_EXPOSED = [
-    "__class__", "__init__", "__getattribute__", "__reduce_ex__", "__str__", "__repr__", "__dict__", "_lease", "_master", "_ledger",
-    "#GETVALUE", "close", "stop", "shutdown", "submit", "", "exposed", None, 5, [], {},
+    "__class__", "__init__", "__getattribute__", "__reduce_ex__", "__str__", "__repr__", "__dict__", "_lease", "_master",
+    "_ledger", "#GETVALUE", "close", "stop", "shutdown", "submit", "", "exposed", None, 5, [], {},
 ]  # fmt: skip
 
 
@@ -453,20 +459,21 @@ def test_references_dropped_too_often_leave_the_queues_where_they_are(beside: Be
     beside.finish()
 
 
-@pytest.mark.parametrize("name", [TASKS, RESULTS, "0", "", None, 0, "no such queue"])
-def test_methods_that_are_not_exposed_are_refused(beside: Beside, name: Any) -> None:
+def test_methods_that_are_not_exposed_are_refused(beside: Beside) -> None:
     peer = Peer(beside.farm, beside.port)
-    for method in NOT_EXPOSED:
-        peer.connection.send((name, method, (), {}))
-        kind, _ = peer.connection.recv()
-        assert kind in ("#TRACEBACK", "#ERROR"), (name, method)
+    for name in (TASKS, RESULTS, "0", "", None, 0, "no such queue"):
+        for method in NOT_EXPOSED:
+            assert ask(peer, name, method) in ("#TRACEBACK", "#ERROR"), (name, method)
     peer.close()
     beside.finish()
 
 
 def test_messages_of_the_wrong_shape_are_refused(beside: Beside) -> None:
-    shapes: list[Any] = [None, 5, "lease", [], (), (1, 2, 3), (1, 2, 3, 4, 5), (TASKS, "qsize", 5, {}), (TASKS, "qsize", (), 5),
-                         (TASKS, "qsize", (), {"x": 1}), (TASKS, "qsize", (), {5: 1}), ([], "qsize", (), {}), {}, b"", 1.5, True]  # fmt: skip
+    shapes: list[Any] = [
+        None, 5, "lease", b"", 1.5, True, [], (), {}, (1, 2, 3), (1, 2, 3, 4, 5), (TASKS, "qsize", 5, {}),
+        (TASKS, "qsize", (), 5),
+        (TASKS, "qsize", (), {"x": 1}), (TASKS, "qsize", (), {5: 1}), ([], "qsize", (), {}),
+    ]  # fmt: skip
     for shape in shapes:
         for peer in (connection.Client(("127.0.0.1", beside.port), authkey=beside.farm.key.encode()),
                      Peer(beside.farm, beside.port).connection):  # fmt: skip
@@ -478,8 +485,10 @@ def test_messages_of_the_wrong_shape_are_refused(beside: Beside) -> None:
 
 # ---- peers with the key: arguments ---------------------------------------------------------------------------------
 
-ODD: list[Any] = [None, True, -1, 0, 2**70, 1.5, -1.5, 1e308, float("inf"), float("-inf"), float("nan"), "", "x", "0", "\ud800", "\0",
-                  b"", b"0", [], [[]], [None], [0, 0], ["0"], [-1], [2**70], [1e308], (), (0, 0), {}, {0: 0}]  # fmt: skip
+ODD: list[Any] = [
+    None, True, -1, 0, 2**70, 1.5, -1.5, 1e308, float("inf"), float("-inf"), float("nan"), "", "x", "0", "\ud800", "\0",
+    "0 0", "0 0 1 -1 x", "0 " * 1000, b"", b"0", [], [[]], [None], [0, 0], ["0"], [-1], [2**70], [1e308], (), (0, 0), {}, {0: 0},
+]  # fmt: skip
 GOOD = '"result": 1, "seconds": 0.5'
 BROKEN = [
     "",
@@ -531,7 +540,7 @@ BROKEN = [
 FAULT = '"error": {"type": "E", "message": "m", "traceback": ""}, "seconds": 0.5'
 
 
-def ask(peer: Peer, queue_name: str, method: str, *arguments: object) -> str:
+def ask(peer: Peer, queue_name: Any, method: Any, *arguments: object) -> str:
     """Call whatever it is; returns how the master answered, "" when it closed the connection."""
     try:
         peer.ask(queue_name, method, *arguments)
@@ -616,9 +625,8 @@ def test_broken_outcomes_leave_every_line_of_the_results_a_record(attacker: Atta
     attacker.beside.finish(once=False)
 
 
-@pytest.mark.parametrize("twice", [(GOOD, GOOD), (FAULT, GOOD), (GOOD, FAULT), (FAULT, FAULT), (FAULT,) * 5, (FAULT, GOOD, FAULT)])
-def test_several_outcomes_for_one_task_in_a_report_make_one_record(attacker: Attacker, twice: tuple[str, ...]) -> None:
-    for _ in range(5):
+def test_several_outcomes_for_one_task_in_a_report_make_one_record(attacker: Attacker) -> None:
+    for twice in ((GOOD, GOOD), (FAULT, GOOD), (GOOD, FAULT), (FAULT, FAULT), (FAULT,) * 5, (FAULT, GOOD, FAULT)):
         ids = [attacker.lease() for _ in range(3)]
         lines = [f"{task_id} {members}" for members in twice for task_id in ids]
         attacker.ask(RESULTS, "report", attacker.run_id, "\n".join(lines), 0.0)
@@ -632,8 +640,8 @@ def test_a_task_released_twice_is_leased_once(farm: Farm) -> None:
     peer = Peer(farm, master.port())
     run_id = peer.join()
     ids = [int(line.split()[0]) for line in peer.call(TASKS, "lease", 3, 0.0).split("\n")]
-    peer.call(TASKS, "release", ids + ids)
-    peer.call(TASKS, "release", ids)
+    peer.release(ids + ids)
+    peer.release(ids)
     assert peer.call(TASKS, "qsize") == 10
     leased = []
     while lease := peer.call(TASKS, "lease", 4, 0.0):
@@ -651,12 +659,12 @@ def test_a_peer_releases_only_what_it_holds_itself(farm: Farm) -> None:
     run_id = first.join()
     second.join()
     assert first.call(TASKS, "lease", 1, 0.0) == "0 5"
-    second.call(TASKS, "release", [0, 1])
+    second.release([0, 1])
     assert second.call(TASKS, "lease", 5, 0.0) == "1 6"
     first.call(RESULTS, "report", run_id, f"0 {GOOD}\n1 {GOOD}", 0.0)
-    assert master.wait() == 0
     first.close()
     second.close()
+    assert master.wait() == 0
 
 
 def test_clients_that_wait_for_a_task_and_go_away_leave_no_threads_behind(beside: Beside) -> None:
@@ -671,7 +679,17 @@ def test_clients_that_wait_for_a_task_and_go_away_leave_no_threads_behind(beside
 
 
 def test_a_name_cannot_break_the_log_or_the_records(beside: Beside) -> None:
-    for name in ("host/1\ntask_master: fake line", "\x1b[2Jhost/1", 'host"/1', "\ud800/1", "x" * 100_000 + "/1", "", None, 5, ["a/b"]):
+    for name in (
+        "host/1\ntask_master: fake line",
+        "\x1b[2Jhost/1",
+        'host"/1',
+        "\ud800/1",
+        "x" * 100_000 + "/1",
+        "",
+        None,
+        5,
+        ["a/b"],
+    ):
         conn = connection.Client(("127.0.0.1", beside.port), authkey=beside.farm.key.encode())
         conn.send((None, "accept_connection", (name,), {}))
         with contextlib.suppress(EOFError, OSError):
@@ -703,9 +721,9 @@ class FalseServer:
                 threading.Thread(target=self._serve, args=(sock,), daemon=True).start()
 
     def _serve(self, sock: socket.socket) -> None:
+        self.served.put(None)
         with contextlib.suppress(OSError, EOFError, AuthenticationError), sock:
             self.act(sock)
-        self.served.put(None)
 
     def close(self) -> None:
         with contextlib.suppress(OSError):
@@ -714,34 +732,40 @@ class FalseServer:
 
 
 def start_workers(farm: Farm, acts: list[Callable[[socket.socket], None]]) -> list[tuple[Program, FalseServer]]:
-    """A worker for each false master, all at the same time; they look for it for two seconds."""
+    """A worker for each false master, all at the same time; they look for it for one second."""
     (farm.folder / "hostile.py").write_text(FUNCTIONS)
     pairs = []
     for act in acts:
         server = FalseServer(act)
-        options = ("--port", server.port, "--processes", 1, "--wait", 2, "--function", "hostile:double")
+        options = ("--port", server.port, "--processes", 1, "--wait", 1, "--function", "hostile:double")
         pairs.append((farm.run("task_worker.py", *options), server))
     return pairs
 
 
-def check_workers(pairs: list[tuple[Program, FalseServer]]) -> None:
-    """They give up with one line, and have run no code nor filled the memory."""
-    most = collections.Counter[int]()
-    give_up_at = time.monotonic() + 40
-    while any(worker.process.poll() is None for worker, _ in pairs) and time.monotonic() < give_up_at:
+def check_workers(pairs: list[tuple[Program, FalseServer]], patience: float, may_stay: bool) -> None:
+    """They leave with status 3 and one line, or still try to get on with it; they do not crash, nor fill the memory.
+
+    Whether code has run is for the caller to see.
+    """
+    most: collections.Counter[int] = collections.Counter()
+    give_up_at = time.monotonic() + patience
+    for _, server in pairs:
+        server.served.get(timeout=60)
+    while (running := [worker for worker, _ in pairs if worker.process.poll() is None]) and time.monotonic() < give_up_at:
         for number, (worker, _) in enumerate(pairs):
-            with contextlib.suppress(psutil.Error, OSError):
+            with contextlib.suppress(psutil.Error):
                 most[number] = max(most[number], peak_memory(worker.pid))
         with contextlib.suppress(subprocess.TimeoutExpired):
-            next(worker for worker, _ in pairs if worker.process.poll() is None).process.wait(0.1)
-    for _, server in pairs:
-        server.close()
+            running[0].process.wait(0.1)
     for number, (worker, server) in enumerate(pairs):
-        assert worker.process.poll() is not None, f"false master {number}: the worker hangs, {worker.stderr}"
-        assert worker.wait() == 3, f"false master {number}: {worker.stderr}"
-        assert not any("Traceback" in line for line in worker.stderr), f"false master {number}: {worker.stderr}"
+        server.close()
+        stays = worker.process.poll() is None
+        if stays:
+            worker.kill()
+        said = f"false master {number}: {worker.wait()}, {worker.stderr[:10]} ... {worker.stderr[-5:]}"
+        assert worker.wait() == 3 or (stays and may_stay), said
+        assert not any("Traceback" in line or "internal error" in line for line in worker.stderr), said
         assert most[number] < 200 * MEGABYTE, number
-        assert not server.served.empty()
 
 
 def test_a_worker_gives_up_a_master_that_talks_garbage(farm: Farm) -> None:
@@ -752,13 +776,13 @@ def test_a_worker_gives_up_a_master_that_talks_garbage(farm: Farm) -> None:
 
         return send
 
-    garbage = [data for data in GARBAGE if data]
-    for part in (garbage[::2], garbage[1::2]):  # not all at a time: each has two processes
-        check_workers(start_workers(farm, [act(data) for data in part]))
+    garbage = [b"", b"HTTP/1.1 400 Bad Request\r\n\r\n", b"SSH-2.0-OpenSSH_9.2\r\n", frame(b"x" * 16), frame(b"#CHALLENGE#"),
+               frame(b"#CHALLENGE#{rot13}" + b"x" * 32), struct.pack("!i", 200), struct.pack("!iQ", -1, 1 << 40)]  # fmt: skip
+    check_workers(start_workers(farm, [act(data) for data in garbage]), 30, may_stay=False)
 
 
 def answer_with(farm: Farm, replies: dict[str, bytes]) -> Callable[[socket.socket], None]:
-    """A false master that knows the key; what it says in reply to a method is in `replies`, as pickled bytes."""
+    """A false master that knows the key; its reply to a method is in `replies`, as pickled bytes, or as RAW ones."""
     good = {"settings": {"protocol": 1, "run": "r", "timeout": None}, "lease": "0 7"}
 
     def act(sock: socket.socket) -> None:
@@ -769,10 +793,12 @@ def answer_with(farm: Farm, replies: dict[str, bytes]) -> Callable[[socket.socke
             connection.answer_challenge(conn, farm.key.encode())
             while True:
                 method = conn.recv()[1]
-                if method in replies:
-                    conn.send_bytes(replies[method]) if replies[method][:3] != b"RAW" else os.write(conn.fileno(), replies[method][3:])
-                else:
+                if method not in replies:
                     conn.send(("#RETURN", good.get(method)))
+                elif replies[method][:3] == b"RAW":
+                    os.write(conn.fileno(), replies[method][3:])
+                else:
+                    conn.send_bytes(replies[method])
 
     return act
 
@@ -782,42 +808,29 @@ METHODS = ("accept_connection", "settings", "lease", "report")
 
 def test_a_pickle_that_is_not_plain_data_runs_no_code_in_a_worker(farm: Farm) -> None:
     pwned = farm.folder / "pwned"
-    evil = evil_pickles(pwned)
-    dice = random.Random(1)
+    evil = [(method, data) for method in METHODS for data in evil_pickles(pwned)]
+    numbers = itertools.count()
 
-    def act(sock: socket.socket) -> None:  # another pickle for each connection that the worker makes
-        answer_with(farm, {dice.choice(METHODS): dice.choice(evil)})(sock)
+    def act(sock: socket.socket) -> None:  # another pickle for each connection that a worker makes
+        method, data = evil[next(numbers) % len(evil)]
+        with contextlib.suppress(OSError, EOFError):
+            answer_with(farm, {method: data})(sock)
 
-    check_workers(start_workers(farm, [act] * 6))
+    check_workers(start_workers(farm, [act] * 4), 4, may_stay=True)
+    assert next(numbers) > 10
     assert not pwned.exists()
 
 
 def test_replies_of_the_wrong_shape_do_not_crash_a_worker(farm: Farm) -> None:
     values: dict[str, list[Any]] = {
-        "accept_connection": [5],
         "settings": [None, {}, {"protocol": 1}, {"protocol": 1, "run": [], "timeout": "x"}],
-        "lease": [5, ["0 7"], "no id", b"0 7"],
+        "lease": [5, ["0 7"], "no id", "x 7", b"0 7", "\n", "0 7\n0 7"],
         "report": [5],
     }
-    acts = [answer_with(farm, {method: pickle.dumps(("#RETURN", value))}) for method in values for value in values[method]]
-    acts += [answer_with(farm, {method: pickle.dumps(value)}) for method in METHODS for value in (5, ("#ODD", 1), ())]
-    acts = [act for act in acts if act]
-    for part in (acts[::2], acts[1::2]):
-        pairs = start_workers(farm, part)
-        settle_harmless(pairs)
-
-
-def settle_harmless(pairs: list[tuple[Program, FalseServer]]) -> None:
-    """Some of these replies a worker may well live with; it must not break."""
-    for worker, server in pairs:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            worker.process.wait(4)
-        server.close()
-    for number, (worker, _) in enumerate(pairs):
-        if worker.process.poll() is None:
-            worker.kill()
-        assert worker.wait() in (-9, 2, 3), f"{number}: {worker.stderr}"
-        assert not any("Traceback" in line or "internal error" in line for line in worker.stderr), f"{number}: {worker.stderr}"
+    replies = [(method, ("#RETURN", value)) for method in values for value in values[method]]
+    replies += [(method, value) for method in METHODS for value in (5, ("#ODD", 1))]
+    acts = [answer_with(farm, {method: pickle.dumps(value)}) for method, value in replies]
+    check_workers(start_workers(farm, acts), 5, may_stay=True)
 
 
 def test_large_and_deep_replies_do_not_crash_a_worker_nor_fill_its_memory(farm: Farm) -> None:
@@ -825,7 +838,7 @@ def test_large_and_deep_replies_do_not_crash_a_worker_nor_fill_its_memory(farm: 
     many = b"\x80\x04(" + b"]\x94" * (2 * MEGABYTE) + b"t."
     terabyte = b"RAW" + struct.pack("!iQ", -1, 1 << 40)
     acts = [answer_with(farm, {method: data}) for method in ("settings", "lease") for data in (deep, many, terabyte)]
-    check_workers(start_workers(farm, acts))
+    check_workers(start_workers(farm, acts), 6, may_stay=True)
 
 
 def test_a_master_that_does_not_know_the_key_is_given_up(farm: Farm) -> None:
@@ -902,7 +915,7 @@ def fuzz(beside: Beside, strings: int, seed: int) -> None:
 
 
 def test_random_strings_before_and_after_the_handshake_do_not_disturb_the_job(beside: Beside) -> None:
-    fuzz(beside, 450, seed=1)
+    fuzz(beside, 300, seed=1)
     assert beside.grown() < 32 * MEGABYTE
     beside.wait_threads(beside.threads + 2)
     beside.finish(once=False)

@@ -568,17 +568,6 @@ def test_text_of_tasks_that_were_settled_late_makes_room_again(monkeypatch: pyte
     assert lease_ids(ledger, ANNA) == [1]
 
 
-def test_waiting_for_the_slots_to_leave_ends_when_the_last_is_dropped() -> None:
-    ledger = Ledger()
-    for holder in (ANNA, BERT):
-        ledger.enlist(holder)
-    waiter = in_thread(ledger.wait_empty, 30.0)
-    ledger.drop(ANNA)
-    assert ledger.counts()["slots"] == 1
-    ledger.drop(BERT)
-    check_ends([waiter])
-
-
 # ---- random walks --------------------------------------------------------------------------------------------------
 
 

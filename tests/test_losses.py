@@ -86,6 +86,9 @@ class Peer:
         """Become a slot; returns the id of the master's run."""
         return str(self.call(TASKS, "settings", 1)["run"])
 
+    def release(self, task_ids: list[int]) -> None:
+        self.call(TASKS, "release", " ".join(map(str, task_ids)))
+
     def close(self) -> None:
         self.connection.close()
 
@@ -349,6 +352,7 @@ class FalseMaster:
         self._listener = connection.Listener(("127.0.0.1", 0), authkey=farm.key.encode())
         self._replies, self._last = replies, last
         self._calls: queue.SimpleQueue[tuple[Any, ...]] = queue.SimpleQueue()
+        self.ended = 0  # connections
         self.port = int(self._listener.address[1])
         threading.Thread(target=self._serve, daemon=True).start()
 
@@ -359,6 +363,7 @@ class FalseMaster:
                 while method != self._last:
                     _, method, arguments, _ = peer.recv()
                     if method == self._last:
+                        self.ended += 1
                         self._calls.put(arguments)
                     else:
                         peer.send(("#RETURN", self._replies.get(method)))
@@ -378,6 +383,17 @@ def test_an_outcome_whose_report_fails_is_reported_over_the_next_connection(farm
     reports = [master.last_call(worker) for _ in range(3)]
     assert [run for run, *_ in reports] == ["r"] * 3
     assert len({outcomes for _, outcomes, *_ in reports}) == 1
+
+
+def test_a_worker_that_is_thrown_out_again_and_again_takes_its_time(farm: Farm) -> None:
+    """A thousand attempts a second would keep the master from whatever it is that ails it, and fill the log."""
+    master = FalseMaster(farm, {}, "settings")
+    worker = farm.run("task_worker.py", "--port", master.port, "--processes", 1)
+    master.last_call(worker)
+    with pytest.raises(subprocess.TimeoutExpired):
+        worker.process.wait(3)
+    assert master.ended < 100
+    assert len(worker.stderr) < 100
 
 
 def test_the_children_of_a_killed_worker_end_though_a_task_runs(farm: Farm) -> None:

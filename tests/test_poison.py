@@ -373,7 +373,13 @@ def test_retries_of_a_task_that_misbehaves_are_counted_and_said(farm: Farm) -> N
     what = ("--retries", 2, "--workers", 1, "--function", "poison:run")
     master = farm.master("--tasks", "tasks.jsonl", "--results", "results.jsonl", *what)
     assert master.wait() == 1
-    assert {record["task"]: record["attempts"] for record in farm.records()} == {1: 1, 2: 1, 3: 1, "segfault": 3, "system exit": 3}
+    assert {record["task"]: record["attempts"] for record in farm.records()} == {
+        1: 1,
+        2: 1,
+        3: 1,
+        "segfault": 3,
+        "system exit": 3,
+    }
     retries = [line for line in master.stderr if "task 1 is retried" in line]
     assert ["attempt 1" in retries[0], "attempt 2" in retries[1]] == [True, True]
     assert all("ProcessDied" in line and "SIGSEGV" in line for line in retries)

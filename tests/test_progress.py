@@ -37,7 +37,7 @@ def wait(n):
     return n
 
 def moody(kind):
-    '''Fails always or the first time, waits for its worker to be killed the first time, or returns.'''
+    '''Fails always or the first time, waits the first time for its worker to be killed, or waits for another one.'''
     first = not os.path.exists(f"seen-{kind}")
     open(f"seen-{kind}", "w").close()
     if kind == "fails" or (kind == "fails first" and first):
@@ -45,6 +45,8 @@ def moody(kind):
     if kind == "waits" and first:
         print("waits", flush=True)
         time.sleep(300)
+    while kind in ("left", "right") and not (os.path.exists("seen-left") and os.path.exists("seen-right")):
+        time.sleep(0.01)
     return kind
 """
 PATCHED = """
@@ -54,6 +56,8 @@ task_master.RATE_SPAN = 0.2  # in the place of 10
 task_master.console.__init__()
 sys.exit(task_master.main())
 """
+# Makes standard input the terminal that Ctrl-C is pressed on, and goes on as another program
+TAKE_TERMINAL = "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.argv[1], sys.argv[1:])"
 
 
 class Screen:
@@ -111,9 +115,9 @@ class Terminal:
         self._changed = threading.Condition()
         self.resize(columns)
         self.process = subprocess.Popen(
-            [sys.executable, str(ROOT / "task_master.py"), "--port", "0", *map(str, argv)],
+            [sys.executable, "-c", TAKE_TERMINAL, sys.executable, str(ROOT / "task_master.py"), "--port", "0", *map(str, argv)],
             cwd=farm.folder, env=farm.env(), stdin=theirs, stdout=theirs if stdout is None else stdout, stderr=theirs,
-            start_new_session=True, preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+            start_new_session=True,
         )  # fmt: skip
         os.close(theirs)
         self._reader = threading.Thread(target=self._read)
@@ -197,7 +201,9 @@ def test_one_line_redraws_and_leaves_no_trace(farm: Farm, open_terminal: Any, co
     assert all(re.match(r"\d+ of 24 done", text) for text in shown), shown
     assert max(map(len, shown)) < columns
     terminal.check_lines()
-    assert len([line for line in terminal.screen().lines() if re.search(r"task \d+ failed", line)]) >= 4
+    lines = terminal.screen().lines()
+    assert len([line for line in lines if re.search(r"task \d+ failed", line)]) >= 4
+    assert not [line for line in lines if " of 24 done" in line]
 
 
 def test_the_line_tells_what_one_wants_to_know(farm: Farm, open_terminal: Any) -> None:
@@ -326,7 +332,7 @@ def find_summary(master: Program) -> list[str]:
 
 def test_the_summary_counts_what_happened_and_names_the_workers(farm: Farm) -> None:
     (farm.folder / "job.py").write_text(JOB)
-    kinds = ["waits", "fails first", "fails", "good", "good"]
+    kinds = ["waits", "fails first", "fails", "left", "right"]
     farm.write_tasks(kinds)
     options = ["--tasks", "tasks.jsonl", "--results", "results.jsonl", "--retries", 1, "--batch", 1]
     started_at = time.monotonic()

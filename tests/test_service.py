@@ -44,18 +44,19 @@ def free_port() -> int:
 
 
 def test_both_sides_say_in_one_line_that_they_are_connected_and_with_whom(farm: Farm) -> None:
-    master = farm.master("--tasks", "-", "--results", "-", stdin=-1)
-    worker = farm.worker(master, "--processes", 3)
-    master.wait_line(rf"^task_master: worker {name_of(worker)} connected$")
-    worker.wait_line(rf"^task_worker: connected to 127\.0\.0\.1:{master.port()}$")
+    (farm.folder / "stay.py").write_text(STAY)
+    master = farm.master("--results", "results.jsonl", "1", "2", "3", "4")
+    worker = farm.worker(master, "--processes", 3, "--function", "stay:stay")
+    worker.wait_line("it runs", "stdout", count=3)
     worker.signal(signal.SIGTERM)
+    worker.wait_line("draining")
+    (farm.folder / "go").touch()
     assert worker.wait() == 0
     master.wait_line(rf"^task_master: worker {name_of(worker)} disconnected$")
-    assert master.process.stdin
-    master.process.stdin.close()
-    assert master.wait() == 0
-    assert len(lines_like(master, " connected")) == len(lines_like(master, "disconnected")) == 1
-    assert len(lines_like(worker, "connected to")) == 1
+    assert (farm.worker(master, "--function", "stay:stay").wait(), master.wait()) == (0, 0)
+    assert len(lines_like(master, rf"^task_master: worker {name_of(worker)} connected$")) == 1
+    assert len(lines_like(master, f"worker {name_of(worker)} disconnected")) == 1
+    assert lines_like(worker, "connected") == [f"task_worker: connected to 127.0.0.1:{master.port()}"]
 
 
 def test_a_lost_worker_is_one_line_that_names_it(farm: Farm) -> None:
