@@ -258,10 +258,10 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message} (--help tells more)\n")
 
 
-def write_error(text: str) -> None:
+def write_error(text: str, descriptor: int = 2) -> None:
     """Write to standard error, at once and whole, also from a signal handler; nothing happens when nobody can read it."""
     with contextlib.suppress(OSError):
-        os.write(2, text.encode("utf-8", "replace"))
+        os.write(descriptor, text.encode("utf-8", "replace"))
 
 
 def raise_file_limit() -> None:
@@ -314,7 +314,7 @@ LEASE_LIMIT = 5_000  # tasks in one lease
 LEASE_BYTES = 8 << 20  # characters of text in one lease, unless a single task has more
 LEASE_FLOOR = 16  # a slot gets this part of what it asked for even if its share is smaller
 IDLE_POLLS = 50.0  # requests for tasks a second from all idle slots together, at most (but each may ask every second)
-CHECK_LIMIT = 1 << 16  # characters of an outcome that is checked before it is recorded
+CHECK_LIMIT = 1 << 20  # characters of an outcome that is checked before it is recorded
 PENDING_LIMIT = 256  # connections that have not finished the handshake; the oldest must give way
 BACKLOG = 1024  # connections that the system holds for us; multiprocessing's 16 would lose those of a large farm
 SYNC_INTERVAL = 0.7  # seconds that records may wait for their fsync; with LOOK_INTERVAL that is less than one
@@ -722,9 +722,9 @@ class TaskQueue:
         tasks = self._lease(limit, wait)
         return None if tasks is None else "\n".join([f"{task.id} {task.text}" for task in tasks])
 
-    def release(self, task_ids: list[int]) -> None:
-        """Hand back tasks that were not run."""
-        self._ledger.release(caller(), map(int, task_ids))
+    def release(self, task_ids: str) -> None:
+        """Hand back tasks that were not run; their ids are separated by blanks."""
+        self._ledger.release(caller(), map(int, task_ids.split()))
 
     def beat(self) -> None:
         """The caller lives: its connection has been heard of."""
@@ -795,8 +795,9 @@ def parse_outcome(line: str) -> tuple[int, bool, str]:
     if len(outcome) < CHECK_LIMIT:
         try:
             members, end = scan_json("{" + outcome + "}", 0)
-            sound = end == len(outcome) + 2 and len(members) == 2 and "seconds" in members
-        except (StopIteration, ValueError, RecursionError):
+            seconds = members["seconds"]
+            sound = end == len(outcome) + 2 and len(members) == 2 and (seconds is None or type(seconds) in (int, float))
+        except (KeyError, StopIteration, ValueError, RecursionError):
             sound = False
         if not sound or outcome[:10] not in ('"result": ', '"error": {'):
             outcome = format_error("ValueError", "what the worker sent is no outcome") + ', "seconds": null'
@@ -840,12 +841,11 @@ class RequestConnection(PlainConnection):
     """The server's end of a connection: lets through what has the shape of a request, since the server looks things up by it."""
 
     def recv(self) -> Any:
-        """The next (id, method, args, kwds)."""
+        """The next (id, method, args, kwds). Raises ValueError for what is none."""
         request = super().recv()
         shape = [type(part) for part in request] if isinstance(request, tuple) else []
         if shape not in ([str, str, tuple, dict], [type(None), str, tuple, dict]):
-            self.close()
-            raise EOFError("the peer sent no request")
+            raise ValueError("this is no request")
         return request
 
 
@@ -1055,9 +1055,11 @@ def read_tasks(descriptor: int, name: str, as_text: bool, results: ResultsFile |
             except ValueError as error:
                 yield tasks
                 raise Failure(f"{name}, line {number}: {error}") from None
+            except Refusal as refusal:
+                raise Refusal(f"{name}, line {number}: {refusal}") from None
         yield tasks
     if results and task_id < len(results.kept):
-        raise Failure(f"{name}: the results file {results.path} belongs to other tasks, it has more than these {task_id}")
+        raise Refusal(f"{name}: the results file {results.path} belongs to other tasks, it has more than these {task_id}")
 
 
 def read_chunk(descriptor: int, name: str) -> bytes:
@@ -1088,6 +1090,10 @@ def read_lines(descriptor: int, name: str) -> Iterator[list[bytes]]:
         yield [b"".join(rest)]
 
 
+class Refusal(Failure):
+    """The input is not the one that it should be: the job does not even finish what was read."""
+
+
 class ResultsFile:
     """The records, appended one line each: the memory of the job.
 
@@ -1096,6 +1102,7 @@ class ResultsFile:
 
     def __init__(self, path: str, resume: bool) -> None:
         self.path = os.path.realpath(path)
+        self._dirty = False  # it has lines that are not kept; they stay until there is something to write
         self.kept = array.array("Q")  # by task id: 0, or the digest of a task that need not run again
         try:
             self._open()
@@ -1112,6 +1119,9 @@ class ResultsFile:
         """Append the records of tasks; when this returns, they survive the end of this process. Raises OSError."""
         data = memoryview(format_records(tasks).encode("utf-8", "replace"))
         with self._named():
+            if self._dirty:
+                self._drop_others()
+                self._dirty = False
             while data:
                 data = data[os.write(self._fd, data) :]
         self._unsynced_since = self._unsynced_since or time.monotonic()
@@ -1144,19 +1154,24 @@ class ResultsFile:
             lock_file(self._fd, self.path)
 
     def _resume(self) -> None:
-        """Note the records that succeeded; write the file anew without those that failed and a torn last line."""
-        good = self.path + ".resume"
-        with open(self.path, "rb") as old, open(good, "wb") as new:
+        """Note the records that succeeded."""
+        with open(self.path, "rb") as old:
             for number, line in enumerate(old, 1):
                 try:
                     keep = line.endswith(b"\n") and self._note(load_record(line.decode()))
                 except ValueError:
                     raise Failure(f"{self.path}, line {number}: this is not a record, so it cannot be resumed") from None
-                if keep:
+                self._dirty = self._dirty or not keep
+
+    def _drop_others(self) -> None:
+        """Write the file anew without the records that failed, and a torn last line."""
+        with open(self.path, "rb") as old, open(self.path + ".resume", "wb") as new:
+            for line in old:
+                if line.endswith(b"\n") and "result" in load_record(line.decode()):
                     new.write(line)
             new.flush()
             os.fsync(new.fileno())
-        self._replace(good)
+        self._replace(new.name)
 
     def sort(self) -> None:
         """Put the records in the order of their ids. Raises OSError."""
@@ -1193,11 +1208,11 @@ class ResultsFile:
         return "result" in record
 
     def has(self, task_id: int, text: str) -> bool:
-        """Whether a task has a record that is kept. Raises ValueError when that is of another task."""
+        """Whether a task has a record that is kept. Raises Refusal when that is of another task."""
         if task_id >= len(self.kept) or not self.kept[task_id]:
             return False
         if self.kept[task_id] != digest_task(json.loads(text)):
-            raise ValueError(f"the results file {self.path} belongs to other tasks, its task {task_id} is not {text[:60]}")
+            raise Refusal(f"the results file {self.path} belongs to other tasks, its task {task_id} is not {text[:60]}")
         return True
 
 
@@ -1508,6 +1523,8 @@ class TaskMaster:
                 self._next_id += len(texts)
                 if not self.ledger.submit(numbered):
                     break
+        except Refusal as refusal:
+            self.fail(refusal)
         except BaseException as error:  # what the caller's own iterable raises is for the caller
             self.problem = self.problem or error
         self.ledger.end()
@@ -1657,7 +1674,8 @@ def explain_outcome(task: Task) -> str:
         text = f"{error['type']}: {error['message']}"
     except (KeyError, TypeError):
         text = task.outcome
-    return " ".join(text.split())[:200]
+    text = " ".join(text.split())
+    return text if len(text) < 200 else f"{text[:80]} ... {text[-110:]}"  # the reason is often in the end
 
 
 def encode_tasks(tasks: Iterable[Any]) -> Iterator[list[str]]:
@@ -1904,8 +1922,8 @@ class Job:
             say("leaving at once")
             self._master.kill_local()
             os._exit(128 + number)
-        say("draining: waiting for the tasks that run (once more to leave at once)")
         self._stopped_by = number
+        say("draining: waiting for the tasks that run (once more to leave at once)")
 
     def _conclude(self) -> int:
         """Say how it went; returns the exit status. Raises Failure."""

@@ -240,10 +240,10 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message} (--help tells more)\n")
 
 
-def write_error(text: str) -> None:
+def write_error(text: str, descriptor: int = 2) -> None:
     """Write to standard error, at once and whole, also from a signal handler; nothing happens when nobody can read it."""
     with contextlib.suppress(OSError):
-        os.write(2, text.encode("utf-8", "replace"))
+        os.write(descriptor, text.encode("utf-8", "replace"))
 
 
 def raise_file_limit() -> None:
@@ -317,9 +317,8 @@ def say(text: str) -> None:
 
 
 def print_line(text: str) -> None:
-    """One line on standard output; work goes on when nobody can read it any more."""
-    with contextlib.suppress(OSError, ValueError):
-        print(text, flush=True)
+    """One line on standard output."""
+    write_error(text + "\n", 1)
 
 
 # ---- functions: what is done with a task ---------------------------------------------------------------------------
@@ -838,7 +837,7 @@ class Slot(threading.Thread):
 
     def _release(self, lines: list[str]) -> None:
         if lines:
-            self._tell(TASKS, "release", [line.partition(" ")[0] for line in lines])
+            self._tell(TASKS, "release", " ".join([line.partition(" ")[0] for line in lines]))
 
     def _tell(self, queue: str, method: str, *args: object) -> bool:
         """Call the master if it can be reached. False when it cannot: the link is gone then."""
@@ -991,8 +990,8 @@ class Worker:
             for slot in self._slots:
                 slot.child.kill()
             os._exit(128 + number)
-        say("draining: finishing what runs, releasing the rest (once more to leave at once)")
         self.leaving.set()
+        say("draining: finishing what runs, releasing the rest (once more to leave at once)")
 
 
 # ---- command line --------------------------------------------------------------------------------------------------

@@ -135,7 +135,6 @@ def parse_record(line: bytes) -> dict[str, Any]:
     if "error" in record:
         assert set(record["error"]) == {"type", "message", "traceback"}
         assert all(isinstance(value, str) for value in record["error"].values())
-    assert record["seconds"] is None or isinstance(record["seconds"], (int, float))
     return record
 
 
@@ -165,6 +164,98 @@ def is_closed(sock: socket.socket, timeout: float) -> bool:
         except OSError:
             return True
     return False
+
+
+# ---- what attackers are made of --------------------------------------------------------------------------------------
+
+
+class FalseServer:
+    """Accepts connections, and does to each what `act` says."""
+
+    def __init__(self, act: Callable[[socket.socket], None]) -> None:
+        self.act = act
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port = int(self._listener.getsockname()[1])
+        self.served: queue.SimpleQueue[None] = queue.SimpleQueue()
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                sock = self._listener.accept()[0]
+                threading.Thread(target=self._serve, args=(sock,), daemon=True).start()
+
+    def _serve(self, sock: socket.socket) -> None:
+        self.served.put(None)
+        with contextlib.suppress(OSError, EOFError, AuthenticationError), sock:
+            self.act(sock)
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+
+
+def start_workers(farm: Farm, acts: list[Callable[[socket.socket], None]]) -> list[tuple[Program, FalseServer]]:
+    """A worker for each false master, all at the same time; they look for it for one second."""
+    (farm.folder / "hostile.py").write_text(FUNCTIONS)
+    pairs = []
+    for act in acts:
+        server = FalseServer(act)
+        options = ("--port", server.port, "--processes", 1, "--wait", 1, "--function", "hostile:double")
+        pairs.append((farm.run("task_worker.py", *options), server))
+    return pairs
+
+
+def check_workers(pairs: list[tuple[Program, FalseServer]], patience: float, may_stay: bool) -> None:
+    """They leave with status 3 and one line, or still try to get on with it; they do not crash, nor fill the memory.
+
+    Whether code has run is for the caller to see.
+    """
+    most: collections.Counter[int] = collections.Counter()
+    give_up_at = time.monotonic() + patience
+    for _, server in pairs:
+        server.served.get(timeout=60)
+    while (running := [worker for worker, _ in pairs if worker.process.poll() is None]) and time.monotonic() < give_up_at:
+        for number, (worker, _) in enumerate(pairs):
+            with contextlib.suppress(psutil.Error):
+                most[number] = max(most[number], peak_memory(worker.pid))
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            running[0].process.wait(0.1)
+    for number, (worker, server) in enumerate(pairs):
+        server.close()
+        stays = worker.process.poll() is None
+        if stays:
+            worker.kill()
+        said = f"false master {number}: {worker.wait()}, {worker.stderr[:10]} ... {worker.stderr[-5:]}"
+        assert worker.wait() == 3 or (stays and may_stay), said
+        assert not any("Traceback" in line or "internal error" in line for line in worker.stderr), said
+        assert most[number] < 200 * MEGABYTE, number
+
+
+@pytest.fixture(scope="module")
+def garbage_masters(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[tuple[Program, FalseServer]]]:
+    """Workers of masters that talk garbage, or say nothing: that takes 10 s, which others have to wait for, too."""
+
+    def act(data: bytes) -> Callable[[socket.socket], None]:
+        def send(sock: socket.socket) -> None:
+            sock.sendall(data)
+            is_closed(sock, 15)
+
+        return send
+
+    garbage = [
+        b"",
+        b"HTTP/1.1 400 Bad Request\r\n\r\n",
+        b"SSH-2.0-OpenSSH_9.2\r\n",
+        frame(b"x" * 16),
+        frame(b"#CHALLENGE#{rot13}" + b"x" * 32),
+        struct.pack("!i", 200),
+        struct.pack("!iQ", -1, 1 << 40),
+    ]
+    farm = Farm(tmp_path_factory.mktemp("garbage"))
+    yield start_workers(farm, [act(data) for data in garbage])
+    farm.close()
 
 
 # ---- peers without the key -----------------------------------------------------------------------------------------
@@ -208,6 +299,7 @@ def test_garbage_before_the_handshake_does_not_disturb_the_job(beside: Beside) -
     beside.finish()
 
 
+@pytest.mark.usefixtures("garbage_masters")
 def test_hundreds_of_silent_connections_and_a_slow_one_end_in_time(beside: Beside) -> None:
     """And meanwhile a worker that knows the key is let in."""
     began_at = time.monotonic()
@@ -350,10 +442,9 @@ def test_what_a_task_or_a_result_looks_like_is_never_unpickled(beside: Beside) -
     for data in evil_pickles(pwned):
         peer = Peer(beside.farm, beside.port)
         for value in (data, data.decode("latin-1")):
-            for message in ((TASKS, "release", ([value],), {}), (TASKS, value, (), {}), (RESULTS, "put", (value,), {})):
-                peer.connection.send(message)
-                with contextlib.suppress(EOFError, OSError):
-                    peer.connection.recv_bytes()
+            for message in ((TASKS, "release", (value,)), (TASKS, value, ()), (RESULTS, "put", (value,))):
+                if ask(peer, *message[:2], *message[2]) == "":
+                    peer = Peer(beside.farm, beside.port)
         peer.close()
     assert not pwned.exists()
     beside.finish()
@@ -463,7 +554,11 @@ def test_methods_that_are_not_exposed_are_refused(beside: Beside) -> None:
     peer = Peer(beside.farm, beside.port)
     for name in (TASKS, RESULTS, "0", "", None, 0, "no such queue"):
         for method in NOT_EXPOSED:
-            assert ask(peer, name, method) in ("#TRACEBACK", "#ERROR"), (name, method)
+            answer = ask(peer, name, method)
+            assert answer != "#RETURN", (name, method)
+            if not answer:
+                peer.close()
+                peer = Peer(beside.farm, beside.port)
     peer.close()
     beside.finish()
 
@@ -541,7 +636,7 @@ FAULT = '"error": {"type": "E", "message": "m", "traceback": ""}, "seconds": 0.5
 
 
 def ask(peer: Peer, queue_name: Any, method: Any, *arguments: object) -> str:
-    """Call whatever it is; returns how the master answered, "" when it closed the connection."""
+    """Call whatever it is; returns how the master answered, "" when it closed the connection instead."""
     try:
         peer.ask(queue_name, method, *arguments)
         if not peer.connection.poll(20):
@@ -704,81 +799,8 @@ def test_a_name_cannot_break_the_log_or_the_records(beside: Beside) -> None:
 # ---- false masters -------------------------------------------------------------------------------------------------
 
 
-class FalseServer:
-    """Accepts connections, and does to each what `act` says."""
-
-    def __init__(self, act: Callable[[socket.socket], None]) -> None:
-        self.act = act
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.port = int(self._listener.getsockname()[1])
-        self.served: queue.SimpleQueue[None] = queue.SimpleQueue()
-        threading.Thread(target=self._accept, daemon=True).start()
-
-    def _accept(self) -> None:
-        with contextlib.suppress(OSError):
-            while True:
-                sock = self._listener.accept()[0]
-                threading.Thread(target=self._serve, args=(sock,), daemon=True).start()
-
-    def _serve(self, sock: socket.socket) -> None:
-        self.served.put(None)
-        with contextlib.suppress(OSError, EOFError, AuthenticationError), sock:
-            self.act(sock)
-
-    def close(self) -> None:
-        with contextlib.suppress(OSError):
-            self._listener.shutdown(socket.SHUT_RDWR)
-        self._listener.close()
-
-
-def start_workers(farm: Farm, acts: list[Callable[[socket.socket], None]]) -> list[tuple[Program, FalseServer]]:
-    """A worker for each false master, all at the same time; they look for it for one second."""
-    (farm.folder / "hostile.py").write_text(FUNCTIONS)
-    pairs = []
-    for act in acts:
-        server = FalseServer(act)
-        options = ("--port", server.port, "--processes", 1, "--wait", 1, "--function", "hostile:double")
-        pairs.append((farm.run("task_worker.py", *options), server))
-    return pairs
-
-
-def check_workers(pairs: list[tuple[Program, FalseServer]], patience: float, may_stay: bool) -> None:
-    """They leave with status 3 and one line, or still try to get on with it; they do not crash, nor fill the memory.
-
-    Whether code has run is for the caller to see.
-    """
-    most: collections.Counter[int] = collections.Counter()
-    give_up_at = time.monotonic() + patience
-    for _, server in pairs:
-        server.served.get(timeout=60)
-    while (running := [worker for worker, _ in pairs if worker.process.poll() is None]) and time.monotonic() < give_up_at:
-        for number, (worker, _) in enumerate(pairs):
-            with contextlib.suppress(psutil.Error):
-                most[number] = max(most[number], peak_memory(worker.pid))
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            running[0].process.wait(0.1)
-    for number, (worker, server) in enumerate(pairs):
-        server.close()
-        stays = worker.process.poll() is None
-        if stays:
-            worker.kill()
-        said = f"false master {number}: {worker.wait()}, {worker.stderr[:10]} ... {worker.stderr[-5:]}"
-        assert worker.wait() == 3 or (stays and may_stay), said
-        assert not any("Traceback" in line or "internal error" in line for line in worker.stderr), said
-        assert most[number] < 200 * MEGABYTE, number
-
-
-def test_a_worker_gives_up_a_master_that_talks_garbage(farm: Farm) -> None:
-    def act(data: bytes) -> Callable[[socket.socket], None]:
-        def send(sock: socket.socket) -> None:
-            sock.sendall(data)
-            is_closed(sock, 15)
-
-        return send
-
-    garbage = [b"", b"HTTP/1.1 400 Bad Request\r\n\r\n", b"SSH-2.0-OpenSSH_9.2\r\n", frame(b"x" * 16), frame(b"#CHALLENGE#"),
-               frame(b"#CHALLENGE#{rot13}" + b"x" * 32), struct.pack("!i", 200), struct.pack("!iQ", -1, 1 << 40)]  # fmt: skip
-    check_workers(start_workers(farm, [act(data) for data in garbage]), 30, may_stay=False)
+def test_a_worker_gives_up_a_master_that_talks_garbage(garbage_masters: list[tuple[Program, FalseServer]]) -> None:
+    check_workers(garbage_masters, 30, may_stay=False)
 
 
 def answer_with(farm: Farm, replies: dict[str, bytes]) -> Callable[[socket.socket], None]:
@@ -823,12 +845,11 @@ def test_a_pickle_that_is_not_plain_data_runs_no_code_in_a_worker(farm: Farm) ->
 
 def test_replies_of_the_wrong_shape_do_not_crash_a_worker(farm: Farm) -> None:
     values: dict[str, list[Any]] = {
-        "settings": [None, {}, {"protocol": 1}, {"protocol": 1, "run": [], "timeout": "x"}],
-        "lease": [5, ["0 7"], "no id", "x 7", b"0 7", "\n", "0 7\n0 7"],
-        "report": [5],
+        "settings": [None, {"protocol": 1}, {"protocol": 1, "run": [], "timeout": "x"}],
+        "lease": [5, ["0 7"], "no id", "x 7", "\n", "0 7\n0 7"],
     }
     replies = [(method, ("#RETURN", value)) for method in values for value in values[method]]
-    replies += [(method, value) for method in METHODS for value in (5, ("#ODD", 1))]
+    replies += [("accept_connection", 5), ("settings", ("#ODD", 1)), ("lease", ()), ("report", ("#ODD", 1))]
     acts = [answer_with(farm, {method: pickle.dumps(value)}) for method, value in replies]
     check_workers(start_workers(farm, acts), 5, may_stay=True)
 

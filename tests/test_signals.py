@@ -27,12 +27,12 @@ def note(n):
 def wait(n):
     \"\"\"Task 3 takes as long as there is no file `go`.\"\"\"
     note(n)
-    time.sleep(0.03)
+    time.sleep(0.02)
     while n == 3 and not os.path.exists("go"):
         time.sleep(0.01)
     return 2 * n
 """
-TASKS = 60  # two seconds of work: a drain has begun long before they are through
+TASKS = 50  # a second of work: a drain has begun long before they are through
 SIGNALS = [signal.SIGINT, signal.SIGTERM]
 
 
