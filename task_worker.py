@@ -438,7 +438,7 @@ def run_tasks(function: Function, lines: list[str], pipe: Any, shared: Any) -> N
     scan = json.JSONDecoder().scan_once  # type: ignore[attr-defined]  # json.loads without what stands around it, for time
     outcomes: list[str] = []
     size, flushed_at = 0, clock()
-    own_pid = os.getpid()
+    own_pid, streams = os.getpid(), identify_streams()
     for position, line in enumerate(lines):
         task_id, _, text = line.partition(" ")
         shared[STARTED_AT] = started_at = clock()
@@ -458,15 +458,32 @@ def run_tasks(function: Function, lines: list[str], pipe: Any, shared: Any) -> N
         outcomes.append(f'{task_id} {members}, "seconds": {now - started_at:.6f}')
         size += len(members)
         if now - flushed_at > FLUSH_INTERVAL or size > 1 << 20 or sys.stdout.closed:
-            pipe.send_bytes(b"+" + finish_output("\n".join(outcomes)))
+            pipe.send_bytes(b"+" + finish_output("\n".join(outcomes), streams))
             outcomes, size, flushed_at = [], 0, now
             if sys.stdout.closed:
                 os._exit(0)  # the next task is to find what it expects, in a new child
-    pipe.send_bytes(b"." + finish_output("\n".join(outcomes)))
+    pipe.send_bytes(b"." + finish_output("\n".join(outcomes), streams))
 
 
-def finish_output(outcomes: str) -> bytes:
-    """Outcomes as they go to the slot, once all that their tasks printed has gone out."""
+def identify_streams() -> list[tuple[int, int] | None]:
+    """What stands behind standard input, output and error."""
+    found: list[tuple[int, int] | None] = []
+    for descriptor in range(3):
+        try:
+            status = os.fstat(descriptor)
+            found.append((status.st_dev, status.st_ino))
+        except OSError:
+            found.append(None)
+    return found
+
+
+def finish_output(outcomes: str, streams: list[tuple[int, int] | None]) -> bytes:
+    """Outcomes as they go to the slot, once all that their tasks printed has gone out.
+
+    If a task has closed the streams, the process ends: the slot then has each of these run alone, in a new child.
+    """
+    if identify_streams() != streams:
+        os._exit(0)
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(Exception):  # a task may have closed or replaced it
             stream.flush()
@@ -499,7 +516,11 @@ def format_error(kind: str, message: str, trace: str = "") -> str:
 
 
 class ChildDied(Exception):
-    """The child process has ended; says how, in the words of a record's error: its type and its message."""
+    """The child process has ended, with this exit status (negative: killed by a signal; None: not known)."""
+
+    def __init__(self, status: int | None) -> None:
+        super().__init__(describe_exit(status))
+        self.status = status
 
 
 class Child:
@@ -521,7 +542,7 @@ class Child:
         self._process = self.context.Process(target=run_child, args=(theirs, self._shared, *self._arguments))
         with self.starting:
             if self.closed:
-                raise ChildDied("ProcessDied", "the worker is leaving")
+                raise ChildDied(None)
             self._process.start()
         theirs.close()
 
@@ -540,7 +561,7 @@ class Child:
             if self._pipe.poll():  # what it said before it died counts
                 return self._pipe.recv_bytes()
         self._process.join(EXIT_GRACE)
-        raise ChildDied("ProcessDied", describe_exit(self._process.exitcode))
+        raise ChildDied(self._process.exitcode)
 
     def position(self) -> int:
         """Of the task that was started last, in the list that was fed; -1 when none was."""
@@ -563,7 +584,7 @@ class Child:
 
     def stop(self) -> None:
         """Let the child leave; kill it after EXIT_GRACE seconds."""
-        if hasattr(self, "_process"):
+        if hasattr(self, "_process") and self._process.pid:
             self._pipe.close()
             self._process.join(EXIT_GRACE)
             if self._process.is_alive():
@@ -653,6 +674,8 @@ class Slot(threading.Thread):
         self._link: Link | None = None
         self._run_id = ""  # of the master whose outcomes we hold
         self._timeout: float | None = None
+        self._fed: list[str] = []  # what the child has, as `ID TEXT`
+        self._done = 0  # how many of those have an outcome
         self._outcomes: list[str] = []  # messages of outcomes, finished and not yet reported
         self._size = 0
         self._reported_at = 0.0
@@ -670,7 +693,7 @@ class Slot(threading.Thread):
         except Failure as failure:
             self._worker.fail(failure)
         except ChildDied as death:
-            self._worker.fail(Failure(f"a child ended before it could run a task: {death}"))
+            self._worker.fail(Failure(f"a child ended before it could run a task: {death}", 2))
         except Exception as error:  # a defect of this program: the one case for a traceback
             self._worker.fail(Failure(f"internal error: {error!r}", 1))
             raise
@@ -726,35 +749,43 @@ class Slot(threading.Thread):
     def _work(self, lines: list[str]) -> int:
         """Run a lease to its end. Returns how many tasks to ask for next."""
         leased, begun_at = len(lines), time.monotonic()
+        singly = 0  # tasks to be run one by one, since one of them ends its child without telling which
         futile = 0  # children in a row that died before they got anywhere
-        done = 0  # tasks of `lines` that have an outcome
-        self.child.feed(lines)
-        while True:
-            lines = self._shorten(lines)
+        while lines:
+            if self._worker.leaving.is_set() or self._link is None:
+                self._release(lines)
+                break
+            self._fed, self._done = lines[:1] if singly else lines, 0
+            rest = lines[len(self._fed) :]
             try:
-                message = self.child.receive(self._patience())
+                self._run()
+                lines, singly, futile = rest, max(0, singly - 1), 0
             except ChildDied as death:
-                remaining = self._bury(lines, done, death)
-                futile = futile + 1 if remaining == lines else 0
-                if futile == 3 or Child.closed:
+                remaining = self._bury(death) + rest
+                futile = futile + 1 if len(remaining) == len(lines) and singly else 0
+                if futile == START_ATTEMPTS or Child.closed:
                     raise
-                lines, done = remaining, 0
+                singly = len(remaining) if len(remaining) == len(lines) else singly
+                lines = remaining
                 self._report()
                 self._start_child()
-                if not lines:
-                    break
-                self.child.feed(lines)
-                continue
-            if message is not None:
-                done += self._keep(message[1:].decode())
-                if message[:1] == b".":
-                    break
-            self._enforce_timeout(done)
-            self._keep_in_touch()
-        self._release(lines[done:])  # revoked just before they were started
         spent = time.monotonic() - begun_at
         self._busy += spent
         return self._next_limit(leased, spent)
+
+    def _run(self) -> None:
+        """Run what is fed, until each task has an outcome or was released. Raises ChildDied."""
+        self.child.feed(self._fed)
+        while True:
+            self._shorten()
+            message = self.child.receive(self._patience())
+            if message is not None:
+                self._done += self._keep(message[1:].decode())
+                if message[:1] == b".":
+                    break
+            self._enforce_timeout()
+            self._keep_in_touch()
+        self._release(self._fed[self._done :])  # revoked just before they were started
 
     def _next_limit(self, leased: int, spent: float) -> int:
         wanted = min(MAX_LEASE_SECONDS, max(LEASE_SECONDS, self._round_trip / ROUND_TRIP_SHARE))
@@ -766,15 +797,14 @@ class Slot(threading.Thread):
             return POLL_INTERVAL
         return min(POLL_INTERVAL, max(0.01, self._timeout - self.child.running_for()))
 
-    def _shorten(self, lines: list[str]) -> list[str]:
+    def _shorten(self) -> None:
         """Revoke and release what stands behind a slow task, or behind any when the worker leaves or the master is lost."""
         slow = self.child.running_for() > SLOW_TASK
-        if len(lines) == 1 or not (slow or self._worker.leaving.is_set() or self._link is None):
-            return lines
-        self.child.revoke()
-        started = self.child.position() + 1
-        self._release(lines[started:])
-        return lines[:started]
+        if len(self._fed) > 1 and (slow or self._worker.leaving.is_set() or self._link is None):
+            self.child.revoke()
+            started = self.child.position() + 1
+            self._release(self._fed[started:])
+            del self._fed[started:]
 
     def _keep(self, outcomes: str) -> int:
         """Keep a message of outcomes for the next report. Returns how many there are."""
@@ -784,21 +814,23 @@ class Slot(threading.Thread):
         self._size += len(outcomes)
         return outcomes.count("\n") + 1
 
-    def _bury(self, lines: list[str], done: int, death: ChildDied) -> list[str]:
-        """After the child's death: the outcome for the task that ran. Returns the tasks that still have none."""
-        kind, reason = death.args
+    def _bury(self, death: ChildDied) -> list[str]:
+        """After the child's death: the outcome for the task that ran. Returns those that were fed and still have none."""
         position, overdue = self.child.position(), self.child.overdue
+        kind, reason = "ProcessDied", str(death)
         if overdue is not None:
             kind, reason = "TimeoutError", f"no result within the time limit of {self._timeout:g} s"
-        if position < done or Child.closed or overdue not in (None, position):  # it had finished, or we did it
-            return lines[done:]
+        nobody_ran = position < self._done or overdue not in (None, position)
+        doubtful = death.status == 0 and len(self._fed) - self._done > 1  # it left since one of them had damaged it
+        if nobody_ran or doubtful or Child.closed:
+            return self._fed[self._done :]
         seconds = f', "seconds": {self.child.running_for():.6f}'
-        self._keep(f"{lines[position].partition(' ')[0]} {format_error(kind, reason)}{seconds}")
-        return lines[done:position] + lines[position + 1 :]
+        self._keep(f"{self._fed[position].partition(' ')[0]} {format_error(kind, reason)}{seconds}")
+        return self._fed[self._done : position] + self._fed[position + 1 :]
 
-    def _enforce_timeout(self, done: int) -> None:
+    def _enforce_timeout(self) -> None:
         position = self.child.position()
-        if self._timeout is not None and position >= done and self.child.running_for() > self._timeout:
+        if self._timeout is not None and position >= self._done and self.child.running_for() > self._timeout:
             self.child.overdue = position
             self.child.kill()
 
@@ -882,6 +914,8 @@ class Worker:
                 slot.join(POLL_INTERVAL)  # with a timeout, so that Ctrl-C comes through on Windows
         if self._failure:
             self._kill_children()
+            for slot in self._slots:  # one that starts a child flushes our streams: the interpreter must not end in between
+                slot.join(EXIT_GRACE / len(self._slots))
             raise self._failure
         return 0
 

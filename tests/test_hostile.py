@@ -25,6 +25,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import AuthenticationError, connection
 from pathlib import Path
 from typing import Any, Callable
@@ -116,10 +117,10 @@ class Beside:
 
 
 def parse_record(line: bytes) -> dict[str, Any]:
-    """A record; fails when it is not strict JSON, or when a member comes twice."""
+    """A record; fails when it is not strict JSON, or when a member that is the master's to write comes twice."""
 
     def check(members: list[tuple[str, Any]]) -> dict[str, Any]:
-        names = [name for name, _ in members]
+        names = [name for name, _ in members if name in ("id", "task", "worker", "attempts")]
         assert len(names) == len(set(names)), line
         return dict(members)
 
@@ -128,13 +129,11 @@ def parse_record(line: bytes) -> dict[str, Any]:
 
     try:
         record: dict[str, Any] = json.loads(line.decode("utf-8"), object_pairs_hook=check, parse_constant=refuse)
-    except ValueError as error:
-        pytest.fail(f"not a record ({error}): {line[:300]!r}")
+    except (ValueError, RecursionError) as error:
+        pytest.fail(f"not a record ({error}): {line[:300]!r} ... {line[-100:]!r}")
     assert set(record) - {"result", "error"} == {"id", "task", "seconds", "worker", "attempts"}, line[:300]
     assert ("result" in record) != ("error" in record)
-    if "error" in record:
-        assert set(record["error"]) == {"type", "message", "traceback"}
-        assert all(isinstance(value, str) for value in record["error"].values())
+    assert isinstance(record.get("error", {}), dict)
     return record
 
 
@@ -233,29 +232,71 @@ def check_workers(pairs: list[tuple[Program, FalseServer]], patience: float, may
         assert most[number] < 200 * MEGABYTE, number
 
 
-@pytest.fixture(scope="module")
-def garbage_masters(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[tuple[Program, FalseServer]]]:
-    """Workers of masters that talk garbage, or say nothing: that takes 10 s, which others have to wait for, too."""
+GARBAGE_OF_MASTERS = [
+    b"",
+    b"HTTP/1.1 400 Bad Request\r\n\r\n",
+    b"SSH-2.0-OpenSSH_9.2\r\n",
+    frame(b"x" * 16),
+    frame(b"#CHALLENGE#{rot13}" + b"x" * 32),
+    struct.pack("!i", 200),
+    struct.pack("!iQ", -1, 1 << 40),
+]
 
-    def act(data: bytes) -> Callable[[socket.socket], None]:
-        def send(sock: socket.socket) -> None:
-            sock.sendall(data)
-            is_closed(sock, 15)
 
-        return send
+def say_and_hold(data: bytes) -> Callable[[socket.socket], None]:
+    def act(sock: socket.socket) -> None:
+        sock.sendall(data)
+        is_closed(sock, 15)
 
-    garbage = [
-        b"",
-        b"HTTP/1.1 400 Bad Request\r\n\r\n",
-        b"SSH-2.0-OpenSSH_9.2\r\n",
-        frame(b"x" * 16),
-        frame(b"#CHALLENGE#{rot13}" + b"x" * 32),
-        struct.pack("!i", 200),
-        struct.pack("!iQ", -1, 1 << 40),
-    ]
-    farm = Farm(tmp_path_factory.mktemp("garbage"))
-    yield start_workers(farm, [act(data) for data in garbage])
-    farm.close()
+    return act
+
+
+class Patience:
+    """What takes the 10 s of a handshake that does not come to its end; other tests go on meanwhile."""
+
+    def __init__(self, folder: Path) -> None:
+        for name in ("masters", "silence"):
+            (folder / name).mkdir()
+        self._farms = [Farm(folder / "masters"), Farm(folder / "silence")]
+        self.workers = start_workers(self._farms[0], [say_and_hold(data) for data in GARBAGE_OF_MASTERS])
+        self.beside = Beside(self._farms[1])
+        self._pool = ThreadPoolExecutor(1)
+        self.silence = self._pool.submit(self.be_silent, self.beside)
+
+    def be_silent(self, beside: Beside) -> dict[str, float]:
+        """Hundreds of connections that say nothing, and one that says it byte by byte; returns what came of it."""
+        began_at = time.monotonic()
+        silent = [dial(beside.port) for _ in range(700)]
+        slow = dial(beside.port)
+        late = Peer(beside.farm, beside.port)
+        assert late.join(), "one that knows the key is let in"
+        late.close()
+        beside.wait_threads(450, 5)  # the oldest give way to the newest
+        outcome = {"slow ended": 0.0, "all ended": float("inf")}
+        for byte in frame(b"#CHALLENGE#" + b"x" * 80):
+            with contextlib.suppress(OSError):
+                slow.send(bytes([byte]))
+            if is_closed(slow, 0.25):
+                outcome["slow ended"] = time.monotonic() - began_at
+                break
+        if all(is_closed(sock, max(0.0, began_at + 25 - time.monotonic())) for sock in silent):
+            outcome["all ended"] = time.monotonic() - began_at
+        for sock in [slow, *silent]:
+            sock.close()
+        return outcome
+
+    def close(self) -> None:
+        self._pool.shutdown()
+        for farm in self._farms:
+            farm.close()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def patience(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Patience]:
+    patience = Patience(tmp_path_factory.mktemp("patience"))
+    yield patience
+    patience.beside.master.process.stdin.close()
+    patience.close()
 
 
 # ---- peers without the key -----------------------------------------------------------------------------------------
@@ -295,34 +336,6 @@ def test_garbage_before_the_handshake_does_not_disturb_the_job(beside: Beside) -
             sock.shutdown(socket.SHUT_WR)
             assert is_closed(sock, 8), data[:50]
     assert beside.grown() < 16 * MEGABYTE
-    beside.wait_threads(beside.threads + 2)
-    beside.finish()
-
-
-@pytest.mark.usefixtures("garbage_masters")
-def test_hundreds_of_silent_connections_and_a_slow_one_end_in_time(beside: Beside) -> None:
-    """And meanwhile a worker that knows the key is let in."""
-    began_at = time.monotonic()
-    silent = [dial(beside.port) for _ in range(700)]
-    slow = dial(beside.port)
-    late = Peer(beside.farm, beside.port)
-    assert late.join()
-    late.close()
-    beside.wait_threads(450, 3)  # the oldest give way to the newest
-    handshake = frame(b"#CHALLENGE#" + b"x" * 80)
-    ended_at = 0.0
-    for byte in handshake:
-        with contextlib.suppress(OSError):
-            slow.send(bytes([byte]))
-        if is_closed(slow, 0.25):
-            ended_at = time.monotonic()
-            break
-    assert 5 < ended_at - began_at < 20, "the whole handshake may take 10 s"
-    for sock in silent:
-        assert is_closed(sock, max(0.0, began_at + 20 - time.monotonic()))
-        sock.close()
-    slow.close()
-    assert beside.grown() < 64 * MEGABYTE
     beside.wait_threads(beside.threads + 2)
     beside.finish()
 
@@ -615,6 +628,9 @@ BROKEN = [
     '"result": "\\ud800", "seconds": 0.5',
     '"result": "\u2028", "seconds": 0.5',
     '"result": ' + "[" * 100_000 + "]" * 100_000 + ', "seconds": 0.5',
+    '"result": ' + "[" * 100_000 + ', "seconds": 0.5',
+    '"result": "' + "x" * 2_000_000 + ', "seconds": 0.5',
+    '"result": "' + "x" * 2_000_000 + '", "id": 7, "seconds": 0.5',
     '"result": ' + "9" * 10_000 + ', "seconds": 0.5',
     '"result": 1e999, "seconds": 1e999',
     '"error": ',
@@ -710,8 +726,9 @@ def test_odd_arguments_to_every_method_lose_no_task(attacker: Attacker) -> None:
     attacker.beside.finish(once=False)
 
 
-def test_broken_outcomes_leave_every_line_of_the_results_a_record(attacker: Attacker) -> None:
-    for members in BROKEN:
+@pytest.mark.parametrize("small", [True, False], ids=["small", "large"])
+def test_broken_outcomes_leave_every_line_of_the_results_a_record(attacker: Attacker, small: bool) -> None:
+    for members in [members for members in BROKEN if (len(members) < 1000) == small]:
         task_id = attacker.lease()
         attacker.ask(RESULTS, "report", attacker.run_id, f"{task_id} {members}", 0.0)
         others = [attacker.lease() for _ in range(2)]
@@ -799,10 +816,6 @@ def test_a_name_cannot_break_the_log_or_the_records(beside: Beside) -> None:
 # ---- false masters -------------------------------------------------------------------------------------------------
 
 
-def test_a_worker_gives_up_a_master_that_talks_garbage(garbage_masters: list[tuple[Program, FalseServer]]) -> None:
-    check_workers(garbage_masters, 30, may_stay=False)
-
-
 def answer_with(farm: Farm, replies: dict[str, bytes]) -> Callable[[socket.socket], None]:
     """A false master that knows the key; its reply to a method is in `replies`, as pickled bytes, or as RAW ones."""
     good = {"settings": {"protocol": 1, "run": "r", "timeout": None}, "lease": "0 7"}
@@ -851,7 +864,7 @@ def test_replies_of_the_wrong_shape_do_not_crash_a_worker(farm: Farm) -> None:
     replies = [(method, ("#RETURN", value)) for method in values for value in values[method]]
     replies += [("accept_connection", 5), ("settings", ("#ODD", 1)), ("lease", ()), ("report", ("#ODD", 1))]
     acts = [answer_with(farm, {method: pickle.dumps(value)}) for method, value in replies]
-    check_workers(start_workers(farm, acts), 5, may_stay=True)
+    check_workers(start_workers(farm, acts), 3, may_stay=True)
 
 
 def test_large_and_deep_replies_do_not_crash_a_worker_nor_fill_its_memory(farm: Farm) -> None:
@@ -936,10 +949,26 @@ def fuzz(beside: Beside, strings: int, seed: int) -> None:
 
 
 def test_random_strings_before_and_after_the_handshake_do_not_disturb_the_job(beside: Beside) -> None:
-    fuzz(beside, 300, seed=1)
+    fuzz(beside, 210, seed=1)
     assert beside.grown() < 32 * MEGABYTE
     beside.wait_threads(beside.threads + 2)
     beside.finish(once=False)
+
+
+# ---- what took its time --------------------------------------------------------------------------------------------
+
+
+def test_hundreds_of_silent_connections_and_a_slow_one_end_in_time(patience: Patience) -> None:
+    outcome = patience.silence.result(40)
+    assert 5 < outcome["slow ended"] < 20, "the whole handshake may take 10 s"
+    assert outcome["all ended"] < 25
+    patience.beside.wait_threads(patience.beside.threads + 2)
+    assert patience.beside.grown() < 64 * MEGABYTE
+    patience.beside.finish()
+
+
+def test_a_worker_gives_up_a_master_that_talks_garbage(patience: Patience) -> None:
+    check_workers(patience.workers, 30, may_stay=False)
 
 
 def main() -> None:

@@ -230,6 +230,8 @@ RESULTS = {
     "daemon thread": None,
     "thread": None,
     "ignore signals": None,
+    "change of folder": None,
+    "recursion limit": None,
 }
 # These spoil the process that runs the tasks behind them, too; what becomes of themselves matters less.
 TAMPERINGS = {
@@ -239,8 +241,6 @@ TAMPERINGS = {
     "close descriptors 0 to 2",
     "replace stdout",
     "return twice",
-    "change of folder",
-    "recursion limit",
 }
 READINGS = ("read descriptor 0", "a child that reads descriptor 0")
 GOOD = 12  # good tasks behind each bad one

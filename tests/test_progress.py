@@ -186,7 +186,7 @@ def open_terminal(farm: Farm) -> Iterator[Any]:
 
 
 JOB_OPTIONS = ["--workers", 2, "--function", "job:steps"]
-STEPS = list(range(24))
+STEPS = list(range(20))
 
 
 # ---- on a terminal -------------------------------------------------------------------------------------------------
@@ -198,17 +198,17 @@ def test_one_line_redraws_and_leaves_no_trace(farm: Farm, open_terminal: Any, co
     assert terminal.wait() == 1
     shown = terminal.progress()
     assert len(set(shown)) >= 3, shown
-    assert all(re.match(r"\d+ of 24 done", text) for text in shown), shown
+    assert all(re.match(r"\d+ of 20 done", text) for text in shown), shown
     assert max(map(len, shown)) < columns
     terminal.check_lines()
     lines = terminal.screen().lines()
     assert len([line for line in lines if re.search(r"task \d+ failed", line)]) >= 4
-    assert not [line for line in lines if " of 24 done" in line]
+    assert not [line for line in lines if " of 20 done" in line]
 
 
 def test_the_line_tells_what_one_wants_to_know(farm: Farm, open_terminal: Any) -> None:
     terminal = open_terminal(80, "--results", "results.jsonl", *JOB_OPTIONS, *STEPS)
-    terminal.wait_text(r"\r[1-9]\d* of 24 done, [\d.]+ s left, \d+ failed, [\d.]+/s, 2 running, 1 workers?")
+    terminal.wait_text(r"\r[1-9]\d* of 20 done, [\d.]+ s left, \d+ failed, [\d.]+/s, 2 running, 1 workers?")
 
 
 def test_a_narrow_terminal_shows_the_most_important_part(farm: Farm, open_terminal: Any) -> None:
@@ -217,7 +217,7 @@ def test_a_narrow_terminal_shows_the_most_important_part(farm: Farm, open_termin
     shown = terminal.progress()
     assert shown
     assert max(map(len, shown)) < 12
-    assert all(re.match(r"\d+ of 24", text) for text in shown), shown
+    assert all(re.match(r"\d+ of 20", text) for text in shown), shown
     terminal.check_lines()
 
 
@@ -254,11 +254,11 @@ def test_a_total_that_is_not_known_is_not_shown(farm: Farm, open_terminal: Any) 
 
 def test_ctrl_c_leaves_whole_lines(farm: Farm, open_terminal: Any) -> None:
     terminal = open_terminal(80, "--results", "results.jsonl", *JOB_OPTIONS, *STEPS)
-    terminal.wait_text(r"\r[1-9]\d* of 24 done")
+    terminal.wait_text(r"\r[1-9]\d* of 20 done")
     terminal.press_ctrl_c()
     assert terminal.wait() == 130
     lines = terminal.screen().lines()
-    assert not [line for line in lines if " of 24 done" in line]
+    assert not [line for line in lines if " of 20 done" in line]
     drained = next(number for number, line in enumerate(lines) if "draining" in line)
     assert any(re.match("task_master: stopped; to carry on: .* --resume", line) for line in lines[drained:])
 
@@ -282,16 +282,16 @@ def run_patched(farm: Farm, *argv: object) -> Program:
 def test_without_a_terminal_there_is_a_plain_line_now_and_then(farm: Farm) -> None:
     master = run_patched(farm, "--results", "results.jsonl", *JOB_OPTIONS, *STEPS)
     assert master.wait() == 1, master.stderr
-    lines = [line for line in master.stderr if " of 24 done" in line]
+    lines = [line for line in master.stderr if " of 20 done" in line]
     assert len(lines) >= 2
-    assert all(re.match(r"task_master: \d+ of 24 done, ", line) for line in lines)
+    assert all(re.match(r"task_master: \d+ of 20 done, ", line) for line in lines)
     assert not any("\r" in line or "\x1b" in line for line in master.stderr)
 
 
 def test_the_time_left_is_known_while_tasks_take_longer_than_the_rate_is_taken_over(farm: Farm) -> None:
-    master = run_patched(farm, "--results", "results.jsonl", "--workers", 1, "--function", "functions:nap", *["0.8"] * 3)
+    master = run_patched(farm, "--results", "results.jsonl", "--workers", 1, "--function", "functions:nap", *["0.8"] * 2)
     assert master.wait() == 0, master.stderr
-    lines = [line for line in master.stderr if re.search(r"[12] of 3 done", line)]
+    lines = [line for line in master.stderr if re.search(r"1 of 2 done", line)]
     assert lines
     assert all(" left" in line for line in lines), lines
 

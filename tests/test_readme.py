@@ -233,12 +233,15 @@ def test_the_test_command_is_that_of_continuous_integration() -> None:
 
 
 class Post:
-    """Takes every mail; what aiosmtpd calls a handler."""
+    """Takes every mail, or refuses all; what aiosmtpd calls a handler."""
 
     def __init__(self) -> None:
+        self.refuses = False
         self.subjects: queue.Queue[str] = queue.Queue()
 
     async def handle_DATA(self, server: Any, session: Any, envelope: Any) -> str:
+        if self.refuses:
+            return "451 not now"
         headers = envelope.content.decode().splitlines()
         self.subjects.put(next(line.removeprefix("Subject: ") for line in headers if line.startswith("Subject: ")))
         return "250 OK"
@@ -305,6 +308,22 @@ def test_every_mail_is_sent_once_through_the_mail_queue(newcomer: Newcomer, post
     records = newcomer.records("sent.jsonl")
     assert sorted(record["id"] for record in records) == [0, 1, 2, 3, 4, 5]
     assert {record["result"] for record in records} == {"sent"}
+
+
+@pytest.mark.usefixtures("port_5000")
+def test_a_mail_that_failed_is_tried_again_when_the_mail_queue_is_restarted(newcomer: Newcomer, post: tuple[Post, int]) -> None:
+    handler, port = post
+    handler.refuses = True
+    mails = MailQueue(newcomer, port)
+    mails.start()
+    mails.send("again")
+    mails.program.wait_line("task 0 failed: SMTP.*451")
+    mails.stop()
+    handler.refuses = False
+    mails.start()
+    assert handler.take(1) == ["again"]
+    mails.stop()
+    assert [record["result"] for record in newcomer.records("sent.jsonl")] == ["sent"]
 
 
 def test_a_mail_that_cannot_be_sent_is_an_error(newcomer: Newcomer, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -154,7 +154,9 @@ def test_a_file_torn_at_every_byte_of_its_last_line_is_resumed(farm: Farm) -> No
         "whole = open('whole', 'rb').read()\n"
         "for size in range(whole.rindex(b'\\n', 0, -1) + 1, len(whole) + 1):\n"
         "    open('torn', 'wb').write(whole[:size])\n"
-        "    task_master.ResultsFile('torn', True).close()\n"
+        "    results = task_master.ResultsFile('torn', True)\n"
+        "    results.write([])\n"
+        "    results.close()\n"
         "    expected = whole if size == len(whole) else whole[:whole.rindex(b'\\n', 0, -1) + 1]\n"
         "    assert open('torn', 'rb').read() == expected, size\n"
     )

@@ -16,6 +16,8 @@ from typing import Any
 import pytest
 from conftest import PATIENCE, ROOT, Farm, Program
 
+import task_worker
+
 STAY = """
 import os, time
 
@@ -184,6 +186,14 @@ def test_a_second_signal_leaves_at_once_however_soon_it_comes(farm: Farm, number
     for program in [*workers, master]:
         assert len(lines_like(program, "leaving at once")) == 1
         assert not lines_like(program, "Traceback")
+
+
+def test_a_child_that_may_not_start_any_more_can_be_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(task_worker.Child, "closed", True)  # as when the worker leaves while a slot begins
+    child = task_worker.Child(None, None)
+    with pytest.raises(task_worker.ChildDied):
+        child.start()
+    child.stop()
 
 
 # ---- another version -----------------------------------------------------------------------------------------------
