@@ -769,7 +769,7 @@ class ResultQueue:
         Outcomes of another run are dropped.
         """
         if run_id == self._master.run_id:
-            self._master.report(caller(), [parse_outcome(line) for line in outcomes.split("\n")], busy)
+            self._master.report(caller(), parse_report(outcomes), busy)
 
     def put(self, result: Any) -> None:
         """Settle the oldest task that this connection took with `get`. Raises ValueError when there is none."""
@@ -785,25 +785,43 @@ class ResultQueue:
         self._master.report(caller(), [outcome], seconds)
 
 
-def parse_outcome(line: str) -> tuple[int, bool, str]:
-    """The id, whether it is ok, and the outcome itself: two members of a record.
+# A line of a report whose result is a number, a short word or a string without escapes: most are, and need no closer look.
+PLAIN_OUTCOME = re.compile(
+    r'^([0-9]+) ("result": (?:-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?|true|false|null|"[^"\\\x00-\x1f]*"), "seconds": [0-9]+\.[0-9]+)$',
+    re.M,
+)
 
-    It goes into the results file as it is, so that the file stays one of records whatever a worker sends; but for a
-    large one, whose reader (`load_outcome`) must be patient.
+
+def parse_report(text: str) -> list[tuple[int, bool, str]]:
+    """The outcomes in a report: id, whether it is ok, and the outcome itself as two members of a record."""
+    plain = PLAIN_OUTCOME.findall(text)
+    if len(plain) == text.count("\n") + 1:
+        return [(int(task_id), True, outcome) for task_id, outcome in plain]
+    return [parse_outcome(line) for line in text.split("\n")]
+
+
+def parse_outcome(line: str) -> tuple[int, bool, str]:
+    """One outcome. It goes into the results file as it is, so what is not sound becomes an error here.
+
+    Only a large one is taken as it is; who reads it (`load_outcome`) must be patient.
     """
     task_id, _, outcome = line.partition(" ")
-    if len(outcome) < CHECK_LIMIT:
-        try:
-            members, end = scan_json("{" + outcome + "}", 0)
-            seconds = members["seconds"]
-            sound = end == len(outcome) + 2 and len(members) == 2 and (seconds is None or type(seconds) in (int, float))
-        except RecursionError:
-            sound = True  # nested too deeply to be checked
-        except (KeyError, StopIteration, ValueError):
-            sound = False
-        if not sound or outcome[:10] not in ('"result": ', '"error": {'):
-            outcome = format_error("ValueError", "what the worker sent is no outcome") + ', "seconds": null'
+    if len(outcome) < CHECK_LIMIT and not is_sound(outcome):
+        outcome = format_error("ValueError", "what the worker sent is no outcome") + ', "seconds": null'
     return int(task_id), outcome.startswith('"result": '), outcome
+
+
+def is_sound(outcome: str) -> bool:
+    """Whether it is JSON, a result or an error and the seconds, and nothing else."""
+    try:
+        members, end = scan_json("{" + outcome + "}", 0)
+        seconds = members["seconds"]
+    except RecursionError:
+        return True  # nested too deeply to be checked
+    except (KeyError, StopIteration, ValueError):
+        return False
+    whole = end == len(outcome) + 2 and len(members) == 2 and outcome[:10] in ('"result": ', '"error": {')
+    return whole and type(seconds) in (int, float, type(None))
 
 
 def format_error(kind: str, message: str) -> str:
@@ -1013,9 +1031,11 @@ scan_json = json.JSONDecoder(parse_constant=refuse_constant).scan_once  # type: 
 
 def check_json(text: str) -> str:
     """The JSON text of one value, without the white space around it. Raises ValueError when it is none."""
-    with contextlib.suppress(StopIteration, ValueError, RecursionError):
+    try:
         if scan_json(text, 0)[1] == len(text):
             return text
+    except (StopIteration, ValueError, RecursionError):
+        pass
     text = text.strip(" \t\r\n")
     try:
         json.loads(text, parse_constant=refuse_constant)
