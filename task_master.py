@@ -310,7 +310,7 @@ def check_key(key: bytes, source: str) -> bytes:
 
 READY_LIMIT = 50_000  # tasks read and not yet leased; the reader waits while there are more
 READY_BYTES = 64 << 20  # and characters of their text
-LEASE_LIMIT = 5_000  # tasks in one lease
+LEASE_LIMIT = 10_000  # tasks in one lease
 LEASE_BYTES = 8 << 20  # characters of text in one lease, unless a single task has more
 LEASE_FLOOR = 16  # a slot gets this part of what it asked for even if its share is smaller
 IDLE_POLLS = 50.0  # requests for tasks a second from all idle slots together, at most (but each may ask every second)
@@ -832,8 +832,8 @@ def format_error(kind: str, message: str) -> str:
 def load_outcome(task: Task) -> dict[str, Any]:
     """The outcome of a task: `result` or `error`, and `seconds`. If a worker sent no JSON, that is an error."""
     try:
-        outcome: dict[str, Any] = json.loads("{" + task.outcome + "}")
-    except (ValueError, RecursionError) as error:
+        outcome: dict[str, Any] = scan_json("{" + task.outcome + "}", 0)[0]
+    except (StopIteration, ValueError, RecursionError) as error:
         return {"error": {"type": "ValueError", "message": f"the outcome is not JSON: {error}", "traceback": ""}}
     return outcome
 
@@ -1479,6 +1479,9 @@ class TaskMaster:
             raise Failure(
                 f"the key has {len(self._authkey)} bytes, too few to listen on {self.address[0]}: use 16 random bytes or more"
             )
+        self._interpreter = gc.get_threshold(), sys.getswitchinterval()
+        gc.set_threshold(100_000, 50, 100)  # tasks come and go by the thousand, and make no cycles: a quarter less time
+        sys.setswitchinterval(0.0005)  # seconds; slots wait for the threads that answer them, not for the one that reads
         self._server.start(self.goodbye, self._context)
         if self._local:
             self._local.start(self.address, self._authkey)
@@ -1492,6 +1495,8 @@ class TaskMaster:
         if not unfinished:
             self._server.wait_closed(GOODBYE)
         self._server.stop()
+        gc.set_threshold(*self._interpreter[0])
+        sys.setswitchinterval(self._interpreter[1])
         if self._local:
             self._local.stop(0.0 if unfinished or not workers else WORKER_GRACE)
 
@@ -1707,7 +1712,7 @@ def encode_tasks(tasks: Iterable[Any]) -> Iterator[list[str]]:
     size = 1000 if isinstance(tasks, Sequence) else 1
     try:
         for task in tasks:
-            texts.append(encode(task))
+            texts.append(repr(task) if type(task) is int else encode(task))  # as the worker does, for time
             if len(texts) == size:
                 yield texts
                 texts = []
@@ -1722,7 +1727,7 @@ def make_record(task: Task, first: int) -> Record:
     outcome = load_outcome(task)
     return Record(
         task.id - first,
-        json.loads(task.text),
+        scan_json(task.text, 0)[0],
         outcome.get("result"),
         outcome.get("error"),
         outcome.get("seconds"),
@@ -2001,7 +2006,6 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("--resume needs the --results FILE of the job to carry on")
     raise_file_limit()
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # not every terminal knows every letter
-    gc.set_threshold(100_000, 50, 100)  # tasks come and go by the thousand, and make no cycles: a quarter less time
     try:
         return Job(options, [sys.argv[0], *(sys.argv[1:] if argv is None else argv)]).run()
     except Failure as failure:

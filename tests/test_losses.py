@@ -385,6 +385,34 @@ def test_an_outcome_whose_report_fails_is_reported_over_the_next_connection(farm
     assert len({outcomes for _, outcomes, *_ in reports}) == 1
 
 
+def test_an_outcome_that_was_not_acknowledged_is_reported_again(farm: Farm) -> None:
+    """An answer to another call that comes meanwhile is no acknowledgement."""
+    reports: queue.SimpleQueue[str] = queue.SimpleQueue()
+    listener = connection.Listener(("127.0.0.1", 0), authkey=farm.key.encode())
+
+    def serve() -> None:
+        with contextlib.suppress(OSError, EOFError):
+            while True:
+                with contextlib.suppress(OSError, EOFError), listener.accept() as peer:
+                    leases = ["0 7"]
+                    while True:
+                        _, method, arguments, _ = peer.recv()
+                        if method == "report":
+                            reports.put(arguments[1])
+                            peer.send(("#ERROR", "no"))
+                        elif method == "lease":
+                            peer.send(("#RETURN", leases.pop() if leases else ""))
+                        else:
+                            peer.send(("#RETURN", {"protocol": 1, "run": "r", "timeout": None}))
+
+    threading.Thread(target=serve, daemon=True).start()
+    farm.run("task_worker.py", "--port", listener.address[1], "--processes", 1)
+    first = reports.get(timeout=20)
+    assert first.startswith('0 "result"')
+    for _ in range(3):  # whatever else it has done meanwhile
+        assert first in reports.get(timeout=20).split("\n")
+
+
 def test_a_worker_that_is_thrown_out_again_and_again_takes_its_time(farm: Farm) -> None:
     """A thousand attempts a second would keep the master from whatever it is that ails it, and fill the log."""
     master = FalseMaster(farm, {}, "settings")

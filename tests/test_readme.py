@@ -30,8 +30,11 @@ import task_worker
 
 README = (ROOT / "README.md").read_text()
 BLOCK = re.compile(r"(?:<!-- test: (?P<name>.+?) -->\n)?```(?P<language>\w+)\n(?P<text>.*?)```", re.DOTALL)
-# By the name in the comment before the block, else by its first line
-BLOCKS = {match["name"] or match["text"].split("\n")[0]: match["text"] for match in BLOCK.finditer(README)}
+# By the name in the comment before the block, else by its first line; there is one unit for systemd
+BLOCKS = {
+    match["name"] or ("service" if match["language"] == "ini" else match["text"].split("\n")[0]): match["text"]
+    for match in BLOCK.finditer(README)
+}
 BLOCKS_THAT_A_TEST_RUNS = {
     "$ python3 task_master.py",
     "$ python3 task_worker.py",
@@ -41,7 +44,7 @@ BLOCKS_THAT_A_TEST_RUNS = {
     '{"id": 0, "task": "./README.md", "result": 2217, "seconds": 0.000213, "worker": "myhost/4711", "attempts": 1}',
     "farm.py",
     "scp task_worker.py ~/.task_authkey otherhost:",
-    "[Unit]",
+    "service",
     "mailer.py",
     "mail queue",
     "mail",
@@ -205,7 +208,7 @@ def test_a_command_runs_for_every_file(newcomer: Newcomer) -> None:
 def test_the_service_starts_the_worker_with_options_that_it_has() -> None:
     unit = configparser.ConfigParser(strict=True, interpolation=None)
     unit.optionxform = str  # type: ignore[assignment,method-assign]
-    unit.read_string(find_block("[Unit]"))
+    unit.read_string(find_block("service"))
     program, file, *argv = shlex.split(unit["Service"]["ExecStart"])
     assert (program, file) == ("/usr/bin/python3", "task_worker.py")
     options = task_worker.make_parser().parse_args(argv)
