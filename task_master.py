@@ -787,7 +787,7 @@ class ResultQueue:
 
 # A line of a report whose result is a number, a short word or a string without escapes: most are, and need no closer look.
 PLAIN_OUTCOME = re.compile(
-    r'^([0-9]+) ("result": (?:-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?|true|false|null|"[^"\\\x00-\x1f]*"), "seconds": [0-9]+\.[0-9]+)$',
+    r'^([0-9]+) ("result": (?:-?(?:0|[1-9][0-9]{0,300})(?:\.[0-9]+)?|true|false|null|"[^"\\\x00-\x1f]*"), "seconds": [0-9]+\.[0-9]+)$',
     re.M,
 )
 
