@@ -313,7 +313,7 @@ READY_BYTES = 64 << 20  # and characters of their text
 LEASE_LIMIT = 10_000  # tasks in one lease
 LEASE_BYTES = 8 << 20  # characters of text in one lease, unless a single task has more
 LEASE_FLOOR = 16  # a slot gets this part of what it asked for even if its share is smaller
-IDLE_POLLS = 50.0  # requests for tasks a second from all idle slots together, at most (but each may ask every second)
+IDLE_POLLS = 25.0  # requests for tasks a second from all idle slots together, at most (but each may ask every second)
 CHECK_LIMIT = 4 << 20  # characters of an outcome that is checked before it is recorded
 PENDING_LIMIT = 256  # connections that have not finished the handshake; the oldest must give way
 BACKLOG = 1024  # connections that the system holds for us; multiprocessing's 16 would lose those of a large farm
@@ -787,8 +787,9 @@ class ResultQueue:
 
 # A line of a report whose result is a number, a short word or a string without escapes: most are, and need no closer look.
 PLAIN_OUTCOME = re.compile(
-    r'^([0-9]+) ("result": (?:-?(?:0|[1-9][0-9]{0,300})(?:\.[0-9]+)?|true|false|null|"[^"\\\x00-\x1f]*"), "seconds": [0-9]+\.[0-9]+)$',
-    re.M,
+    r'^([0-9]+) ("result": (?:-?(?:0|[1-9][0-9]{0,300})(?:\.[0-9]+)?|true|false|null|"[^"\\\x00-\x1f]*"), '
+    r'"seconds": [0-9]+\.[0-9]+)$',
+    re.MULTILINE,
 )
 
 

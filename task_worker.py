@@ -292,10 +292,10 @@ def check_key(key: bytes, source: str) -> bytes:
 
 TASKS, RESULTS = "get_task_queue", "get_result_queue"  # what the tutorial calls them; also their ids on the wire
 LEASE_SECONDS = 0.2  # of work to lease at a time, when the master is near
-LEASE_GROWTH = 8  # times the last lease, at most: what turns out to be slow is released
+LEASE_GROWTH = 8  # times as many tasks as asked for last, at most; what turns out to be slow is released
 MAX_LEASE_SECONDS = 10.0  # of work, however far the master
 ROUND_TRIP_SHARE = 0.05  # at most this part of a slot's time should go to round trips
-LEASE_WAIT = 20.0  # seconds that a request for tasks may wait at the master
+LEASE_WAIT = 40.0  # seconds that a request for tasks may wait at the master
 REPORT_INTERVAL = 0.5  # seconds between reports while a lease is worked on
 REPORT_SIZE = 8 << 20  # characters of outcomes that are reported at once, whatever the time
 BEAT_INTERVAL = 15.0  # seconds after which a busy slot says that it lives
@@ -728,7 +728,7 @@ class Slot(threading.Thread):
                     break
                 self._worker.served()
                 if lease:
-                    limit = self._work(lease.split("\n"))
+                    limit = min(LEASE_GROWTH * limit, self._work(lease.split("\n")))
             self._report()
         except (OSError, EOFError) as error:
             self._worker.lost(explain_error(error))
@@ -747,7 +747,7 @@ class Slot(threading.Thread):
         return lease
 
     def _work(self, lines: list[str]) -> int:
-        """Run a lease to its end. Returns how many tasks to ask for next."""
+        """Run a lease to its end. Returns how many tasks would be worth the next round trip."""
         leased, begun_at = len(lines), time.monotonic()
         singly = 0  # tasks to be run one by one, since one of them ends its child without telling which
         futile = 0  # children in a row that died before they got anywhere
@@ -771,7 +771,8 @@ class Slot(threading.Thread):
                 self._start_child()
         spent = time.monotonic() - begun_at
         self._busy += spent
-        return self._next_limit(leased, spent)
+        wanted = min(MAX_LEASE_SECONDS, max(LEASE_SECONDS, self._round_trip / ROUND_TRIP_SHARE))
+        return max(1, int(wanted * leased / max(spent, 1e-6)))
 
     def _run(self) -> None:
         """Run what is fed, until each task has an outcome or was released. Raises ChildDied."""
@@ -786,10 +787,6 @@ class Slot(threading.Thread):
             self._enforce_timeout()
             self._keep_in_touch()
         self._release(self._fed[self._done :])  # revoked just before they were started
-
-    def _next_limit(self, leased: int, spent: float) -> int:
-        wanted = min(MAX_LEASE_SECONDS, max(LEASE_SECONDS, self._round_trip / ROUND_TRIP_SHARE))
-        return max(1, min(LEASE_GROWTH * leased, int(wanted * leased / max(spent, 1e-6))))
 
     def _patience(self) -> float:
         """Seconds to wait for the child before looking at the clock."""

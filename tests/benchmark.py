@@ -176,14 +176,14 @@ def serve(address, key):
     run = link.call(TASKS, "settings", PROTOCOL)["run"]
     os.write(1, b"connected\\n")  # at once, unlike print
     limit = 1
-    while (lease := link.call(TASKS, "lease", limit, 20.0)) is not None:
+    while (lease := link.call(TASKS, "lease", limit, 40.0)) is not None:
         if lease:
             began_at = time.monotonic()
             lines = lease.split("\\n")
             text = "\\n".join([line.partition(" ")[0] + ' "result": null, "seconds": 0.000001' for line in lines])
             spent = time.monotonic() - began_at
             link.call(RESULTS, "report", run, text, spent)
-            limit = max(1, min(2 * len(lines), int(0.2 * len(lines) / max(spent, 1e-6))))
+            limit = max(1, min(8 * limit, int(0.2 * len(lines) / max(spent, 1e-6))))
 
 threading.stack_size(256 << 10)
 address, key = ("127.0.0.1", int(sys.argv[2])), os.environ["TASK_AUTHKEY"].encode()
