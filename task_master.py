@@ -239,6 +239,10 @@ def show_address(address: tuple[Any, ...]) -> str:
     return f"[{address[0]}]:{address[1]}" if ":" in address[0] else f"{address[0]}:{address[1]}"
 
 
+def is_loopback(host: str) -> bool:
+    return host.startswith("127.") or host in ("::1", "localhost")
+
+
 def bounded(kind: Callable[[str], Any], low: float, high: float, noun: str) -> Callable[[str], Any]:
     """A type for argparse: a number from `low` to `high`."""
 
@@ -320,7 +324,8 @@ BACKLOG = 1024  # connections that the system holds for us; multiprocessing's 16
 SYNC_INTERVAL = 0.7  # seconds that records may wait for their fsync; with LOOK_INTERVAL that is less than one
 NO_OFFSET = (1 << 64) - 1
 PROGRESS_INTERVAL = 30.0  # seconds between lines of progress where there is no terminal
-RATE_SPAN = 10.0  # seconds over which the rate is taken
+RATE_SPAN = 10.0  # seconds over which the rate is taken, more while RATE_TASKS take longer
+RATE_TASKS = 20
 LOOK_INTERVAL = 0.2  # seconds between looks at signals, local workers and the clock
 GOODBYE = 2.0  # seconds for the workers to hear that the job is over
 WORKER_GRACE = 10.0  # seconds for the local worker to leave by itself
@@ -363,12 +368,13 @@ class Console:
                 self._next_at += PROGRESS_INTERVAL
                 self.say(", ".join(parts))
             return
-        width = shutil.get_terminal_size().columns - 1
+        width = terminal_width() - 3  # a column to spare, and two for the ^C that a terminal shows
         while len(", ".join(parts)) > width and len(parts) > 1:
             parts = parts[:-1]
         text = ", ".join(parts)[:width]
         with self._lock:
-            write_error("\r" + text.ljust(min(self._shown, width)))
+            shown, self._shown = self._shown, max(self._shown, len(text))  # first: a signal handler may clear it
+            write_error("\r" + text.ljust(min(shown, width)))
             self._shown = len(text)
 
     def clear(self) -> None:
@@ -376,6 +382,14 @@ class Console:
             if self._shown:
                 write_error("\r" + " " * self._shown + "\r")
             self._shown = 0
+
+
+def terminal_width() -> int:
+    """The columns of the terminal on standard error; standard output may be elsewhere."""
+    try:
+        return os.get_terminal_size(2).columns or 80
+    except OSError:
+        return 80
 
 
 console = Console()
@@ -1011,11 +1025,9 @@ def make_server(master: TaskMaster, address: tuple[str, int], authkey: bytes) ->
     try:
         return Manager(address, authkey, serializer="plain").get_server()
     except OSError as error:
-        hint = (
-            "stop what listens there, or choose another --port"
-            if error.errno == errno.EADDRINUSE
-            else "is --host one of this machine?"
-        )
+        hint = "is --host one of this machine?"
+        if error.errno == errno.EADDRINUSE:
+            hint = "stop what listens there, on macOS perhaps AirPlay Receiver, or choose another --port"
         raise Failure(f"cannot listen on {show_address(address)}: {explain_error(error)} ({hint})", 3) from None
 
 
@@ -1363,7 +1375,13 @@ class WorkerStats:
 
     def describe(self) -> str:
         share = f", {min(1.0, self.busy / self.connected):.0%} busy" if self.connected else ""
-        return f"{self.processes} processes, {self.tasks} tasks{share}" if self.processes else f"{self.tasks} tasks"
+        tasks = count_things(self.tasks, "task")
+        return f"{count_things(self.processes, 'process')}, {tasks}{share}" if self.processes else tasks
+
+
+def count_things(number: int, noun: str) -> str:
+    """`1 task`, `2 tasks`, `2 processes`."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}{'es' if noun.endswith('s') else 's'}"
 
 
 class LocalWorker:
@@ -1420,8 +1438,8 @@ class TaskMaster:
     """A task farm: the queues, their server, and local workers if wanted; a context manager.
 
     `port` 0 takes a free one (`address` tells which). Without an `authkey` the key comes from where the command line
-    finds it. `workers`, `function` and the limits are those of the command line; `log` is called with each line about
-    workers, retries and failures. Raises Failure when it cannot start.
+    finds it. `workers`, `function` and the limits are those of the command line; `quiet` is for the local workers; `log`
+    is called with each line about workers, retries and failures. Raises Failure when it cannot start.
     """
 
     def __init__(
@@ -1439,6 +1457,7 @@ class TaskMaster:
         max_failures: int | None = None,
         batch: int | None = None,
         tls: bool = False,
+        quiet: bool = True,
         log: Callable[[str], None] = lambda text: None,
     ) -> None:
         self.address = (host, port)
@@ -1455,12 +1474,13 @@ class TaskMaster:
         what = ["--function", function] if function else ["--command", command] if command else []
         if what and not workers:
             raise Failure("function and command are for local workers, of which there are none: say how many")
-        self._local = LocalWorker(workers, what + ["--tls"] * tls) if workers else None
+        self._local = LocalWorker(workers, what + ["--tls"] * tls + ["--quiet"] * quiet) if workers else None
         self._restarts = 0
         self._recording = threading.Lock()  # guards the output, and the order of deciding and writing
         self._sink: Sink = lambda tasks: None
         self.workers: dict[str, WorkerStats] = collections.defaultdict(WorkerStats)  # by name
         self.broken: BaseException | None = None  # what the sink raised: nothing can be recorded any more
+        self._strangers: set[str] = set()  # workers of another version
         self._closing = False
         self._next_id = 0
 
@@ -1611,8 +1631,16 @@ class TaskMaster:
     # Called by the server's threads
 
     def welcome(self, peer: Peer, protocol: int) -> None:
-        """A slot has connected."""
-        protocol = int(protocol)
+        """A slot has connected. One of another version is told so by its own end, and gets nothing."""
+        if int(protocol) != PROTOCOL:
+            with self._recording:
+                first = peer.name not in self._strangers
+                self._strangers.add(peer.name)
+            if first:
+                self._log(
+                    f"worker {peer.name} speaks protocol {int(protocol)}, this master {PROTOCOL}: copy task_worker.py to its host"
+                )
+            return
         self.ledger.enlist(peer)
         with self._recording:
             stats = self.workers[peer.name]
@@ -1622,8 +1650,6 @@ class TaskMaster:
             first = stats.slots == 1
         if first:
             self._log(f"worker {peer.name} connected")
-        if protocol != PROTOCOL:
-            self._log(f"worker {peer.name} speaks protocol {protocol}, this master {PROTOCOL}: copy task_worker.py to its host")
 
     def report(self, peer: Peer, outcomes: list[tuple[int, bool, str]], busy: float) -> None:
         """Record the outcomes that settle a task. When this returns, they are acknowledged."""
@@ -1737,10 +1763,6 @@ def make_record(task: Task, first: int) -> Record:
     )
 
 
-def is_loopback(host: str) -> bool:
-    return host.startswith("127.") or host == "::1"
-
-
 def find_key(path: str | None = None) -> bytes:
     """The key, made if none is there. Raises Failure."""
     try:
@@ -1763,33 +1785,55 @@ def find_key(path: str | None = None) -> bytes:
 # ---- command line --------------------------------------------------------------------------------------------------
 
 
+EXAMPLES = """\
+examples:
+  task_master.py --workers 2
+  task_master.py --tasks mails.jsonl \\
+    --results sent.jsonl --workers 4 \\
+    --function mailer:send
+"""
+
+
 def make_parser() -> Parser:
     port = bounded(int, 0, 65535, "a port: it takes 0 (any free one) to 65535")
     count = bounded(int, 1, 1e9, "a count: it takes a whole number from 1")
     number = bounded(int, 0, 1e9, "a number: it takes a whole number from 0")
     seconds = bounded(float, 0.001, 1e9, "a time: it takes seconds, at least 0.001")
-    parser = Parser(prog="task_master", description="Serve tasks to task_workers, collect the outcomes.")
-    parser.add_argument("task", nargs="*", metavar="TASK", help="a JSON value (default: ten random integers)")
-    parser.add_argument("--tasks", metavar="FILE", help="JSON Lines, one task a line; - is standard input")
-    parser.add_argument("--text", action="store_true", help="a task is a line of text, not of JSON")
-    parser.add_argument("--results", metavar="FILE", help="append records to FILE; - is standard output")
-    parser.add_argument("--resume", action="store_true", help="carry on with the job of the results file")
-    parser.add_argument("--ordered", action="store_true", help="records in the order of the tasks")
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
-    parser.add_argument("--port", type=port, default=5000, help="port to listen on (default: %(default)s)")
-    parser.add_argument("--authkey-file", metavar="FILE", help=f"the key (default: {DEFAULT_KEY_FILE}, made if missing)")
-    parser.add_argument("--tls", action="store_true", help="encrypt with the key (Python 3.13 or newer, on both ends)")
-    parser.add_argument("--workers", type=count, metavar="N", help="start N local worker processes, too")
-    what = parser.add_mutually_exclusive_group()
-    what.add_argument("--function", metavar="MODULE:NAME", help="what the local workers call with each task")
-    what.add_argument("--command", metavar="TEMPLATE", help="what the local workers run in a shell")
-    parser.add_argument("--timeout", type=seconds, metavar="S", help="seconds a task may take")
-    parser.add_argument("--retries", type=number, default=0, metavar="N", help="after errors (default: %(default)s)")
-    parser.add_argument("--redeliveries", type=number, default=2, metavar="N", help="after lost workers (default: 2)")
-    parser.add_argument("--max-failures", type=count, metavar="N", help="stop after N failed tasks")
-    parser.add_argument("--batch", type=count, metavar="N", help="tasks per lease, at most (default: adaptive)")
-    parser.add_argument("--quiet", action="store_true", help="say nothing but errors on standard error")
+    parser = Parser(
+        prog="task_master",
+        usage="%(prog)s [OPTION ...] [TASK ...]",
+        description="Serve tasks to task_workers on this and other hosts, and collect the outcomes.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--quiet", action="store_true", help="say nothing but errors, and where it listens")
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    group = parser.add_argument_group("tasks")
+    group.add_argument("task", nargs="*", metavar="TASK", help="a JSON value (default: ten random integers)")
+    group.add_argument("--tasks", metavar="FILE", help="JSON Lines, one task a line; - is standard input, read as it arrives")
+    group.add_argument("--text", action="store_true", help="a task is a line of text, not of JSON")
+    group = parser.add_argument_group("results")
+    group.add_argument("--results", metavar="FILE", help="append a record of each task; - is standard output")
+    group.add_argument("--resume", action="store_true", help="carry on with the job of the results file")
+    group.add_argument("--ordered", action="store_true", help="in the order of the tasks")
+    group = parser.add_argument_group("workers on this host")
+    group.add_argument("--workers", type=count, metavar="N", help="start so many processes, too")
+    what = group.add_mutually_exclusive_group()
+    what.add_argument("--function", metavar="MODULE:NAME", help="called with each task (default: the square of a number)")
+    what.add_argument("--command", metavar="TEMPLATE", help="run in a shell for each task, {} replaced by the quoted task")
+    group = parser.add_argument_group("limits")
+    group.add_argument("--timeout", type=seconds, metavar="SECONDS", help="that a task may take (default: any)")
+    group.add_argument("--retries", type=number, default=0, metavar="N", help="of a task, after errors (default: %(default)s)")
+    group.add_argument(
+        "--redeliveries", type=number, default=2, metavar="N", help="of a task, after lost workers (default: %(default)s)"
+    )
+    group.add_argument("--max-failures", type=count, metavar="N", help="failed tasks that end the job (default: any)")
+    group.add_argument("--batch", type=count, metavar="N", help="tasks handed out at a time, at most (default: adaptive)")
+    group = parser.add_argument_group("where workers reach it")
+    group.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s; 0.0.0.0: any)")
+    group.add_argument("--port", type=port, default=5000, help="port to listen on (default: %(default)s; 0: a free one)")
+    group.add_argument("--authkey-file", metavar="FILE", help=f"the key (default: {DEFAULT_KEY_FILE}, made if missing)")
+    group.add_argument("--tls", action="store_true", help="encrypt with the key (Python 3.13 or newer on both ends)")
     return parser
 
 
@@ -1846,6 +1890,11 @@ def show_time(seconds: float) -> str:
     return f"{seconds:.1f} s" if seconds < 60 else f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
+def show_rate(rate: float) -> str:
+    """A rate for a person: 1500, 15, 1.5, 0.015."""
+    return f"{rate:.0f}" if rate >= 10 else f"{rate:.2g}"
+
+
 class Job:
     """One run of the command line."""
 
@@ -1869,6 +1918,7 @@ class Job:
             max_failures=options.max_failures,
             batch=options.batch,
             tls=options.tls,
+            quiet=options.quiet,
             log=self._log,
         )
         self._results: ResultsFile | None = None
@@ -1926,22 +1976,24 @@ class Job:
         ledger, now = self._master.ledger, time.monotonic()
         counts = ledger.counts()
         done = counts[DONE]
-        self._history.append((now, done))
-        while now - self._history[0][0] > RATE_SPAN:
+        if not self._history or self._history[-1][1] != done:
+            self._history.append((now, done))
+        while len(self._history) > 1 and now - self._history[1][0] > RATE_SPAN and done - self._history[1][1] >= RATE_TASKS:
             self._history.popleft()
         since, before = self._history[0]
         rate = (done - before) / (now - since) if now > since else 0.0
         total = self._master.total()
-        parts = [f"{done} of {total} done" if total is not None else f"{done} done"]
+        good = done - ledger.failed
+        parts = [f"{good} of {total} done" if total is not None else f"{good} done"]
         if total is not None and rate:
             parts.append(f"{show_time((total - done) / rate)} left")
         running = min(counts[LEASED], counts["slots"])
         return [
             *parts,
             f"{ledger.failed} failed",
-            f"{rate:.{rate < 10:d}f}/s",
+            f"{show_rate(rate)}/s",
             f"{running} running",
-            f"{self._master.count_workers()} workers",
+            count_things(self._master.count_workers(), "worker"),
         ]
 
     def _handle_signal(self, number: int, _frame: object) -> None:
@@ -1977,15 +2029,17 @@ class Job:
         done = self._master.recorded
         if self._master.problem and not done:
             return
+        if self._master.failures:
+            self._log("the first failures:" if ledger.failed > len(self._master.failures) else "the failures:")
         for text in self._master.failures:
-            self._log(text)
+            self._log("  " + text)
         if ledger.failed > len(self._master.failures):
             self._log(f"and {ledger.failed - len(self._master.failures)} more failed, see the records with an error")
         for name, stats in list(self._master.workers.items())[:20]:
             self._log(f"worker {name}: {stats.describe()}")
         self._log(
             f"{done - ledger.failed} done, {ledger.failed} failed, {ledger.retried} retried, {ledger.redelivered} redelivered, "
-            f"{show_time(seconds)}, {done / seconds:.0f} tasks/s"
+            f"{show_time(seconds)}, {show_rate(done / seconds)} tasks/s"
         )
 
     def _tell_resume(self) -> str:

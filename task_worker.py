@@ -221,6 +221,10 @@ def show_address(address: tuple[Any, ...]) -> str:
     return f"[{address[0]}]:{address[1]}" if ":" in address[0] else f"{address[0]}:{address[1]}"
 
 
+def is_loopback(host: str) -> bool:
+    return host.startswith("127.") or host in ("::1", "localhost")
+
+
 def bounded(kind: Callable[[str], Any], low: float, high: float, noun: str) -> Callable[[str], Any]:
     """A type for argparse: a number from `low` to `high`."""
 
@@ -295,9 +299,10 @@ LEASE_SECONDS = 0.2  # of work to lease at a time, when the master is near
 LEASE_GROWTH = 8  # times as many tasks as asked for last, at most; what turns out to be slow is released
 MAX_LEASE_SECONDS = 10.0  # of work, however far the master
 ROUND_TRIP_SHARE = 0.05  # at most this part of a slot's time should go to round trips
-LEASE_WAIT = 40.0  # seconds that a request for tasks may wait at the master
+LEASE_WAIT = 25.0  # seconds that a request for tasks may wait at the master
 REPORT_INTERVAL = 0.5  # seconds between reports while a lease is worked on
 REPORT_SIZE = 8 << 20  # characters of outcomes that are reported at once, whatever the time
+ANSWER_LIMIT = 40.0  # seconds to wait for an answer; with BEAT_INTERVAL that is less than SILENCE_LIMIT
 BEAT_INTERVAL = 15.0  # seconds after which a busy slot says that it lives
 SLOW_TASK = 0.5  # seconds after which the tasks behind a running one are released
 FLUSH_INTERVAL = 0.05  # seconds between batches of outcomes from a child
@@ -538,13 +543,14 @@ class Child:
     def start(self) -> None:
         """Start the process. Its first message says why it cannot load the function, or nothing."""
         self.overdue = None
-        self._pipe, theirs = self.context.Pipe()
-        self._process = self.context.Process(target=run_child, args=(theirs, self._shared, *self._arguments))
+        ours, theirs = self.context.Pipe()
+        process = self.context.Process(target=run_child, args=(theirs, self._shared, *self._arguments))
         with self.starting:
             if self.closed:
                 raise ChildDied(None)
-            self._process.start()
+            process.start()
         theirs.close()
+        self._pipe, self._process = ours, process
 
     def feed(self, lines: list[str]) -> None:
         """Hand over tasks, to be run in this order; each message of outcomes comes back through `receive`."""
@@ -611,7 +617,7 @@ def name_signal(number: int) -> str:
 class Link:
     """One connection to the master, whose calls are those of a BaseManager's proxies.
 
-    Making one blocks for HANDSHAKE_LIMIT seconds at most, a call for SILENCE_LIMIT; OSError, EOFError and
+    Making one blocks for HANDSHAKE_LIMIT seconds at most, a call for ANSWER_LIMIT; OSError, EOFError and
     AuthenticationError say what went wrong. `close` it when done.
     """
 
@@ -630,7 +636,7 @@ class Link:
             if "timed out" in str(error) or "peer closed" in str(error):
                 raise EOFError("it took the connection and says nothing; does it listen with --tls?") from None
             raise
-        self._connection.settle(SILENCE_LIMIT - 5)  # to be done with it before the master is
+        self._connection.settle(ANSWER_LIMIT)
         self.close = self._connection.close
         self.called_at = time.monotonic()
         self._exchange_settings()
@@ -892,6 +898,7 @@ class Worker:
         self.place = show_address(self._address)
         self._name = f"{socket.gethostname()}/{os.getpid()}"
         self._context = make_tls_context(authkey, server_side=False) if options.tls else None
+        self._quiet = options.quiet
         self._say: Callable[[str], None] = (lambda text: None) if options.quiet else say
         self._wait = options.wait  # seconds to look for the master; 0: for ever
         self._lock = threading.Lock()
@@ -925,7 +932,7 @@ class Worker:
     def connect(self) -> Link | None:
         """A link to the master, tried until --wait has passed (then Failure) or the worker leaves (then None)."""
         with self._lock:
-            if not self._announced:
+            if not self._announced and not self._quiet:
                 print_line(f"Connect to server {self._address[0]}...")
             self._announced = True
         delay = 0.05
@@ -978,9 +985,14 @@ class Worker:
             waited = time.monotonic() - self._lost_at
         unknown = isinstance(error, socket.gaierror) and error.errno == socket.EAI_NONAME and first
         if self._wait and (unknown or waited >= self._wait):
-            raise Failure(f"cannot reach the master at {self.place}: {reason} (is it running? is --host right?)", 3)
+            raise Failure(f"cannot reach the master at {self.place}: {reason} ({self._hint()})", 3)
         if first:
             self._say(f"waiting for the master at {self.place} ({reason})")
+
+    def _hint(self) -> str:
+        if is_loopback(self._address[0]):
+            return "is it running? is --port right?"
+        return "is it running, with --host 0.0.0.0? is --host right here?"
 
     def served(self) -> None:
         """The master answers a slot's request for tasks: the time to wait for it starts anew when it is lost."""
@@ -1033,33 +1045,47 @@ def count_cpus() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+EXAMPLES = """\
+examples:
+  task_worker.py
+  task_worker.py --host 10.0.0.5 \\
+    --function mailer:send --wait 0
+"""
+
+
 def make_parser() -> Parser:
-    parser = Parser(prog="task_worker", description="Run tasks for a task_master.")
-    parser.add_argument("--host", default="127.0.0.1", help="where the master is (default: %(default)s)")
-    parser.add_argument(
-        "--port", type=bounded(int, 1, 65535, "a port: it takes 1 to 65535"), default=5000, help="its port (default: %(default)s)"
+    port = bounded(int, 1, 65535, "a port: it takes 1 to 65535")
+    count = bounded(int, 1, 4096, "a count: it takes 1 to 4096")
+    seconds = bounded(float, 0, 1e9, "a time: it takes seconds, 0 for ever")
+    parser = Parser(
+        prog="task_worker",
+        usage="%(prog)s [OPTION ...]",
+        description="Run tasks for a task_master: call a function on each, report the outcomes.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--authkey-file", metavar="FILE", help=f"the master's key (default: {DEFAULT_KEY_FILE})")
-    parser.add_argument("--tls", action="store_true", help="encrypt with the key (Python 3.13 or newer, on both ends)")
-    parser.add_argument(
-        "--processes",
-        type=bounded(int, 1, 4096, "a count: it takes 1 to 4096"),
-        default=count_cpus(),
-        metavar="N",
-        help="default: %(default)s",
-    )
-    what = parser.add_mutually_exclusive_group()
-    what.add_argument("--function", metavar="MODULE:NAME", help="called with each task (default: square)")
-    what.add_argument("--command", metavar="TEMPLATE", help="shell command run for each task, {} replaced by it")
-    parser.add_argument(
-        "--wait",
-        type=bounded(float, 0, 1e9, "a time: it takes seconds, 0 for ever"),
-        default=60.0,
-        metavar="S",
-        help="default: %(default)g",
-    )
-    parser.add_argument("--quiet", action="store_true", help="say nothing but errors on standard error")
+    parser.add_argument("--quiet", action="store_true", help="say nothing but errors")
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    group = parser.add_argument_group("what to run")
+    what = group.add_mutually_exclusive_group()
+    what.add_argument("--function", metavar="MODULE:NAME", help="called with each task (default: the square of a number)")
+    what.add_argument("--command", metavar="TEMPLATE", help="run in a shell for each task, {} replaced by the quoted task")
+    cpus = count_cpus()
+    group.add_argument(
+        "--processes", type=count, default=cpus, metavar="N", help=f"tasks at a time (default: one per CPU, {cpus} here)"
+    )
+    group = parser.add_argument_group("where the master is")
+    group.add_argument("--host", default="127.0.0.1", help="its name or address (default: %(default)s)")
+    group.add_argument("--port", type=port, default=5000, help="its port (default: %(default)s)")
+    group.add_argument("--authkey-file", metavar="FILE", help=f"a copy of its key (default: {DEFAULT_KEY_FILE})")
+    group.add_argument("--tls", action="store_true", help="encrypt, as the master does (Python 3.13 or newer)")
+    group.add_argument(
+        "--wait",
+        type=seconds,
+        default=60.0,
+        metavar="SECONDS",
+        help="how long to look for it (default: %(default)g; 0: for ever, and again after each job)",
+    )
     return parser
 
 
@@ -1072,7 +1098,7 @@ def find_key(options: argparse.Namespace) -> bytes:
             return read_key(options.authkey_file)
         except FileNotFoundError:
             missing = f"there is no key in {os.path.expanduser(DEFAULT_KEY_FILE)}: copy that file from the master's host"
-        if options.host not in ("127.0.0.1", "localhost", "::1") or (options.wait and time.monotonic() > give_up_at):
+        if not is_loopback(options.host) or (options.wait and time.monotonic() > give_up_at):
             raise Failure(missing)
         if not told:
             say(f"{missing}, or start the master on this one (waiting for it)")
@@ -1094,7 +1120,8 @@ def main(argv: list[str] | None = None) -> int:
         return failure.status
     except KeyboardInterrupt:  # before there was anything to drain
         return 128 + signal.SIGINT
-    print_line("worker exit.")
+    if not options.quiet:
+        print_line("worker exit.")
     return status
 
 
