@@ -1027,6 +1027,7 @@ def make_server(master: TaskMaster, address: tuple[str, int], authkey: bytes) ->
     except OSError as error:
         hint = "is --host one of this machine?"
         if error.errno == errno.EADDRINUSE:
+            error.strerror = os.strerror(error.errno)  # without what Python adds
             hint = "stop what listens there, on macOS perhaps AirPlay Receiver, or choose another --port"
         raise Failure(f"cannot listen on {show_address(address)}: {explain_error(error)} ({hint})", 3) from None
 
@@ -2016,8 +2017,8 @@ class Job:
         elif master.broken:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python would try it again in the end, and complain
         self._summarize()
-        if (master.problem and master.recorded) or self._draining:
-            say(self._tell_resume())
+        if self._draining or (master.recorded and getattr(master.problem, "status", 0) == 1):
+            say(self._tell_resume())  # the input was good, so it can be carried on
         if master.problem:
             raise master.problem
         if self._draining:

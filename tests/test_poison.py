@@ -256,7 +256,7 @@ class Job:
         for way in [*ERRORS, *RESULTS]:
             tasks += [*range(len(tasks), len(tasks) + GOOD), way]
         farm.write_tasks([*tasks, *range(len(tasks), len(tasks) + GOOD)])
-        self.master = farm.master("--tasks", "tasks.jsonl", "--results", "results.jsonl", "--timeout", 1.5)
+        self.master = farm.master("--tasks", "tasks.jsonl", "--results", "results.jsonl", "--timeout", 3)
         self.worker = farm.worker(self.master, "--processes", 3, "--function", "poison:run")
         self.status = self.master.wait(40)
         self.worker_status = self.worker.wait()

@@ -262,14 +262,19 @@ def test_a_second_master_on_the_same_file_is_refused_and_the_first_goes_on(farm:
 
 
 def test_a_second_master_is_refused_while_the_first_resumes(farm: Farm) -> None:
-    """Resuming may put a new file in the place of the old one: the lock must go with it."""
+    """Resuming puts a new file in the place of the old one, at its first record: the lock must go with it."""
     farm.write_tasks(list(range(COUNT)))
     start_half(farm, "--tasks", "tasks.jsonl")
     options = ("--tasks", "tasks.jsonl", "--results", "results.jsonl", "--resume")
     first = farm.master(*options)
-    first.port()
-    second = farm.master(*options)
-    assert second.wait() == 2
+    peer = Peer(farm, first.port())
+    run_id = peer.join()
+    for n in BAD[:2]:
+        assert farm.master(*options).wait() == 2
+        assert peer.call(TASKS, "lease", 1, 0.0) == f"{n} {n}"
+        peer.call(RESULTS, "report", run_id, f'{n} "result": {2 * n}, "seconds": 0.0', 0.0)
+    assert farm.master(*options).wait() == 2
+    peer.close()
     (farm.folder / "mended").touch()
     farm.worker(first, "--function", "resume:double")
     assert first.wait() == 0
