@@ -1470,7 +1470,7 @@ class TaskMaster:
         self.recorded = 0
         self.failures: list[str] = []  # the first few, for the summary
         self._authkey = find_key() if authkey is None else check_key(authkey, "authkey")
-        self._retries, self._max_failures, self._log = retries, max_failures, log
+        self._max_failures, self._log = max_failures, log
         self._context = make_tls_context(self._authkey, server_side=True) if tls else None
         what = ["--function", function] if function else ["--command", command] if command else []
         if what and not workers:

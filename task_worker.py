@@ -295,17 +295,17 @@ def check_key(key: bytes, source: str) -> bytes:
 # ---- end of the wire -----------------------------------------------------------------------------------------------
 
 TASKS, RESULTS = "get_task_queue", "get_result_queue"  # what the tutorial calls them; also their ids on the wire
-LEASE_SECONDS = 0.2  # of work to lease at a time, when the master is near
+LEASE_SECONDS = 0.4  # of work to lease at a time, when the master is near
 LEASE_GROWTH = 8  # times as many tasks as asked for last, at most; what turns out to be slow is released
 MAX_LEASE_SECONDS = 10.0  # of work, however far the master
 ROUND_TRIP_SHARE = 0.05  # at most this part of a slot's time should go to round trips
-LEASE_WAIT = 25.0  # seconds that a request for tasks may wait at the master
+LEASE_WAIT = 30.0  # seconds that a request for tasks may wait at the master
 REPORT_INTERVAL = 0.5  # seconds between reports while a lease is worked on
 REPORT_SIZE = 8 << 20  # characters of outcomes that are reported at once, whatever the time
-ANSWER_LIMIT = 40.0  # seconds to wait for an answer; with BEAT_INTERVAL that is less than SILENCE_LIMIT
+ANSWER_LIMIT = 44.0  # seconds to wait for an answer; with BEAT_INTERVAL that is less than SILENCE_LIMIT
 BEAT_INTERVAL = 15.0  # seconds after which a busy slot says that it lives
 SLOW_TASK = 0.5  # seconds after which the tasks behind a running one are released
-FLUSH_INTERVAL = 0.05  # seconds between batches of outcomes from a child
+FLUSH_INTERVAL = 0.1  # seconds between batches of outcomes from a child
 START_ATTEMPTS = 3  # of a child that dies while it loads the function
 POLL_INTERVAL = 0.5  # seconds after which a waiting slot looks around
 EXIT_GRACE = 5.0  # seconds for a child to leave by itself

@@ -20,6 +20,7 @@ import random
 import re
 import secrets
 import socket
+import ssl
 import statistics
 import subprocess
 import sys
@@ -399,10 +400,39 @@ def measure_latency(bench: Bench) -> list[Row]:
     ]
 
 
-def time_round_trips(bench: Bench, count: int) -> float:
+def measure_tls(bench: Bench) -> list[Row]:
+    """What `--tls` costs in throughput and in latency; needs a Python that has it."""
+    if not getattr(ssl, "HAS_PSK", False):
+        return [Row("tls", "needs Python 3.13", "", None, None)]
+    count, trips = (200_000, 100) if bench.quick else (1_000_000, 400)
+    Path(bench.path(f"{count}.jsonl")).write_text("".join(f"{n}\n" for n in range(count)))
+    plain = command_line(bench, count)
+    contenders = {"plain": plain, "--tls": [*plain, "--tls"]}
+
+    def run(argv: list[str]) -> float:
+        command_line(bench, count)  # removes the results of the last run
+        return count / bench.time_program(argv)
+
+    rates = bench.interleave({name: (lambda argv=argv: run(argv)) for name, argv in contenders.items()})  # type: ignore[misc]
+    times = bench.interleave(
+        {"plain": lambda: time_round_trips(bench, trips), "--tls": lambda: time_round_trips(bench, trips, "--tls")}
+    )
+    return [
+        Row(
+            "tls, throughput",
+            f"{rates['--tls']:,.0f} tasks/s",
+            f"(plain: {rates['plain']:,.0f})",
+            rates["--tls"] / rates["plain"],
+            None,
+        ),
+        Row("tls, latency", f"{times['--tls']:.2f} ms", f"(plain: {times['plain']:.2f})", times["--tls"] / times["plain"], None),
+    ]
+
+
+def time_round_trips(bench: Bench, count: int, *options: str) -> float:
     """The median, in milliseconds."""
     times = []
-    with Farm(bench, "--workers", 2, "--function", "functions:square") as farm:
+    with Farm(bench, "--workers", 2, "--function", "functions:square", *options) as farm:
         for n in range(count + 20):
             time.sleep(0.005)  # the farm is idle again
             began_at = time.perf_counter()
@@ -656,6 +686,7 @@ FIGURES: dict[str, Callable[[Bench], list[Row]]] = {
     "distance": measure_distance,
     "scale": measure_scale,
     "cold-start": measure_cold_start,
+    "tls": measure_tls,
 }
 
 

@@ -51,11 +51,11 @@ class Chaos:
         options = ["--tasks", "tasks.jsonl", "--results", "results.jsonl", *self.options]
         if self.masters:
             options.append("--resume")
-        self.masters.append(self.farm.run("task_master.py", "--port", self.port, *options))
+        self.masters.append(self.farm.run("task_master.py", "--port", self.port, *self.farm.tls, *options))
         self.port = self.port or self.masters[0].port()
 
     def start_worker(self) -> Program:
-        return self.farm.run("task_worker.py", "--port", self.port, "--processes", 2, "--function", self.function)
+        return self.farm.run("task_worker.py", "--port", self.port, *self.farm.tls, "--processes", 2, "--function", self.function)
 
     def run(self, tasks: int, master_kills: int = 0, pause: tuple[float, float] = (0.05, 0.5)) -> int:
         """Run the job to its end; returns the last master's exit status. The master is killed `master_kills` times."""
@@ -130,8 +130,8 @@ def check_nothing_left_by_itself(chaos: Chaos) -> None:
 @pytest.mark.parametrize("seed", [3])
 def test_killed_children_and_workers_lose_no_task_and_repeat_no_record(farm: Farm, seed: int) -> None:
     chaos = Chaos(farm, seed)
-    status = chaos.run(1200, pause=(0.05, 0.3))
-    chaos.check(1200, status)
+    status = chaos.run(1000, pause=(0.05, 0.3))
+    chaos.check(1000, status)
     assert chaos.kills["child"] and chaos.kills["worker"]
     check_nothing_left_by_itself(chaos)
 
@@ -139,8 +139,8 @@ def test_killed_children_and_workers_lose_no_task_and_repeat_no_record(farm: Far
 @pytest.mark.parametrize("seed", [4])
 def test_a_master_killed_and_resumed_again_and_again_loses_no_task_and_repeats_no_record(farm: Farm, seed: int) -> None:
     chaos = Chaos(farm, seed)
-    status = chaos.run(1200, master_kills=3, pause=(0.05, 0.4))
-    chaos.check(1200, status)
+    status = chaos.run(1000, master_kills=3, pause=(0.05, 0.4))
+    chaos.check(1000, status)
     assert chaos.kills["master"]
     check_nothing_left_by_itself(chaos)
 

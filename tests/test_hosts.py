@@ -1,6 +1,7 @@
 """A host that vanishes and a process that stops are noticed within 60 s on both sides; one that is only busy never is.
 
-All of it takes a minute of waiting, so it is all waited for at the same time, and each test looks at one part.
+All of it takes a minute of waiting, so it is all waited for at the same time, beside the tests of test_hostile.py if these
+are run, too; and each test here looks at one part.
 
     python tests/test_hosts.py
 
@@ -325,6 +326,7 @@ class Scenes:
         self.no_cable = why_no_cable()
         acts = [*ON_ONE_HOST, *([] if self.no_cable else ON_TWO_HOSTS)]
         self._cables: list[Cable] = []
+        self._scenes: list[Scene] = []
         self._pool = ThreadPoolExecutor(len(acts))
         self._outcomes: dict[str, Future[dict[str, Any]]] = {}
         for number, act in enumerate(acts, 1):
@@ -332,7 +334,8 @@ class Scenes:
             place.mkdir()
             cable = Cable(number) if act in ON_TWO_HOSTS else None
             self._cables += [cable] if cable else []
-            self._outcomes[act.__name__] = self._pool.submit(self._play, act, Scene(place, cable))
+            self._scenes.append(Scene(place, cable))
+            self._outcomes[act.__name__] = self._pool.submit(self._play, act, self._scenes[-1])
 
     def _play(self, act: Any, scene: Scene) -> dict[str, Any]:
         try:
@@ -348,16 +351,26 @@ class Scenes:
         return self._outcomes[act.__name__].result()
 
     def close(self) -> None:
+        for scene in self._scenes:
+            scene.close()
         self._pool.shutdown()
         for cable in self._cables:
             cable.close()
 
 
+_begun: list[Scenes] = []  # the one that there is, since two modules share it
+
+
+def begin_scenes(tmp_path_factory: pytest.TempPathFactory) -> Scenes:
+    if not _begun:
+        _begun.append(Scenes(tmp_path_factory.mktemp("hosts")))
+    return _begun[0]
+
+
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scenes]:
-    scenes = Scenes(tmp_path_factory.mktemp("hosts"))
-    yield scenes
-    scenes.close()
+    yield begin_scenes(tmp_path_factory)
+    _begun.pop().close()
 
 
 def check_noticed(seconds: float) -> None:

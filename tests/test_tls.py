@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
+import signal
 import socket
 import subprocess
 import sys
@@ -11,7 +13,9 @@ import threading
 from collections.abc import Callable, Iterator
 
 import pytest
-from conftest import Farm, Program, find_pythons, tls_python
+import test_chaos
+import test_losses
+from conftest import ROOT, Farm, Program, find_pythons, tls_python
 
 QUICK = ("--wait", "0.5")
 
@@ -184,3 +188,43 @@ def test_results_are_the_same_with_and_without_tls(any_farm: Farm) -> None:
     assert master.wait() == 0
     records = {record["id"]: json.dumps(record["result"]) for record in any_farm.records()}
     assert records == {n: f'"{n} * {n} = {n * n}"' for n in range(500)}
+
+
+# ---- crashes and silence, with TLS as without it -------------------------------------------------------------------
+
+CRASHES: list[Callable[[Farm], None]] = [
+    test_losses.test_a_worker_killed_in_the_middle_of_a_thousand_tasks_loses_none,
+    test_losses.test_the_redelivery_of_a_task_is_said_with_task_worker_attempt_and_reason,
+    test_losses.test_with_no_redeliveries_no_task_is_started_twice_however_workers_are_killed,
+    test_losses.test_a_worker_killed_while_idle_costs_no_task_its_only_chance,
+    test_losses.test_the_children_of_a_killed_worker_end_though_a_task_runs,
+    test_losses.test_a_child_killed_while_it_starts_does_not_end_its_worker,
+    functools.partial(test_chaos.test_killed_children_and_workers_lose_no_task_and_repeat_no_record, seed=7),
+    functools.partial(test_chaos.test_a_master_killed_and_resumed_again_and_again_loses_no_task_and_repeats_no_record, seed=8),
+]
+
+
+@pytest.mark.parametrize("test", CRASHES, ids=lambda test: getattr(test, "func", test).__name__[5:])
+def test_crashes_cost_no_more_with_tls(test: Callable[[Farm], None], tls_farm: Farm) -> None:
+    test(tls_farm)
+
+
+@pytest.mark.parametrize("stopped", ["worker", "master"])
+def test_silence_is_noticed_with_tls(tls_farm: Farm, stopped: str) -> None:
+    """With a tenth of the product's patience, in copies of the two files."""
+    limits = {"SILENCE_LIMIT = 60.0": "SILENCE_LIMIT = 6.0", "ANSWER_LIMIT = 44.0": "ANSWER_LIMIT = 4.4"}
+    for name in ("task_master.py", "task_worker.py"):
+        text = (ROOT / name).read_text().replace("BEAT_INTERVAL = 15.0", "BEAT_INTERVAL = 1.5")
+        for limit, shorter in limits.items():
+            text = text.replace(limit, shorter)
+        (tls_farm.folder / name).write_text(text)
+    master = tls_farm.run(tls_farm.folder / "task_master.py", "--tls", "--port", 0, "--", "300")
+    options = ("--port", master.port(), "--tls", "--processes", 1, "--function", "functions:nap", "--wait", 1)
+    worker = tls_farm.run(tls_farm.folder / "task_worker.py", *options)
+    master.wait_line(r"worker \S+ connected")
+    programs = {"worker": worker, "master": master}
+    programs[stopped].signal(signal.SIGSTOP)
+    if stopped == "worker":
+        master.wait_line("redelivered since .* was lost: task 0")
+    else:
+        worker.wait_line("lost the master")
