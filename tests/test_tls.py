@@ -206,6 +206,7 @@ CRASHES: list[Callable[[Farm], None]] = [
 
 @pytest.mark.parametrize("test", CRASHES, ids=lambda test: getattr(test, "func", test).__name__[5:])
 def test_crashes_cost_no_more_with_tls(test: Callable[[Farm], None], tls_farm: Farm) -> None:
+    (tls_farm.folder / "losses.py").write_text(test_losses.FUNCTIONS)
     test(tls_farm)
 
 
