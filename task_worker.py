@@ -30,12 +30,11 @@ import argparse
 import contextlib
 import functools
 import hmac
-import io
 import json
 import multiprocessing
 import os
-import pickle
 import random
+import select
 import signal
 import socket
 import stat
@@ -53,18 +52,12 @@ __version__ = "1.0.0"
 
 # ---- wire: the same text stands in both files, so that each can be copied alone ------------------------------------
 
-PROTOCOL = 1  # of what the two queues expect and return; both ends state theirs
+PROTOCOL = 2  # of what the two queues expect and return; both ends state theirs
 MESSAGE_LIMIT = 64 << 20  # bytes; a longer message is refused before it is read
 TEXT_LIMIT = 60 << 20  # bytes of one task or one result as JSON text: a message has room for it
-OBJECT_LIMIT = 200_000  # values in one message
 HANDSHAKE_LIMIT = 10.0  # seconds for a new connection to prove that it knows the key
 SILENCE_LIMIT = 60.0  # seconds without a word after which a peer is given up
 DEFAULT_KEY_FILE = "~/.task_authkey"
-PLAIN_OPCODES = (
-    "PROTO FRAME STOP MARK NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 BINFLOAT SHORT_BINUNICODE BINUNICODE "
-    "BINUNICODE8 SHORT_BINBYTES BINBYTES BINBYTES8 EMPTY_LIST APPEND APPENDS EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 "
-    "EMPTY_DICT SETITEM SETITEMS MEMOIZE BINPUT LONG_BINPUT BINGET LONG_BINGET"
-).split()
 
 
 class Failure(Exception):
@@ -75,45 +68,21 @@ class Failure(Exception):
         self.status = status
 
 
-class PlainUnpickler(pickle._Unpickler):
-    """Reads a pickle that holds nothing but plain data: no opcode that imports, calls or sets attributes is known.
-
-    The documented way, refusing in `find_class`, would still let a peer make the C unpickler allocate gigabytes with
-    a few bytes (CPython issue 115952); this one keeps its memo in a dictionary. It is slow, so batches of tasks and
-    outcomes cross as one string each.
-    """
-
-    dispatch = {getattr(pickle, name)[0]: pickle._Unpickler.dispatch[getattr(pickle, name)[0]] for name in PLAIN_OPCODES}
-
-    def load_setitems(self) -> None:
-        self._set_items(self.pop_mark())  # type: ignore[attr-defined]
-
-    def load_setitem(self) -> None:
-        value, key = self.stack.pop(), self.stack.pop()  # type: ignore[attr-defined]
-        self._set_items([key, value])
-
-    def _set_items(self, items: list[Any]) -> None:
-        if not all(isinstance(key, (str, bytes, int, float, type(None))) for key in items[::2]):
-            raise pickle.UnpicklingError("a key is no scalar")  # to hash tuples nested deeply would overflow the stack
-        self.stack[-1].update(zip(items[::2], items[1::2]))  # type: ignore[attr-defined]
-
-    dispatch.update({pickle.SETITEMS[0]: load_setitems, pickle.SETITEM[0]: load_setitem})  # type: ignore[dict-item]
+def pack(words: str, text: str = "") -> bytes:
+    """A message: a line of words, and behind it text as it is, so that a batch of tasks or outcomes is encoded but once."""
+    return f"{words}\n{text}".encode("utf-8", "replace")
 
 
-def load_plain(data: bytes) -> Any:
-    """The plain data in a pickle. Raises whatever comes when it is something else, or more than OBJECT_LIMIT objects."""
-    if len(data) > OBJECT_LIMIT:  # every object takes a byte at least, and many more in memory
-        import pickletools
-
-        if any(count > OBJECT_LIMIT for count, _ in enumerate(pickletools.genops(data))):
-            raise pickle.UnpicklingError("too many objects")
-    return PlainUnpickler(io.BytesIO(data)).load()
+def unpack(message: bytes) -> tuple[list[str], str]:
+    """The words (some, and a rest) and the text of a message. Raises ValueError when it is not text."""
+    words, _, text = message.decode().partition("\n")
+    return words.split(" ", 4), text
 
 
 class PlainConnection:
-    """Messages over a socket, framed as `multiprocessing.connection` frames them, pickled plain data inside.
+    """Messages over a socket, framed as `multiprocessing.connection` frames them.
 
-    Whatever ends or spoils the connection (reset, silence, a message too long or not plain) is an EOFError.
+    Whatever ends or spoils the connection (reset, silence, a message too long) is an EOFError.
     """
 
     def __init__(self, sock: socket.socket) -> None:
@@ -140,21 +109,9 @@ class PlainConnection:
             self.sock.shutdown(socket.SHUT_RDWR)  # wakes a thread that reads; close alone would not
         self.sock.close()
 
-    def send(self, message: object) -> None:
-        """Pickle and send; blocks until the system has taken it all, EOFError when it takes nothing for too long."""
-        self.send_bytes(pickle.dumps(message, 4))
-
-    def recv(self) -> Any:
-        """The next message; blocks until it is there, EOFError when the peer is silent for too long."""
-        data = self.recv_bytes()
-        try:
-            return load_plain(data)
-        except Exception as error:
-            self.close()
-            raise EOFError(f"the peer sent something that is not plain data ({error!r})") from None
-
-    def send_bytes(self, data: bytes) -> None:
-        view = memoryview(struct.pack("!i", len(data)) + data)
+    def send_bytes(self, *messages: bytes) -> None:
+        """Send messages; blocks until the system has taken them all, EOFError when it takes nothing for too long."""
+        view = memoryview(b"".join([struct.pack("!i", len(data)) + data for data in messages]))
         try:
             while view:
                 view = view[self.sock.send(view) :]
@@ -162,6 +119,7 @@ class PlainConnection:
             raise EOFError(str(error)) from error
 
     def recv_bytes(self, maxlength: int = MESSAGE_LIMIT) -> bytes:
+        """The next message; blocks until it is there, EOFError when the peer is silent for too long."""
         (size,) = struct.unpack("!i", self._read(4))
         if not 0 <= size <= min(maxlength, MESSAGE_LIMIT):
             self.close()
@@ -301,6 +259,7 @@ MAX_LEASE_SECONDS = 10.0  # of work, however far the master
 ROUND_TRIP_SHARE = 0.05  # at most this part of a slot's time should go to round trips
 LEASE_WAIT = 30.0  # seconds that a request for tasks may wait at the master
 REPORT_INTERVAL = 0.5  # seconds between reports while a lease is worked on
+SETTINGS_LIMIT = 10_000  # characters of an answer that is read as JSON
 REPORT_SIZE = 8 << 20  # characters of outcomes that are reported at once, whatever the time
 ANSWER_LIMIT = 44.0  # seconds to wait for an answer; with BEAT_INTERVAL that is less than SILENCE_LIMIT
 BEAT_INTERVAL = 15.0  # seconds after which a busy slot says that it lives
@@ -410,9 +369,10 @@ def run_child(pipe: Any, shared: Any, function_spec: str | None, command: str | 
         pipe.send_bytes(str(failure).encode("utf-8", "replace"))
         return
     pipe.send_bytes(b"")
+    runner = Runner(function, pipe, shared)
     with contextlib.suppress(EOFError, OSError):  # the slot closed the pipe
         while True:
-            run_tasks(function, pipe.recv_bytes().decode().split("\n"), pipe, shared)
+            runner.run(pipe.recv_bytes().decode().split("\n"))
 
 
 def leave_terminal() -> None:
@@ -437,37 +397,68 @@ def die_with_parent() -> NoReturn:
     os._exit(1)
 
 
-def run_tasks(function: Function, lines: list[str], pipe: Any, shared: Any) -> None:
-    """Run tasks (`ID TEXT`) and send their outcomes (`ID MEMBERS`), a message every FLUSH_INTERVAL and a last one."""
-    clock, encode = time.perf_counter, json.JSONEncoder(allow_nan=False).encode
-    scan = json.JSONDecoder().scan_once  # type: ignore[attr-defined]  # json.loads without what stands around it, for time
-    outcomes: list[str] = []
-    size, flushed_at = 0, clock()
-    own_pid, streams = os.getpid(), identify_streams()
-    for position, line in enumerate(lines):
-        task_id, _, text = line.partition(" ")
-        shared[STARTED_AT] = started_at = clock()
-        shared[POSITION] = position
-        if shared[REVOKED]:
-            break
-        try:
-            value = function(scan(text, 0)[0])
-            members = '"result": ' + (repr(value) if type(value) is int else encode(value))
-            if len(members) > TEXT_LIMIT:
-                raise ValueError(f"the result has {len(members)} bytes as JSON, more than {TEXT_LIMIT}: write it to a file")
-        except BaseException as error:  # SystemExit and KeyboardInterrupt too: no task may end its child
-            members = describe_error(error)
-        if os.getpid() != own_pid:  # the task has forked and both copies came back: one is enough
+# json.loads without what stands around it there, and json.dumps without NaN: a third of the time.
+scan_json = json.JSONDecoder().scan_once  # type: ignore[attr-defined]
+encode_json = json.JSONEncoder(allow_nan=False).encode
+
+
+class Runner:
+    """Runs tasks (`ID TEXT`) and sends their outcomes, a message every FLUSH_INTERVAL and a last one.
+
+    Outcomes are a line of ids, and for each a line of the members of a record that tell what came of it.
+    """
+
+    def __init__(self, function: Function, pipe: Any, shared: Any) -> None:
+        self._function, self._pipe, self._shared = function, pipe, shared
+        self._streams, self._is_copy = identify_streams(), False
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=self._note_fork)
+
+    def _note_fork(self) -> None:
+        self._is_copy = True
+
+    def run(self, lines: list[str]) -> None:
+        """Run tasks in this order, until one is slow and the others are revoked."""
+        clock, function, shared = time.perf_counter, self._function, self._shared
+        ids: list[str] = []
+        outcomes: list[str] = []
+        size, flushed_at = 0, clock()
+        for position, line in enumerate(lines):
+            task_id, _, text = line.partition(" ")
+            shared[STARTED_AT] = started_at = clock()
+            shared[POSITION] = position
+            if shared[REVOKED]:
+                break
+            try:
+                value = function(scan_json(text, 0)[0])
+                members = '"result": ' + (repr(value) if type(value) is int else encode_json(value))
+                if len(members) > TEXT_LIMIT:
+                    raise ValueError(f"the result has {len(members)} bytes as JSON, more than {TEXT_LIMIT}: write it to a file")
+            except BaseException as error:  # SystemExit and KeyboardInterrupt too: no task may end its child
+                members = describe_error(error)
+            now = clock()
+            ids.append(task_id)
+            outcomes.append(f'{members}, "seconds": {now - started_at:.6f}')
+            size += len(members)
+            if now - flushed_at > FLUSH_INTERVAL or size > 1 << 20 or sys.stdout.closed or self._is_copy:
+                self._send(b"+", ids, outcomes)
+                ids, outcomes, size, flushed_at = [], [], 0, now
+        self._send(b".", ids, outcomes)
+
+    def _send(self, kind: bytes, ids: list[str], outcomes: list[str]) -> None:
+        """Hand outcomes to the slot, once all that their tasks printed has gone out.
+
+        If a task has closed the streams, the process ends: the slot then has each of these run alone, in a new child. So
+        does a copy of the process that a task has made by forking, and that came back, too: one is enough.
+        """
+        if self._is_copy or identify_streams() != self._streams:
             os._exit(0)
-        now = clock()
-        outcomes.append(f'{task_id} {members}, "seconds": {now - started_at:.6f}')
-        size += len(members)
-        if now - flushed_at > FLUSH_INTERVAL or size > 1 << 20 or sys.stdout.closed:
-            pipe.send_bytes(b"+" + finish_output("\n".join(outcomes), streams))
-            outcomes, size, flushed_at = [], 0, now
-            if sys.stdout.closed:
-                os._exit(0)  # the next task is to find what it expects, in a new child
-    pipe.send_bytes(b"." + finish_output("\n".join(outcomes), streams))
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(Exception):  # a task may have closed or replaced it
+                stream.flush()
+        self._pipe.send_bytes(kind + "\n".join([" ".join(ids), *outcomes]).encode())
+        if sys.stdout.closed:
+            os._exit(0)  # the next task is to find what it expects, in a new child
 
 
 def identify_streams() -> list[tuple[int, int] | None]:
@@ -480,19 +471,6 @@ def identify_streams() -> list[tuple[int, int] | None]:
         except OSError:
             found.append(None)
     return found
-
-
-def finish_output(outcomes: str, streams: list[tuple[int, int] | None]) -> bytes:
-    """Outcomes as they go to the slot, once all that their tasks printed has gone out.
-
-    If a task has closed the streams, the process ends: the slot then has each of these run alone, in a new child.
-    """
-    if identify_streams() != streams:
-        os._exit(0)
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(Exception):  # a task may have closed or replaced it
-            stream.flush()
-    return outcomes.encode()
 
 
 def describe_error(error: BaseException) -> str:
@@ -550,7 +528,7 @@ class Child:
                 raise ChildDied(None)
             process.start()
         theirs.close()
-        self._pipe, self._process = ours, process
+        self._pipe, self._process, self._poll = ours, process, make_poll(ours)
 
     def feed(self, lines: list[str]) -> None:
         """Hand over tasks, to be run in this order; each message of outcomes comes back through `receive`."""
@@ -560,12 +538,11 @@ class Child:
 
     def receive(self, timeout: float) -> bytes | None:
         """The next message, or None when there was none for `timeout` seconds. Raises ChildDied."""
-        ready = connection.wait([self._pipe, self._process.sentinel], timeout)
-        if not ready and self._process.is_alive():  # asked, since a grandchild may keep pipe and sentinel open
-            return None
-        with contextlib.suppress(EOFError, OSError):
-            if self._pipe.poll():  # what it said before it died counts
+        if self._poll(timeout):
+            with contextlib.suppress(EOFError, OSError):  # what it said before it died counts
                 return self._pipe.recv_bytes()
+        elif self._process.is_alive():  # asked, since a process that it started may keep the pipe open
+            return None
         self._process.join(EXIT_GRACE)
         raise ChildDied(self._process.exitcode)
 
@@ -598,6 +575,16 @@ class Child:
                 self._process.join()
 
 
+def make_poll(pipe: Any) -> Callable[[float], object]:
+    """A function that waits some seconds for a pipe to be readable, as its own `poll` does, which takes longer to begin."""
+    if not hasattr(select, "poll"):
+        poll: Callable[[float], object] = pipe.poll
+        return poll
+    selector = select.poll()
+    selector.register(pipe.fileno(), select.POLLIN)
+    return lambda timeout: selector.poll(timeout * 1000)
+
+
 def describe_exit(code: int | None) -> str:
     if code is None or code >= 0:
         return f"the task ended its process with exit status {code}"
@@ -628,7 +615,7 @@ class Link:
                 self._connection.secure(context)
             connection.answer_challenge(self._connection, authkey)  # type: ignore[arg-type]
             connection.deliver_challenge(self._connection, authkey)  # type: ignore[arg-type]
-            self.call(None, "accept_connection", name)
+            self.exchange(pack("server accept_connection", name))
         except BaseException as error:
             self._connection.close()
             if isinstance(error, AssertionError):  # how Python up to 3.11 says that this is no challenge
@@ -643,7 +630,7 @@ class Link:
 
     def _exchange_settings(self) -> None:
         asked_at = time.monotonic()
-        settings = self.call(TASKS, "settings", PROTOCOL)
+        settings = self.exchange(pack(f"{TASKS} settings {PROTOCOL}"))
         self.round_trip = time.monotonic() - asked_at  # seconds
         try:
             self.protocol, self.run_id = int(settings["protocol"]), str(settings["run"])
@@ -652,22 +639,28 @@ class Link:
             self.close()
             raise EOFError("it does not state its settings") from None
 
-    def call(self, queue: str | None, method: str, *args: object) -> Any:
-        """Call a method of one of the queues."""
-        return self.call_all([(queue, method, args)])[0]
+    def exchange(self, *calls: bytes) -> Any:
+        """Make calls, packed as `QUEUE METHOD ARGUMENT ...` and a text, in one round trip; returns what the last one does.
 
-    def call_all(self, calls: list[tuple[str | None, str, tuple[object, ...]]]) -> list[Any]:
-        """Make several calls, of which only the last may wait at the master, in one round trip."""
-        for queue, method, args in calls:
-            self._connection.send((queue, method, args, {}))
-        results = []
+        Only that one may wait at the master.
+        """
+        self._connection.send_bytes(*calls)
         for _ in calls:
-            answer = self._connection.recv()
-            if not isinstance(answer, tuple) or len(answer) != 2 or answer[0] != "#RETURN":
-                raise EOFError(f"it answers {method} with an error")
-            results.append(answer[1])
+            value = self._receive()
         self.called_at = time.monotonic()
-        return results
+        return value
+
+    def _receive(self) -> Any:
+        """What a call has returned."""
+        try:
+            (kind, form, *_), text = unpack(self._connection.recv_bytes())
+            if kind == "#RETURN" and form == "text":
+                return text
+            if kind == "#RETURN" and len(text) < SETTINGS_LIMIT:
+                return json.loads(text)
+        except (ValueError, RecursionError):
+            raise EOFError("it answers with what is no message") from None
+        raise EOFError("it answers with an error")
 
 
 class Slot(threading.Thread):
@@ -682,8 +675,8 @@ class Slot(threading.Thread):
         self._timeout: float | None = None
         self._fed: list[str] = []  # what the child has, as `ID TEXT`
         self._done = 0  # how many of those have an outcome
-        self._outcomes: list[str] = []  # messages of outcomes, finished and not yet reported
-        self._size = 0
+        self._outcomes: list[tuple[str, str]] = []  # ids and outcomes that came together, not yet reported
+        self._size = 0  # characters of those
         self._reported_at = 0.0
         self._busy = 0.0  # seconds spent on leases since the last report
         self._round_trip = 0.0  # seconds
@@ -746,7 +739,7 @@ class Slot(threading.Thread):
         """Report what is finished and lease anew, in one round trip. Returns what `lease` does."""
         report, count = self._next_report()
         asked_at = time.monotonic()
-        *_, lease = link.call_all([*report, (TASKS, "lease", (limit, LEASE_WAIT))])
+        lease = link.exchange(*report, pack(f"{TASKS} lease {limit} {LEASE_WAIT}"))
         self._acknowledge(count, asked_at)
         if lease is not None and not isinstance(lease, str):
             raise EOFError("it leases what is no task")
@@ -811,11 +804,11 @@ class Slot(threading.Thread):
 
     def _keep(self, outcomes: str) -> int:
         """Keep a message of outcomes for the next report. Returns how many there are."""
-        if not outcomes:
-            return 0
-        self._outcomes.append(outcomes)
-        self._size += len(outcomes)
-        return outcomes.count("\n") + 1
+        ids, _, members = outcomes.partition("\n")
+        if ids:
+            self._outcomes.append((ids, members))
+            self._size += len(members)
+        return outcomes.count("\n")
 
     def _bury(self, death: ChildDied) -> list[str]:
         """After the child's death: the outcome for the task that ran. Returns those that were fed and still have none."""
@@ -828,7 +821,7 @@ class Slot(threading.Thread):
         if nobody_ran or doubtful or Child.closed:
             return self._fed[self._done :]
         seconds = f', "seconds": {self.child.running_for():.6f}'
-        self._keep(f"{self._fed[position].partition(' ')[0]} {format_error(kind, reason)}{seconds}")
+        self._keep(f"{self._fed[position].partition(' ')[0]}\n{format_error(kind, reason)}{seconds}")
         return self._fed[self._done : position] + self._fed[position + 1 :]
 
     def _enforce_timeout(self) -> None:
@@ -843,42 +836,43 @@ class Slot(threading.Thread):
         if self._outcomes and (now - self._reported_at > REPORT_INTERVAL or self._size > REPORT_SIZE):
             self._report()
         elif self._link and now - self._link.called_at > BEAT_INTERVAL:
-            self._tell(TASKS, "beat")
+            self._tell(pack(f"{TASKS} beat"))
 
     def _report(self) -> None:
         """Hand all outcomes to the master; they are kept when the connection is lost meanwhile."""
         while self._outcomes and self._link:
-            [(queue, method, args)], count = self._next_report()
+            report, count = self._next_report()
             asked_at = time.monotonic()
-            if self._tell(queue, method, *args):
+            if self._tell(*report):
                 self._acknowledge(count, asked_at)
 
-    def _next_report(self) -> tuple[list[tuple[str, str, tuple[object, ...]]], int]:
+    def _next_report(self) -> tuple[list[bytes], int]:
         """The call that reports as many messages of outcomes as one report may hold, and how many; none if there are none."""
         if not self._outcomes:
             return [], 0
-        size, count = len(self._outcomes[0]), 1
-        while count < len(self._outcomes) and size + len(self._outcomes[count]) < REPORT_SIZE:
-            size, count = size + len(self._outcomes[count]), count + 1
-        return [(RESULTS, "report", (self._run_id, "\n".join(self._outcomes[:count]), self._busy))], count
+        size, count = len(self._outcomes[0][1]), 1
+        while count < len(self._outcomes) and size + len(self._outcomes[count][1]) < REPORT_SIZE:
+            size, count = size + len(self._outcomes[count][1]), count + 1
+        ids, outcomes = zip(*self._outcomes[:count])
+        return [pack(f"{RESULTS} report {self._run_id} {self._busy:.6f}", "\n".join([" ".join(ids), *outcomes]))], count
 
     def _acknowledge(self, count: int, asked_at: float) -> None:
         """The first `count` messages of outcomes are recorded."""
         now = time.monotonic()
         self._round_trip = min(now - asked_at, 1.25 * self._round_trip)  # the call may have waited, for tasks or a disk
         del self._outcomes[:count]
-        self._size = sum(map(len, self._outcomes))
+        self._size = sum([len(outcomes) for _, outcomes in self._outcomes])
         self._busy, self._reported_at = 0.0, now
 
     def _release(self, lines: list[str]) -> None:
         if lines:
-            self._tell(TASKS, "release", " ".join([line.partition(" ")[0] for line in lines]))
+            self._tell(pack(f"{TASKS} release", " ".join([line.partition(" ")[0] for line in lines])))
 
-    def _tell(self, queue: str, method: str, *args: object) -> bool:
+    def _tell(self, call: bytes) -> bool:
         """Call the master if it can be reached. False when it cannot: the link is gone then."""
         try:
             if self._link:
-                self._link.call(queue, method, *args)
+                self._link.exchange(call)
         except (OSError, EOFError) as error:
             assert self._link
             self._link.close()

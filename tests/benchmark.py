@@ -162,7 +162,7 @@ print("done", flush=True)
 CLIENTS = """
 import os, random, sys, threading, time
 sys.path.insert(0, sys.argv[1])
-from task_worker import PROTOCOL, RESULTS, TASKS, Link
+from task_worker import RESULTS, TASKS, Link, pack
 
 def connect(address, key):
     for attempt in range(8):
@@ -174,16 +174,15 @@ def connect(address, key):
 
 def serve(address, key):
     link = connect(address, key)
-    run = link.call(TASKS, "settings", PROTOCOL)["run"]
     os.write(1, b"connected\\n")  # at once, unlike print
     limit = 1
-    while (lease := link.call(TASKS, "lease", limit, 40.0)) is not None:
+    while (lease := link.exchange(pack(f"{TASKS} lease {limit} 40.0"))) is not None:
         if lease:
             began_at = time.monotonic()
             lines = lease.split("\\n")
             text = "\\n".join([line.partition(" ")[0] + ' "result": null, "seconds": 0.000001' for line in lines])
             spent = time.monotonic() - began_at
-            link.call(RESULTS, "report", run, text, spent)
+            link.exchange(pack(f"{RESULTS} report {link.run_id} {spent}", text))
             limit = max(1, min(8 * limit, int(0.2 * len(lines) / max(spent, 1e-6))))
 
 threading.stack_size(256 << 10)

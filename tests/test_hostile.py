@@ -34,7 +34,9 @@ import psutil
 import pytest
 from conftest import Farm, Program
 from test_hosts import begin_scenes
-from test_losses import RESULTS, TASKS, Peer
+from test_losses import RESULTS, TASKS, Peer, answer, join_outcomes, receive_call
+
+from task_master import PROTOCOL
 
 FUNCTIONS = """
 def double(n):
@@ -721,10 +723,11 @@ def test_odd_arguments_to_every_method_lose_no_task(attacker: Attacker) -> None:
                     attacker.ask(name, method, odd, 0.0)
                     attacker.ask(name, method, 1, min(odd, 0.1) if isinstance(odd, (int, float)) else odd)
                 elif method == "report":
-                    attacker.ask(name, method, attacker.run_id, odd, 0.0)
-                    attacker.ask(name, method, odd, f"{attacker.lease()} {GOOD}", 0.0)
-                    attacker.ask(name, method, attacker.run_id, f"{attacker.lease()} {GOOD}", odd)
-                    attacker.ask(name, method, attacker.run_id, f"{odd} {GOOD}", 0.0)
+                    attacker.ask(name, method, attacker.run_id, 0.0, odd)
+                    attacker.ask(name, method, odd, 0.0, f"{attacker.lease()}\n{GOOD}")
+                    attacker.ask(name, method, attacker.run_id, odd, f"{attacker.lease()}\n{GOOD}")
+                    attacker.ask(name, method, attacker.run_id, 0.0, f"{odd}\n{GOOD}")
+                    attacker.ask(name, method, attacker.run_id, 0.0, f"{attacker.lease()} {attacker.lease()}\n{GOOD}")
     attacker.peer.close()
     attacker.beside.finish(once=False)
 
@@ -734,9 +737,9 @@ def test_broken_outcomes_leave_every_line_of_the_results_a_record(attacker: Atta
     sized = [members for members in BROKEN if (len(members) < 1000) == small and "[" * 1000 not in members]
     for members in sized:  # what is nested too deeply to be checked is taken as it is
         task_id = attacker.lease()
-        attacker.ask(RESULTS, "report", attacker.run_id, f"{task_id} {members}", 0.0)
+        attacker.ask(RESULTS, "report", attacker.run_id, 0.0, f"{task_id}\n{members}")
         others = [attacker.lease() for _ in range(2)]
-        attacker.ask(RESULTS, "report", attacker.run_id, f"{others[0]} {GOOD}\n{others[1]} {members}", 0.0)
+        attacker.ask(RESULTS, "report", attacker.run_id, 0.0, f"{others[0]} {others[1]}\n{GOOD}\n{members}")
     attacker.peer.close()
     attacker.beside.finish(once=False)
 
@@ -745,7 +748,7 @@ def test_several_outcomes_for_one_task_in_a_report_make_one_record(attacker: Att
     for twice in ((GOOD, GOOD), (FAULT, GOOD), (GOOD, FAULT), (FAULT, FAULT), (FAULT,) * 5, (FAULT, GOOD, FAULT)):
         ids = [attacker.lease() for _ in range(3)]
         lines = [f"{task_id} {members}" for members in twice for task_id in ids]
-        attacker.ask(RESULTS, "report", attacker.run_id, "\n".join(lines), 0.0)
+        attacker.ask(RESULTS, "report", attacker.run_id, 0.0, join_outcomes(*lines))
     attacker.peer.close()
     attacker.beside.finish(once=False)
 
@@ -763,7 +766,7 @@ def test_a_task_released_twice_is_leased_once(farm: Farm) -> None:
     while lease := peer.call(TASKS, "lease", 4, 0.0):
         leased += [int(line.split()[0]) for line in lease.split("\n")]
     assert sorted(leased) == list(range(10))
-    peer.call(RESULTS, "report", run_id, "\n".join(f"{n} {GOOD}" for n in leased), 0.0)
+    peer.report(run_id, *[f"{n} {GOOD}" for n in leased])
     peer.close()
     assert master.wait() == 0
     assert sorted(record["id"] for record in farm.records()) == list(range(10))
@@ -777,7 +780,7 @@ def test_a_peer_releases_only_what_it_holds_itself(farm: Farm) -> None:
     assert first.call(TASKS, "lease", 1, 0.0) == "0 5"
     second.release([0, 1])
     assert second.call(TASKS, "lease", 5, 0.0) == "1 6"
-    first.call(RESULTS, "report", run_id, f"0 {GOOD}\n1 {GOOD}", 0.0)
+    first.report(run_id, f"0 {GOOD}", f"1 {GOOD}")
     first.close()
     second.close()
     assert master.wait() == 0
@@ -821,8 +824,8 @@ def test_a_name_cannot_break_the_log_or_the_records(beside: Beside) -> None:
 
 
 def answer_with(farm: Farm, replies: dict[str, bytes]) -> Callable[[socket.socket], None]:
-    """A false master that knows the key; its reply to a method is in `replies`, as pickled bytes, or as RAW ones."""
-    good = {"settings": {"protocol": 1, "run": "r", "timeout": None}, "lease": "0 7"}
+    """A false master that knows the key; its reply to a method is in `replies`, or RAW bytes instead of one."""
+    good = {"settings": {"protocol": PROTOCOL, "run": "r", "timeout": None}, "lease": "0 7"}
 
     def act(sock: socket.socket) -> None:
         conn = connection.Connection(os.dup(sock.fileno()))
@@ -831,9 +834,9 @@ def answer_with(farm: Farm, replies: dict[str, bytes]) -> Callable[[socket.socke
             connection.deliver_challenge(conn, farm.key.encode())
             connection.answer_challenge(conn, farm.key.encode())
             while True:
-                method = conn.recv()[1]
+                method, _ = receive_call(conn)
                 if method not in replies:
-                    conn.send(("#RETURN", good.get(method)))
+                    conn.send_bytes(answer(good.get(method)))
                 elif replies[method][:3] == b"RAW":
                     os.write(conn.fileno(), replies[method][3:])
                 else:
@@ -845,9 +848,11 @@ def answer_with(farm: Farm, replies: dict[str, bytes]) -> Callable[[socket.socke
 METHODS = ("accept_connection", "settings", "lease", "report")
 
 
-def test_a_pickle_that_is_not_plain_data_runs_no_code_in_a_worker(farm: Farm) -> None:
+def test_a_pickle_runs_no_code_in_a_worker(farm: Farm) -> None:
+    """Whatever it is, and wherever it stands: a worker unpickles nothing."""
     pwned = farm.folder / "pwned"
-    evil = [(method, data) for method in METHODS for data in evil_pickles(pwned)]
+    replies = [wrap + data for data in evil_pickles(pwned) for wrap in (b"", b"#RETURN text\n", b"#RETURN json\n")]
+    evil = [(method, data) for method in METHODS for data in replies]
     numbers = itertools.count()
 
     def act(sock: socket.socket) -> None:  # another pickle for each connection that a worker makes
@@ -862,20 +867,22 @@ def test_a_pickle_that_is_not_plain_data_runs_no_code_in_a_worker(farm: Farm) ->
 
 def test_replies_of_the_wrong_shape_do_not_crash_a_worker(farm: Farm) -> None:
     values: dict[str, list[Any]] = {
-        "settings": [None, {"protocol": 1}, {"protocol": 1, "run": [], "timeout": "x"}],
+        "settings": [None, {"protocol": PROTOCOL}, {"protocol": PROTOCOL, "run": [], "timeout": "x"}],
         "lease": [5, ["0 7"], "no id", "x 7", "\n", "0 7\n0 7"],
     }
-    replies = [(method, ("#RETURN", value)) for method in values for value in values[method]]
-    replies += [("accept_connection", 5), ("settings", ("#ODD", 1)), ("lease", ()), ("report", ("#ODD", 1))]
-    acts = [answer_with(farm, {method: pickle.dumps(value)}) for method, value in replies]
+    replies = [(method, answer(value)) for method in values for value in values[method]]
+    replies += [("accept_connection", b"5"), ("settings", answer(1, "#ODD")), ("lease", b""), ("report", answer("x", "#ODD"))]
+    replies += [("settings", b"#RETURN json\n{"), ("lease", b"#RETURN"), ("lease", b"\n" * 10), ("lease", b"#RETURN text\n\xff")]
+    acts = [answer_with(farm, {method: reply}) for method, reply in replies]
     check_workers(start_workers(farm, acts), 3, may_stay=True)
 
 
 def test_large_and_deep_replies_do_not_crash_a_worker_nor_fill_its_memory(farm: Farm) -> None:
-    deep = EVIL_SHAPES["as a key"](deep_tuple())
-    many = b"\x80\x04(" + b"]\x94" * (2 * MEGABYTE) + b"t."
+    deep = b"#RETURN json\n" + b"[" * (4 * MEGABYTE)
+    many = b"#RETURN json\n[" + b"[]," * MEGABYTE + b"[]]"
+    words = b"#RETURN text " + b"x " * (4 * MEGABYTE)
     terabyte = b"RAW" + struct.pack("!iQ", -1, 1 << 40)
-    acts = [answer_with(farm, {method: data}) for method in ("settings", "lease") for data in (deep, many, terabyte)]
+    acts = [answer_with(farm, {method: data}) for method in ("settings", "lease") for data in (deep, many, words, terabyte)]
     check_workers(start_workers(farm, acts), 6, may_stay=True)
 
 
@@ -925,10 +932,10 @@ def random_string(dice: random.Random) -> bytes:
         return frame(b"\x80\x04" + data + b".")
     calls: list[Any] = [
         (None, "accept_connection", ("host/1",), {}),
-        (TASKS, "settings", (1,), {}),
+        (TASKS, "settings", (PROTOCOL,), {}),
         (TASKS, "lease", (3, 0.0), {}),
         (TASKS, "release", ([0, 1, 2],), {}),
-        (RESULTS, "report", ("run", f"0 {GOOD}", 0.5), {}),
+        (RESULTS, "report", ("run", 0.5, f"0\n{GOOD}"), {}),
         (TASKS, "get", (False,), {}),
         (RESULTS, "put", ({"a": [1, 2.5, None, "x"]},), {}),
     ]

@@ -21,6 +21,8 @@ import pytest
 from conftest import Farm, Program, children_of
 from test_chaos import Chaos
 
+from task_master import PROTOCOL
+
 TASKS, RESULTS = "get_task_queue", "get_result_queue"
 
 FUNCTIONS = """
@@ -64,6 +66,24 @@ def farm(farm: Farm) -> Iterator[Farm]:
             program.process.stdin.close()
 
 
+def join_outcomes(*outcomes: str) -> str:
+    """Outcomes, each as `ID MEMBERS`, as they are reported: a line of ids, then a line of members for each."""
+    ids, _, members = zip(*[outcome.partition(" ") for outcome in outcomes])
+    return "\n".join([" ".join(ids), *members])
+
+
+def receive_call(peer: Any) -> tuple[str, list[str]]:
+    """The method that a worker calls, and the arguments."""
+    words, _, text = peer.recv_bytes().decode().partition("\n")
+    _, method, *arguments = words.split(" ")
+    return method, [*arguments, text]
+
+
+def answer(value: Any, kind: str = "#RETURN") -> bytes:
+    """What a master answers to a worker."""
+    return f"{kind} text\n{value}".encode() if isinstance(value, str) else f"{kind} json\n{json.dumps(value)}".encode()
+
+
 class Peer:
     """A slot driven by hand, with nothing but the standard library's client."""
 
@@ -84,7 +104,11 @@ class Peer:
 
     def join(self) -> str:
         """Become a slot; returns the id of the master's run."""
-        return str(self.call(TASKS, "settings", 1)["run"])
+        return str(self.call(TASKS, "settings", PROTOCOL)["run"])
+
+    def report(self, run_id: str, *outcomes: str) -> None:
+        """Report outcomes, each as `ID MEMBERS`."""
+        self.call(RESULTS, "report", run_id, 0.0, join_outcomes(*outcomes))
 
     def release(self, task_ids: list[int]) -> None:
         self.call(TASKS, "release", " ".join(map(str, task_ids)))
@@ -248,7 +272,7 @@ def test_connections_that_end_while_they_wait_for_tasks_cost_none_its_only_chanc
         while not (lease := good.call(TASKS, "lease", 1, 20.0)):
             pass
         assert lease == f"{n} {n}"
-        good.call(RESULTS, "report", run, f'{n} "result": {n}, "seconds": 0.0', 0.0)
+        good.report(run, f'{n} "result": {n}, "seconds": 0.0')
     good.close()
     master.process.stdin.close()
     assert master.wait() == 0
@@ -269,7 +293,7 @@ def test_an_outcome_that_comes_late_within_the_same_run_is_recorded(farm: Farm) 
     master.wait_line("redelivered since")
     second = Peer(farm, master.port())
     second.join()
-    second.call(RESULTS, "report", run, '0 "result": 49, "seconds": 1.0', 1.0)
+    second.report(run, '0 "result": 49, "seconds": 1.0')
     second.close()
     assert master.wait() == 0
     assert [record["result"] for record in farm.records()] == [49]
@@ -281,9 +305,9 @@ def test_the_first_outcome_wins_and_the_late_one_is_dropped(farm: Farm) -> None:
     run = first.join()
     second.join()
     assert first.call(TASKS, "lease", 1, 0.0) == "0 7"
-    second.call(RESULTS, "report", run, '0 "result": "early", "seconds": 1.0', 1.0)
-    first.call(RESULTS, "report", run, '0 "result": "late", "seconds": 1.0', 1.0)
-    first.call(RESULTS, "report", run, '1 "result": "other", "seconds": 1.0', 1.0)
+    second.report(run, '0 "result": "early", "seconds": 1.0')
+    first.report(run, '0 "result": "late", "seconds": 1.0')
+    first.report(run, '1 "result": "other", "seconds": 1.0')
     first.close()
     second.close()
     assert master.wait() == 0
@@ -294,7 +318,7 @@ def test_an_outcome_of_another_run_is_refused(farm: Farm) -> None:
     master = farm.master("7", "--results", "results.jsonl")
     peer = Peer(farm, master.port())
     peer.join()
-    peer.call(RESULTS, "report", "another", '0 "result": "alien", "seconds": 1.0', 1.0)
+    peer.report("another", '0 "result": "alien", "seconds": 1.0')
     assert peer.call(TASKS, "lease", 1, 0.0) == "0 7"
     peer.close()
     farm.worker(master)
@@ -351,7 +375,7 @@ class FalseMaster:
     def __init__(self, farm: Farm, replies: dict[str, Any], last: str) -> None:
         self._listener = connection.Listener(("127.0.0.1", 0), authkey=farm.key.encode())
         self._replies, self._last = replies, last
-        self._calls: queue.SimpleQueue[tuple[Any, ...]] = queue.SimpleQueue()
+        self._calls: queue.SimpleQueue[list[str]] = queue.SimpleQueue()
         self.ended = 0  # connections
         self.port = int(self._listener.address[1])
         threading.Thread(target=self._serve, daemon=True).start()
@@ -361,14 +385,14 @@ class FalseMaster:
             with contextlib.suppress(OSError, EOFError, AuthenticationError), self._listener.accept() as peer:
                 method = ""
                 while method != self._last:
-                    _, method, arguments, _ = peer.recv()
+                    method, arguments = receive_call(peer)
                     if method == self._last:
                         self.ended += 1
                         self._calls.put(arguments)
                     else:
-                        peer.send(("#RETURN", self._replies.get(method)))
+                        peer.send_bytes(answer(self._replies.get(method)))
 
-    def last_call(self, worker: Program) -> tuple[Any, ...]:
+    def last_call(self, worker: Program) -> list[str]:
         """The arguments of the next call `last`; fails when the worker ends instead."""
         while True:
             with contextlib.suppress(queue.Empty):
@@ -377,12 +401,12 @@ class FalseMaster:
 
 
 def test_an_outcome_whose_report_fails_is_reported_over_the_next_connection(farm: Farm) -> None:
-    replies = {"settings": {"protocol": 1, "run": "r", "timeout": None}, "lease": "0 7"}
+    replies = {"settings": {"protocol": PROTOCOL, "run": "r", "timeout": None}, "lease": "0 7"}
     master = FalseMaster(farm, replies, "report")
     worker = farm.run("task_worker.py", "--port", master.port, "--processes", 1)
     reports = [master.last_call(worker) for _ in range(3)]
     assert [run for run, *_ in reports] == ["r"] * 3
-    assert len({outcomes for _, outcomes, *_ in reports}) == 1
+    assert len({outcomes for *_, outcomes in reports}) == 1
 
 
 def test_an_outcome_that_was_not_acknowledged_is_reported_again(farm: Farm) -> None:
@@ -396,21 +420,21 @@ def test_an_outcome_that_was_not_acknowledged_is_reported_again(farm: Farm) -> N
                 with contextlib.suppress(OSError, EOFError), listener.accept() as peer:
                     leases = ["0 7"]
                     while True:
-                        _, method, arguments, _ = peer.recv()
+                        method, arguments = receive_call(peer)
                         if method == "report":
-                            reports.put(arguments[1])
-                            peer.send(("#ERROR", "no"))
+                            reports.put(arguments[-1])
+                            peer.send_bytes(answer("no", "#ERROR"))
                         elif method == "lease":
-                            peer.send(("#RETURN", leases.pop() if leases else ""))
+                            peer.send_bytes(answer(leases.pop() if leases else ""))
                         else:
-                            peer.send(("#RETURN", {"protocol": 1, "run": "r", "timeout": None}))
+                            peer.send_bytes(answer({"protocol": PROTOCOL, "run": "r", "timeout": None}))
 
     threading.Thread(target=serve, daemon=True).start()
     farm.run("task_worker.py", "--port", listener.address[1], "--processes", 1)
     first = reports.get(timeout=20)
-    assert first.startswith('0 "result"')
+    assert first.startswith('0\n"result"')
     for _ in range(3):  # whatever else it has done meanwhile
-        assert first in reports.get(timeout=20).split("\n")
+        assert first.split("\n")[1] in reports.get(timeout=20).split("\n")
 
 
 def test_a_worker_that_is_thrown_out_again_and_again_takes_its_time(farm: Farm) -> None:
@@ -446,7 +470,7 @@ def test_the_tasks_of_a_worker_that_left_a_full_queue_go_to_the_back(farm: Farm)
     while len(leased) < 5:
         leased += [int(line.split()[0]) for line in second.call(TASKS, "lease", 2, 0.0).split("\n")]
     assert leased == [1, 2, 3, 4, 0]
-    second.call(RESULTS, "report", run, "\n".join(f'{n} "result": {n}, "seconds": 0.0' for n in leased), 0.0)
+    second.report(run, *[f'{n} "result": {n}, "seconds": 0.0' for n in leased])
     second.close()
     assert master.wait() == 0
 
@@ -455,7 +479,7 @@ def test_tasks_that_were_lost_once_are_leased_singly(farm: Farm) -> None:
     farm.write_tasks(list(range(40)))
     master = farm.master("--tasks", "tasks.jsonl", "--results", "results.jsonl")
     peer = Peer(farm, master.port())
-    peer.call(TASKS, "settings", 1)
+    peer.call(TASKS, "settings", PROTOCOL)
     assert len(peer.call(TASKS, "lease", 8, 0.0).split("\n")) == 8
     peer.close()
     master.wait_line("redelivered since")
@@ -465,7 +489,7 @@ def test_tasks_that_were_lost_once_are_leased_singly(farm: Farm) -> None:
     while lease := peer.call(TASKS, "lease", 100, 0.0):
         sizes.append(len(lease.split("\n")))
         ids = [line.split()[0] for line in lease.split("\n")]
-        peer.call(RESULTS, "report", run, "\n".join(f'{n} "result": {n}, "seconds": 0.0' for n in ids), 0.0)
+        peer.report(run, *[f'{n} "result": {n}, "seconds": 0.0' for n in ids])
     assert sizes[-8:] == [1] * 8
     assert sum(sizes) == 40
     peer.close()

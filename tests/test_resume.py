@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 from conftest import ROOT, Farm, Program
-from test_losses import RESULTS, TASKS, Peer
+from test_losses import RESULTS, TASKS, Peer, join_outcomes
 
 FUNCTIONS = """
 import os, time
@@ -272,7 +272,7 @@ def test_a_second_master_is_refused_while_the_first_resumes(farm: Farm) -> None:
     for n in BAD[:2]:
         assert farm.master(*options).wait() == 2
         assert peer.call(TASKS, "lease", 1, 0.0) == f"{n} {n}"
-        peer.call(RESULTS, "report", run_id, f'{n} "result": {2 * n}, "seconds": 0.0', 0.0)
+        peer.report(run_id, f'{n} "result": {2 * n}, "seconds": 0.0')
     assert farm.master(*options).wait() == 2
     peer.close()
     (farm.folder / "mended").touch()
@@ -307,7 +307,7 @@ def test_a_killed_master_loses_no_record_that_it_acknowledged(farm: Farm) -> Non
         for _ in range(dice.randrange(1, 20)):
             ids = [int(line.split()[0]) for line in peer.call(TASKS, "lease", dice.randrange(1, 6), 0.0).split("\n")]
             assert not acknowledged & set(ids)
-            peer.call(RESULTS, "report", run_id, "\n".join(f'{n} "result": {2 * n}, "seconds": 0.0' for n in ids), 0.0)
+            peer.report(run_id, *[f'{n} "result": {2 * n}, "seconds": 0.0' for n in ids])
             acknowledged |= set(ids)
         master.kill()
         peer.close()
@@ -320,7 +320,7 @@ def test_a_killed_master_loses_no_record_that_it_acknowledged(farm: Farm) -> Non
 
 def check_refused(peer: Peer, run_id: str, outcomes: str) -> None:
     """A report that is not acknowledged: an error comes back, or the end of the connection."""
-    peer.ask(RESULTS, "report", run_id, outcomes, 0.0)
+    peer.ask(RESULTS, "report", run_id, 0.0, join_outcomes(*outcomes.split("\n")))
     with contextlib.suppress(EOFError, ConnectionError):
         kind, _ = peer.connection.recv()
         assert kind != "#RETURN"

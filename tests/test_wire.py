@@ -27,7 +27,7 @@ PLAIN = st.recursive(
 
 
 def load(data: bytes) -> Any:
-    return task_worker.PlainUnpickler(io.BytesIO(data)).load()
+    return task_master.PlainUnpickler(io.BytesIO(data)).load()
 
 
 def wire_part(name: str) -> str:
@@ -52,9 +52,9 @@ def test_a_pickle_that_imports_or_calls_is_refused(value: object) -> None:
 
 
 def test_no_opcode_that_imports_calls_or_sets_attributes_is_known() -> None:
-    names = {opcode.name for opcode in pickletools.opcodes if ord(opcode.code) in task_worker.PlainUnpickler.dispatch}
+    names = {opcode.name for opcode in pickletools.opcodes if ord(opcode.code) in task_master.PlainUnpickler.dispatch}
     dangerous = {"GLOBAL", "STACK_GLOBAL", "REDUCE", "BUILD", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "EXT1", "PERSID", "BINPERSID"}
-    assert names == set(task_worker.PLAIN_OPCODES)
+    assert names == set(task_master.PLAIN_OPCODES)
     assert not names & dangerous
 
 
@@ -75,14 +75,14 @@ def test_frames_are_those_of_multiprocessing(size: int) -> None:
     ours, theirs = socket.socketpair()
     connection = task_master.PlainConnection(ours)
     peer = Connection(theirs.detach())
-    message = ("#RETURN", "x" * size)
-    sender = threading.Thread(target=peer.send, args=(message,))
+    message = b"x" * size
+    sender = threading.Thread(target=peer.send_bytes, args=(message,))
     sender.start()
-    assert connection.recv() == message
+    assert connection.recv_bytes() == message
     sender.join()
-    sender = threading.Thread(target=connection.send, args=(message,))
+    sender = threading.Thread(target=connection.send_bytes, args=(message, b"and", b"more"))
     sender.start()
-    assert peer.recv() == message
+    assert [peer.recv_bytes() for _ in range(3)] == [message, b"and", b"more"]
     sender.join()
     connection.close()
     peer.close()
@@ -94,5 +94,21 @@ def test_a_message_that_is_too_long_is_refused_before_it_is_read(header: bytes) 
     connection = task_master.PlainConnection(ours)
     theirs.sendall(header)
     with pytest.raises(EOFError, match="too long"):
-        connection.recv()
+        connection.recv_bytes()
     theirs.close()
+
+
+@given(st.text(st.characters(exclude_categories=["Cs", "Cc", "Zs"])), st.text(st.characters(exclude_categories=["Cs"])))
+def test_what_is_packed_is_unpacked(word: str, text: str) -> None:
+    assert task_worker.unpack(task_master.pack(f"a {word} c", text)) == (["a", word, "c"], text)
+
+
+@given(st.binary())
+def test_what_is_no_call_of_a_worker_is_an_end_of_its_connection_or_a_call_with_words_alone(data: bytes) -> None:
+    try:
+        name, method, arguments, keywords = task_master.read_call(data)
+    except ValueError:
+        return
+    assert {type(part) for part in (name, method, *arguments)} == {str}
+    assert keywords == {}
+    assert len(arguments) <= 4
