@@ -50,7 +50,7 @@ import queue
 import random
 import re
 import secrets
-import selectors
+import select
 import shlex
 import shutil
 import signal
@@ -229,6 +229,28 @@ def write_error(text: str, descriptor: int = 2) -> None:
         os.write(descriptor, text.encode("utf-8", "replace"))
 
 
+def open_standard_streams() -> None:
+    """Put the null device in the place of those that are closed, lest a connection or a file takes their numbers."""
+    for descriptor, name in enumerate(["stdin", "stdout", "stderr"]):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # takes the lowest number that is free
+            setattr(sys, name, open(descriptor, "r" if name == "stdin" else "w", closefd=False))  # noqa: SIM115
+
+
+def make_poll(file: Any) -> Callable[[float], object]:
+    """A function that waits some seconds for a socket or a pipe, and returns whether it is readable.
+
+    It is made once, where `Connection.poll` makes a selector in each call. Windows knows no `poll`, but pipes that have one.
+    """
+    if hasattr(select, "poll"):
+        selector = select.poll()
+        selector.register(file.fileno(), select.POLLIN)
+        return lambda timeout: selector.poll(timeout * 1000)
+    return getattr(file, "poll", None) or (lambda timeout: select.select([file], [], [], timeout)[0])
+
+
 def raise_file_limit() -> None:
     """Allow as many open files as the system lets us: every slot needs some, at both ends."""
     with contextlib.suppress(ImportError, ValueError, OSError):
@@ -300,26 +322,27 @@ class Console:
 
     def __init__(self) -> None:
         self._lock = threading.RLock()  # a signal handler may write, too
-        self.is_terminal = sys.stderr.isatty()
+        self.is_terminal = os.isatty(2)
         self._shown = 0  # columns of the progress on the screen
         self._next_at = time.monotonic() + PROGRESS_INTERVAL
 
+    def __enter__(self) -> None:
+        """While other lines are written, no progress is on the screen."""
+        self._lock.acquire()
+        self.clear()
+
+    def __exit__(self, *exception: object) -> None:
+        self._lock.release()
+
     def write(self, stream: TextIO, text: str) -> None:
         """Write whole lines to a stream. Raises OSError."""
-        with self.cleared():
+        with self:
             stream.write(text)
             stream.flush()
 
-    @contextlib.contextmanager
-    def cleared(self) -> Iterator[None]:
-        """While other lines are written: no progress is on the screen."""
-        with self._lock:
-            self.clear()
-            yield
-
     def say(self, text: str) -> None:
         """One line on standard error."""
-        with self.cleared():
+        with self:
             write_error(f"task_master: {text}\n")
 
     def show(self, parts: list[str]) -> None:
@@ -665,14 +688,13 @@ class Peer:
     def __init__(self, name: str, conn: PlainConnection) -> None:
         self.name = name
         self.conn = conn
-        self._selector = getattr(selectors, "PollSelector", selectors.SelectSelector)()  # without a descriptor of its own
-        self._selector.register(conn.sock, selectors.EVENT_READ)
+        self._poll = make_poll(conn.sock)
         self.enlisted_at: float | None = None  # as a slot
         self.taken: collections.deque[tuple[int, float]] = collections.deque()  # by `get`: task id, time of taking
 
     def is_gone(self) -> bool:
         """Whether it has closed the connection. Asked while it waits for an answer, so it has nothing to say."""
-        return bool(self._selector.select(0))
+        return bool(self._poll(0))
 
 
 _this_thread = threading.local()
@@ -875,10 +897,12 @@ class RequestConnection(PlainConnection):
         return request
 
     def send(self, answer: tuple[str, Any]) -> None:
-        """Send (kind, value), the kind `#RETURN` or that of an error; to a worker as `KIND text` or `KIND json`."""
+        """Send (kind, value), the kind `#RETURN` or that of an error; to a worker as a text, as JSON, or as nothing."""
         kind, value = answer
         if self._pickles:
             self.send_bytes(pickle.dumps(answer, 4))
+        elif value is None:
+            self.send_bytes(pack(kind + " none"))
         elif isinstance(value, str):
             self.send_bytes(pack(kind + " text", value))
         else:
@@ -1474,7 +1498,7 @@ class LocalWorker:
     def _relay(self, stream: Any) -> None:
         """Write what it prints so that it does not run into the line of progress."""
         for line in stream:
-            with console.cleared():
+            with console:
                 write_error(line.decode("utf-8", "replace"))
 
     def status(self) -> int | None:
@@ -1946,7 +1970,7 @@ def verify_tasks(options: argparse.Namespace, results: ResultsFile) -> None:
 
 def print_records(tasks: list[Task]) -> None:
     """The sink for --results -: UTF-8, whatever the terminal is set to."""
-    with console.cleared():
+    with console:
         sys.stdout.buffer.write(format_records(tasks).encode("utf-8", "replace"))
         sys.stdout.buffer.flush()
 
@@ -2119,6 +2143,7 @@ class Job:
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
+    open_standard_streams()
     parser = make_parser()
     options = parser.parse_args(argv)
     if options.task and options.tasks is not None:

@@ -208,6 +208,28 @@ def write_error(text: str, descriptor: int = 2) -> None:
         os.write(descriptor, text.encode("utf-8", "replace"))
 
 
+def open_standard_streams() -> None:
+    """Put the null device in the place of those that are closed, lest a connection or a file takes their numbers."""
+    for descriptor, name in enumerate(["stdin", "stdout", "stderr"]):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # takes the lowest number that is free
+            setattr(sys, name, open(descriptor, "r" if name == "stdin" else "w", closefd=False))  # noqa: SIM115
+
+
+def make_poll(file: Any) -> Callable[[float], object]:
+    """A function that waits some seconds for a socket or a pipe, and returns whether it is readable.
+
+    It is made once, where `Connection.poll` makes a selector in each call. Windows knows no `poll`, but pipes that have one.
+    """
+    if hasattr(select, "poll"):
+        selector = select.poll()
+        selector.register(file.fileno(), select.POLLIN)
+        return lambda timeout: selector.poll(timeout * 1000)
+    return getattr(file, "poll", None) or (lambda timeout: select.select([file], [], [], timeout)[0])
+
+
 def raise_file_limit() -> None:
     """Allow as many open files as the system lets us: every slot needs some, at both ends."""
     with contextlib.suppress(ImportError, ValueError, OSError):
@@ -461,16 +483,12 @@ class Runner:
             os._exit(0)  # the next task is to find what it expects, in a new child
 
 
-def identify_streams() -> list[tuple[int, int] | None]:
-    """What stands behind standard input, output and error."""
-    found: list[tuple[int, int] | None] = []
-    for descriptor in range(3):
-        try:
-            status = os.fstat(descriptor)
-            found.append((status.st_dev, status.st_ino))
-        except OSError:
-            found.append(None)
-    return found
+def identify_streams() -> list[tuple[int, ...]]:
+    """What stands behind standard input, output and error; [] when one of them is closed."""
+    try:
+        return [os.fstat(descriptor)[1:3] for descriptor in range(3)]
+    except OSError:
+        return []
 
 
 def describe_error(error: BaseException) -> str:
@@ -538,11 +556,13 @@ class Child:
 
     def receive(self, timeout: float) -> bytes | None:
         """The next message, or None when there was none for `timeout` seconds. Raises ChildDied."""
-        if self._poll(timeout):
-            with contextlib.suppress(EOFError, OSError):  # what it said before it died counts
+        try:
+            if self._poll(timeout):
                 return self._pipe.recv_bytes()
-        elif self._process.is_alive():  # asked, since a process that it started may keep the pipe open
-            return None
+            if self._process.is_alive():  # asked, since a process that it started may keep the pipe open
+                return None
+        except (EOFError, OSError):
+            pass
         self._process.join(EXIT_GRACE)
         raise ChildDied(self._process.exitcode)
 
@@ -573,16 +593,6 @@ class Child:
             if self._process.is_alive():
                 self.kill()
                 self._process.join()
-
-
-def make_poll(pipe: Any) -> Callable[[float], object]:
-    """A function that waits some seconds for a pipe to be readable, as its own `poll` does, which takes longer to begin."""
-    if not hasattr(select, "poll"):
-        poll: Callable[[float], object] = pipe.poll
-        return poll
-    selector = select.poll()
-    selector.register(pipe.fileno(), select.POLLIN)
-    return lambda timeout: selector.poll(timeout * 1000)
 
 
 def describe_exit(code: int | None) -> str:
@@ -654,8 +664,8 @@ class Link:
         """What a call has returned."""
         try:
             (kind, form, *_), text = unpack(self._connection.recv_bytes())
-            if kind == "#RETURN" and form == "text":
-                return text
+            if kind == "#RETURN" and form in ("text", "none"):
+                return text if form == "text" else None
             if kind == "#RETURN" and len(text) < SETTINGS_LIMIT:
                 return json.loads(text)
         except (ValueError, RecursionError):
@@ -1102,6 +1112,7 @@ def find_key(options: argparse.Namespace) -> bytes:
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
+    open_standard_streams()
     options = make_parser().parse_args(argv)
     raise_file_limit()
     try:
