@@ -753,9 +753,11 @@ class TaskQueue:
 
     def _lease(self, limit: int, wait: float) -> list[Task] | None:
         if wait > 0:
-            self._ledger.wait_ready(wait)
+            ready = self._ledger.wait_ready(wait)
             if caller().is_gone():
                 raise EOFError  # it died while it waited: a task given to it would count as lost
+            if not ready:
+                return []
         return self._ledger.lease(caller(), limit)
 
 
@@ -848,16 +850,6 @@ def load_outcome(task: Task) -> tuple[Any, float | None]:
     except (StopIteration, ValueError, RecursionError) as error:
         task.ok = False
         return {"type": "ValueError", "message": f"the outcome is not JSON: {error}", "traceback": ""}, None
-
-
-def load_outcomes(tasks: list[Task]) -> list[tuple[Any, float | None]]:
-    """What `load_outcome` gives for each, in half the time if all have results."""
-    texts = [task.outcome for task in tasks if task.ok]
-    with contextlib.suppress(ValueError, RecursionError):
-        results = [*map(scan_json, texts, itertools.repeat(len(RESULT)))]
-        if len(results) == len(tasks):
-            return [(result, float(text[end + len(SECONDS) :])) for text, (result, end) in zip(texts, results)]
-    return [load_outcome(task) for task in tasks]
 
 
 def format_records(tasks: list[Task]) -> str:
@@ -1834,25 +1826,35 @@ def encode_tasks(tasks: Iterable[Any]) -> Iterator[list[str]]:
     yield texts
 
 
-def make_records(tasks: list[Task], first: int) -> list[Record]:
-    """Settled tasks as Records, their ids counted from `first`."""
-    outcomes = load_outcomes(tasks)
-    values = map(scan_json, [task.text for task in tasks], itertools.repeat(0))
-    make = functools.partial(tuple.__new__, Record)  # half the time of Record(...)
-    return [
-        make(
-            (
-                task.id - first,
-                value,
-                outcome if task.ok else None,
-                None if task.ok else outcome,
-                seconds,
-                task.worker,
-                task.attempts,
-            )
-        )
-        for task, (value, _), (outcome, seconds) in zip(tasks, values, outcomes)
-    ]
+def make_records(tasks: list[Task], first: int) -> Iterable[Record]:
+    """Settled tasks as Records, their ids counted from `first`: column by column, which takes half the time."""
+    columns = (
+        [task.id - first for task in tasks],
+        [value for value, _ in map(scan_json, [task.text for task in tasks], itertools.repeat(0))],
+        *(load_results(tasks) or load_outcomes(tasks)),
+        [task.worker for task in tasks],
+        [task.attempts for task in tasks],
+    )
+    return map(functools.partial(tuple.__new__, Record), zip(*columns))
+
+
+def load_results(tasks: list[Task]) -> tuple[Iterable[Any], ...] | None:
+    """The columns result, error and seconds, if all these tasks have results and times, as nearly always."""
+    texts = [task.outcome for task in tasks if task.ok]
+    with contextlib.suppress(ValueError, RecursionError):
+        read = [*map(scan_json, texts, itertools.repeat(len(RESULT)))]
+        seconds = [float(text[end + len(SECONDS) :]) for text, (_, end) in zip(texts, read)]
+        if len(seconds) == len(tasks):
+            return [result for result, _ in read], itertools.repeat(None), seconds
+    return None
+
+
+def load_outcomes(tasks: list[Task]) -> tuple[Iterable[Any], ...]:
+    """The columns result, error and seconds, whatever the outcomes are."""
+    outcomes = [load_outcome(task) for task in tasks]
+    results = [value if task.ok else None for task, (value, _) in zip(tasks, outcomes)]
+    errors = [None if task.ok else value for task, (value, _) in zip(tasks, outcomes)]
+    return results, errors, [seconds for _, seconds in outcomes]
 
 
 def find_key(path: str | None = None) -> bytes:
