@@ -39,8 +39,6 @@ import contextlib
 import errno
 import functools
 import gc
-import hashlib
-import hmac
 import io
 import itertools
 import json
@@ -49,7 +47,6 @@ import pickle
 import queue
 import random
 import re
-import secrets
 import select
 import shlex
 import shutil
@@ -63,7 +60,6 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from multiprocessing import managers
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable, NamedTuple, NoReturn, TextIO
 
 if TYPE_CHECKING:
@@ -178,6 +174,7 @@ def make_tls_context(authkey: bytes, server_side: bool) -> ssl.SSLContext:
 
     Raises Failure where Python cannot do that.
     """
+    import hmac  # here, as they would take a tenth of the time to start
     import ssl
 
     if not getattr(ssl, "HAS_PSK", False):
@@ -1347,6 +1344,8 @@ def load_record(line: str) -> dict[str, Any]:
 
 def digest_task(value: Any) -> int:
     """64 bits that stand for a task, however it was written; never 0."""
+    import hashlib  # here, as it would take its time at each start
+
     text = json.dumps(value, sort_keys=True)
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") or 1
 
@@ -1504,13 +1503,11 @@ class LocalWorker:
 
     def stop(self, grace: float) -> None:
         """Give it `grace` seconds to leave by itself."""
-        if not self._process:
-            return
-        try:
-            self._process.wait(grace)
-        except subprocess.TimeoutExpired:
-            self.kill()
-            self._process.wait()
+        if self._process:
+            timer = threading.Timer(grace, self._process.kill)
+            timer.start()
+            self._process.wait()  # with a timeout it would look but every 50 ms
+            timer.cancel()
 
 
 class TaskMaster:
@@ -1541,7 +1538,7 @@ class TaskMaster:
     ) -> None:
         self.address = (host, port)
         self.timeout = timeout
-        self.run_id = secrets.token_hex(8)
+        self.run_id = os.urandom(8).hex()
         self.ledger = Ledger(retries, redeliveries, batch)
         self.problem: BaseException | None = None  # why the job ends early
         self.done = threading.Event()  # nothing is left to wait for
@@ -1838,12 +1835,15 @@ def make_records(tasks: list[Task], first: int) -> Iterable[Record]:
     return map(functools.partial(tuple.__new__, Record), zip(*columns))
 
 
+parse_seconds = functools.lru_cache(1000)(float)  # tiny tasks, of which there are most, take one of few times
+
+
 def load_results(tasks: list[Task]) -> tuple[Iterable[Any], ...] | None:
     """The columns result, error and seconds, if all these tasks have results and times, as nearly always."""
     texts = [task.outcome for task in tasks if task.ok]
     with contextlib.suppress(ValueError, RecursionError):
         read = [*map(scan_json, texts, itertools.repeat(len(RESULT)))]
-        seconds = [float(text[end + len(SECONDS) :]) for text, (_, end) in zip(texts, read)]
+        seconds = [parse_seconds(text[end + len(SECONDS) :]) for text, (_, end) in zip(texts, read)]
         if len(seconds) == len(tasks):
             return [result for result, _ in read], itertools.repeat(None), seconds
     return None
@@ -1871,7 +1871,7 @@ def find_key(path: str | None = None) -> bytes:
                 raise
             raise Failure(f"cannot make the key file {path}: {explain_error(error)}") from None
         with open(descriptor, "w") as file:
-            file.write(secrets.token_hex(32) + "\n")
+            file.write(os.urandom(32).hex() + "\n")
         say(f"made the key file {path}: workers on other hosts need a copy")
     return read_key(path)
 
@@ -1962,7 +1962,7 @@ def verify_tasks(options: argparse.Namespace, results: ResultsFile) -> None:
 
     A stream can be read only once, so there the comparison is made on the way.
     """
-    if options.tasks and Path(options.tasks).is_file():
+    if options.tasks and os.path.isfile(options.tasks):
         number = 0
         for texts in open_input(options, results):
             number += len(texts)

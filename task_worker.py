@@ -29,7 +29,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
-import hmac
 import json
 import multiprocessing
 import os
@@ -157,6 +156,7 @@ def make_tls_context(authkey: bytes, server_side: bool) -> ssl.SSLContext:
 
     Raises Failure where Python cannot do that.
     """
+    import hmac  # here, as they would take a tenth of the time to start
     import ssl
 
     if not getattr(ssl, "HAS_PSK", False):
@@ -288,6 +288,7 @@ BEAT_INTERVAL = 15.0  # seconds after which a busy slot says that it lives
 SLOW_TASK = 0.5  # seconds after which the tasks behind a running one are released
 FLUSH_INTERVAL = 0.1  # seconds between batches of outcomes from a child
 START_ATTEMPTS = 3  # of a child that dies while it loads the function
+START_POLL = 0.02  # seconds between looks around while a child loads the function
 POLL_INTERVAL = 0.5  # seconds after which a waiting slot looks around
 EXIT_GRACE = 5.0  # seconds for a child to leave by itself
 OUTPUT_LIMIT = 1 << 20  # bytes kept of each stream of a --command
@@ -710,11 +711,14 @@ class Slot(threading.Thread):
             self.child.stop()
 
     def _start_child(self) -> None:
-        """Start the child and wait until it has loaded the function. Raises Failure when it cannot."""
+        """Start the child and wait until it has loaded the function, or the worker leaves. Raises Failure when it cannot."""
         for attempt in range(START_ATTEMPTS):
             with contextlib.suppress(*[ChildDied] * (attempt + 1 < START_ATTEMPTS)):
                 self.child.start()
-                while (problem := self.child.receive(POLL_INTERVAL)) is None:
+                while (problem := self.child.receive(START_POLL)) is None:
+                    if self._worker.leaving.is_set():
+                        self.child.kill()  # it has nothing to finish
+                        return
                     self._keep_in_touch()
                 if problem:
                     raise Failure(problem.decode())
