@@ -252,6 +252,15 @@ def test_a_folder_is_not_a_tasks_file(farm: Farm) -> None:
     check_error(farm.master("--tasks", "folder"), 2, r"cannot read .*folder: is a directory")
 
 
+@pytest.mark.parametrize("closed", [[0], [1], [0, 1], [0, 1, 2]])
+def test_streams_that_are_closed_are_missed_by_nobody(farm: Farm, closed: list[int]) -> None:
+    start = f"import os, sys; [os.close(n) for n in {closed}]; os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+    options = ("--port", 0, "--workers", 1, "--results", "results.jsonl", "3", "4")
+    program = farm.run("-c", start, ROOT / "task_master.py", *options)
+    assert program.wait() == 0, program.lines
+    assert sorted(record["result"] for record in farm.records()) == ["3 * 3 = 9", "4 * 4 = 16"]
+
+
 def test_a_closed_standard_input_is_no_tasks_file(farm: Farm) -> None:
     code = "import os, sys; os.close(0); os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
     master = farm.run("-c", code, ROOT / MASTER, "--port", 0, "--tasks", "-")

@@ -316,6 +316,16 @@ def start_alone(farm: Farm, **without: Any) -> Program:
 
 
 @pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_ends_a_worker_whose_function_is_still_being_loaded(farm: Farm, number: int) -> None:
+    (farm.folder / "slow.py").write_text("import time\nprint('loading', flush=True)\ntime.sleep(600)\ndef work(n): ...\n")
+    worker = farm.worker(farm.master("1"), "--function", "slow:work")
+    worker.wait_line("loading", "stdout")
+    worker.signal(number)
+    assert worker.wait() == 0
+    assert worker.stdout[-1] == "worker exit."
+
+
+@pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_ends_a_worker_that_waits_for_its_master(farm: Farm, number: int) -> None:
     worker = start_alone(farm)
     worker.signal(number)
