@@ -19,6 +19,8 @@ This file stands alone: copy it, and the key, to any host that has Python 3.9 or
 #  - a task that takes long need not hold up those leased with it: the slot revokes them (the child looks at a flag
 #    before it starts a task) and releases them to the master;
 #  - the time limit needs no help from the child, whose GIL may be held: the slot kills its process group.
+# The master is a BaseManager's server, but a worker sends it no pickles, and reads none: a message is a line of words, as
+# in `get_task_queue lease 100 30.0`, and a text behind it, here the lines of the tasks or the outcomes.
 # Outcomes come back in batches, and the report of an outcome to the master is its acknowledgement. When the connection
 # is lost, the master hands the leased tasks to others; the slot finishes the task that runs, connects again, and
 # reports what it has: the master takes it if nobody was faster.
