@@ -227,14 +227,20 @@ def write_error(text: str, descriptor: int = 2) -> None:
         os.write(descriptor, text.encode("utf-8", "replace"))
 
 
-def open_standard_streams() -> None:
-    """Put the null device in the place of those that are closed, lest a connection or a file takes their numbers."""
+def open_standard_streams() -> list[str]:
+    """Put the null device in the place of those that are closed, lest a connection or a file takes their numbers.
+
+    Returns the names of those.
+    """
+    closed = []
     for descriptor, name in enumerate(["stdin", "stdout", "stderr"]):
         try:
             os.fstat(descriptor)
         except OSError:
             os.set_inheritable(os.open(os.devnull, os.O_WRONLY), True)  # takes the lowest number that is free
             setattr(sys, name, open(descriptor, "w", closefd=False))  # noqa: SIM115
+            closed.append(name)
+    return closed
 
 
 def make_poll(file: Any) -> Callable[[float], object]:
@@ -299,7 +305,7 @@ LEASE_LIMIT = 10_000  # tasks in one lease
 LEASE_BYTES = 8 << 20  # characters of text in one lease, unless a single task has more
 LEASE_FLOOR = 16  # a slot gets this part of what it asked for even if its share is smaller
 IDLE_POLLS = 25.0  # requests for tasks a second from all idle slots together, at most (but each may ask every second)
-CHECK_LIMIT = 4 << 20  # characters of an outcome that is checked before it is recorded
+CONTAINER_LIMIT = 8 << 20  # lists and objects in an outcome, some 64 bytes of memory each while it is checked
 PENDING_LIMIT = 256  # connections that have not finished the handshake; the oldest must give way
 BACKLOG = 1024  # connections that the system holds for us; multiprocessing's 16 would lose those of a large farm
 SYNC_INTERVAL = 0.7  # seconds that records may wait for their fsync; with LOOK_INTERVAL that is less than one
@@ -795,12 +801,14 @@ class ResultQueue:
 # An outcome whose result is a number, a short word or a string without escapes: most are, and need no closer look.
 match_plain_outcome = re.compile(
     r'"result": (?:-?(?:0|[1-9][0-9]{0,300})(?:\.[0-9]+)?|true|false|null|"[^"\\\x00-\x1f]*"), '
-    r'"seconds": [0-9]+\.[0-9]+'
+    r'"seconds": (?:0|[1-9][0-9]{0,9})\.[0-9]{6}'
 ).fullmatch
 
 
 def parse_report(text: str) -> list[tuple[int, bool, str]]:
     """The outcomes in a report: id, whether it is ok, and the outcome itself as two members of a record. Raises ValueError."""
+    if text.count("\n") > OBJECT_LIMIT:
+        raise ValueError("too many outcomes")
     first, *outcomes = text.split("\n")
     ids = [*map(int, first.split(" "))]
     if len(ids) != len(outcomes):
@@ -811,28 +819,28 @@ def parse_report(text: str) -> list[tuple[int, bool, str]]:
 
 
 def check_outcome(outcome: str) -> str:
-    """An outcome goes into the results file as it is, so what is not sound becomes an error here.
-
-    Only a large one, or one that is nested too deeply, is taken as it is; who reads it (`load_outcome`) must be patient.
-    """
+    """An outcome goes into the results file as it is, so what is not sound becomes an error here."""
     try:
-        if len(outcome) < CHECK_LIMIT:
-            read_outcome(outcome)
-    except (StopIteration, ValueError):
-        return format_error("ValueError", "what the worker sent is no outcome") + ', "seconds": null'
-    except RecursionError:
-        pass
+        if outcome.count("[") + outcome.count("{") > CONTAINER_LIMIT:
+            raise ValueError(f"it has more than {CONTAINER_LIMIT} lists and objects: write it to a file")
+        read_outcome(outcome)
+    except (StopIteration, ValueError, RecursionError) as error:
+        reason = f"what the worker sent cannot be read: {error or 'it is no outcome'}"
+        return f"{format_error('ValueError', reason)}{SECONDS}null"
     return outcome
 
 
 def read_outcome(outcome: str) -> tuple[Any, float | None]:
     """The result or the error, and the seconds. Raises StopIteration, ValueError or RecursionError when it is no outcome."""
     start = RESULT if outcome.startswith(RESULT) else ERROR
+    if not outcome.startswith(start):
+        raise ValueError("it has neither a result nor an error")
     value, end = scan_json(outcome, len(start))
+    if not outcome.startswith(SECONDS, end) or (start == ERROR and not isinstance(value, dict)):
+        raise ValueError("it is not one value and the seconds")
     seconds, last = scan_json(outcome, end + len(SECONDS))
-    whole = outcome.startswith(start) and outcome.startswith(SECONDS, end) and last == len(outcome)
-    if not whole or type(seconds) not in (int, float, type(None)) or (start == ERROR and not isinstance(value, dict)):
-        raise ValueError("this is no outcome")
+    if type(seconds) not in (int, float, type(None)) or last != len(outcome) or last - end > 40:
+        raise ValueError("it does not tell the seconds")
     return value, seconds
 
 
@@ -841,13 +849,13 @@ def format_error(kind: str, message: str) -> str:
     return '"error": ' + json.dumps({"type": kind, "message": message, "traceback": ""})
 
 
-def load_outcome(task: Task) -> tuple[Any, float | None]:
-    """The result or the error of a task, and the seconds. If a worker sent no JSON, `ok` turns to False."""
+def load_outcome(task: Task) -> tuple[Any, Any, float | None]:
+    """The result, the error and the seconds of a task. If it cannot be read here, that is an error."""
     try:
-        return read_outcome(task.outcome)
+        value, seconds = read_outcome(task.outcome)
     except (StopIteration, ValueError, RecursionError) as error:
-        task.ok = False
-        return {"type": "ValueError", "message": f"the outcome is not JSON: {error}", "traceback": ""}, None
+        return None, {"type": "ValueError", "message": f"the outcome cannot be read: {error}", "traceback": ""}, None
+    return (value, None, seconds) if task.ok else (None, value, seconds)
 
 
 def format_records(tasks: list[Task]) -> str:
@@ -1145,7 +1153,7 @@ def parse_plain_lines(lines: list[bytes]) -> list[str]:
         ends = [end for _, end in map(scan_json, texts, itertools.repeat(0))]
     except (ValueError, RecursionError):
         return []
-    return texts if ends == [*map(len, texts)] else []
+    return texts if ends == [*map(len, texts)] and max(ends) <= TEXT_LIMIT else []
 
 
 def read_tasks(descriptor: int, name: str, as_text: bool, results: ResultsFile | None) -> Iterator[list[str]]:
@@ -1799,7 +1807,7 @@ def describe_loss(task: Task) -> str:
 def explain_outcome(task: Task) -> str:
     """The error of a task, for a person, on one line."""
     try:
-        error, _ = load_outcome(task)
+        _, error, _ = load_outcome(task)
         text = f"{error['type']}: {error['message']}"
     except (KeyError, TypeError):
         text = task.outcome
@@ -1829,7 +1837,7 @@ def make_records(tasks: list[Task], first: int) -> Iterable[Record]:
     columns = (
         [task.id - first for task in tasks],
         [value for value, _ in map(scan_json, [task.text for task in tasks], itertools.repeat(0))],
-        *(load_results(tasks) or load_outcomes(tasks)),
+        *(load_results(tasks) or zip(*map(load_outcome, tasks))),
         [task.worker for task in tasks],
         [task.attempts for task in tasks],
     )
@@ -1848,14 +1856,6 @@ def load_results(tasks: list[Task]) -> tuple[Iterable[Any], ...] | None:
         if len(seconds) == len(tasks):
             return [result for result, _ in read], itertools.repeat(None), seconds
     return None
-
-
-def load_outcomes(tasks: list[Task]) -> tuple[Iterable[Any], ...]:
-    """The columns result, error and seconds, whatever the outcomes are."""
-    outcomes = [load_outcome(task) for task in tasks]
-    results = [value if task.ok else None for task, (value, _) in zip(tasks, outcomes)]
-    errors = [None if task.ok else value for task, (value, _) in zip(tasks, outcomes)]
-    return results, errors, [seconds for _, seconds in outcomes]
 
 
 def find_key(path: str | None = None) -> bytes:
@@ -2146,9 +2146,11 @@ class Job:
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    open_standard_streams()
+    closed = open_standard_streams()
     parser = make_parser()
     options = parser.parse_args(argv)
+    if "stdout" in closed and options.results in (None, "-"):
+        parser.error("standard output is closed, where the results should go: use --results FILE")
     if options.task and options.tasks is not None:
         parser.error("TASK and --tasks: give one of them")
     if (options.function or options.command) and not options.workers:

@@ -210,14 +210,20 @@ def write_error(text: str, descriptor: int = 2) -> None:
         os.write(descriptor, text.encode("utf-8", "replace"))
 
 
-def open_standard_streams() -> None:
-    """Put the null device in the place of those that are closed, lest a connection or a file takes their numbers."""
+def open_standard_streams() -> list[str]:
+    """Put the null device in the place of those that are closed, lest a connection or a file takes their numbers.
+
+    Returns the names of those.
+    """
+    closed = []
     for descriptor, name in enumerate(["stdin", "stdout", "stderr"]):
         try:
             os.fstat(descriptor)
         except OSError:
             os.set_inheritable(os.open(os.devnull, os.O_WRONLY), True)  # takes the lowest number that is free
             setattr(sys, name, open(descriptor, "w", closefd=False))  # noqa: SIM115
+            closed.append(name)
+    return closed
 
 
 def make_poll(file: Any) -> Callable[[float], object]:
@@ -435,12 +441,7 @@ class Runner:
 
     def __init__(self, function: Function, pipe: Any, shared: Any) -> None:
         self._function, self._pipe, self._shared = function, pipe, shared
-        self._streams, self._is_copy = identify_streams(), False
-        if hasattr(os, "register_at_fork"):
-            os.register_at_fork(after_in_child=self._note_fork)
-
-    def _note_fork(self) -> None:
-        self._is_copy = True
+        self._pid, self._streams = os.getpid(), identify_streams()
 
     def run(self, lines: list[str]) -> None:
         """Run tasks in this order, until one is slow and the others are revoked."""
@@ -465,7 +466,7 @@ class Runner:
             ids.append(task_id)
             outcomes.append(f'{members}, "seconds": {now - started_at:.6f}')
             size += len(members)
-            if now - flushed_at > FLUSH_INTERVAL or size > 1 << 20 or sys.stdout.closed or self._is_copy:
+            if now - flushed_at > FLUSH_INTERVAL or size > 1 << 20 or sys.stdout.closed or os.getpid() != self._pid:
                 self._send(b"+", ids, outcomes)
                 ids, outcomes, size, flushed_at = [], [], 0, now
         self._send(b".", ids, outcomes)
@@ -476,7 +477,7 @@ class Runner:
         If a task has closed the streams, the process ends: the slot then has each of these run alone, in a new child. So
         does a copy of the process that a task has made by forking, and that came back, too: one is enough.
         """
-        if self._is_copy or identify_streams() != self._streams:
+        if os.getpid() != self._pid or identify_streams() != self._streams:
             os._exit(0)
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(Exception):  # a task may have closed or replaced it
@@ -559,13 +560,14 @@ class Child:
 
     def receive(self, timeout: float) -> bytes | None:
         """The next message, or None when there was none for `timeout` seconds. Raises ChildDied."""
+        alive = False
         try:
-            if self._poll(timeout):
-                return self._pipe.recv_bytes()
-            if self._process.is_alive():  # asked, since a process that it started may keep the pipe open
-                return None
+            if self._poll(timeout) or (not (alive := self._process.is_alive()) and self._poll(0)):
+                return self._pipe.recv_bytes()  # what it said before it died counts
         except (EOFError, OSError):
             pass
+        if alive:  # asked, since a process that it started may keep the pipe open
+            return None
         self._process.join(EXIT_GRACE)
         raise ChildDied(self._process.exitcode)
 
@@ -648,7 +650,7 @@ class Link:
         try:
             self.protocol, self.run_id = int(settings["protocol"]), str(settings["run"])
             self.timeout = None if settings["timeout"] is None else float(settings["timeout"])
-        except (KeyError, TypeError, ValueError, RecursionError):
+        except (KeyError, TypeError, ValueError, OverflowError):
             self.close()
             raise EOFError("it does not state its settings") from None
 

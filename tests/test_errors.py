@@ -261,6 +261,13 @@ def test_streams_that_are_closed_are_missed_by_nobody(farm: Farm, closed: list[i
     assert sorted(record["result"] for record in farm.records()) == ["3 * 3 = 9", "4 * 4 = 16"]
 
 
+@pytest.mark.parametrize("results", [[], ["--results", "-"]], ids=["printed", "records"])
+def test_results_for_a_closed_standard_output_are_refused(farm: Farm, results: list[str]) -> None:
+    code = "import os, sys; os.close(1); os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+    master = farm.run("-c", code, ROOT / MASTER, "--port", 0, *results, "1")
+    check_error(master, 2, "standard output is closed.*use --results FILE")
+
+
 def test_a_closed_standard_input_is_no_tasks_file(farm: Farm) -> None:
     code = "import os, sys; os.close(0); os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
     master = farm.run("-c", code, ROOT / MASTER, "--port", 0, "--tasks", "-")

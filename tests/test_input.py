@@ -322,6 +322,14 @@ def test_a_task_of_100_megabytes_is_refused_with_its_line_and_a_remedy(farm: Far
     assert len(farm.records()) == 1
 
 
+def test_a_number_of_100_megabytes_is_refused_whole(farm: Farm) -> None:
+    path = farm.folder / "tasks.jsonl"
+    path.write_bytes(b"1\n1." + b"1" * MORE_THAN_ALLOWED + b"\n3\n")
+    master = farm.master("--tasks", path, "--results", "results.jsonl", "--workers", 1)
+    check_refused(master, "tasks.jsonl", "line 2", "put a path there")
+    assert [record["task"] for record in farm.records()] == [1]
+
+
 def test_a_task_of_20_megabytes_is_run(farm: Farm, echo: list[str]) -> None:
     size = 20_000_000
     options = ["--workers", "1", "--function", "echo:count"]

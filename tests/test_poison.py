@@ -15,6 +15,8 @@ import psutil
 import pytest
 from conftest import Farm, Program
 
+from task_worker import Child, ChildDied
+
 POISON = r'''
 import ctypes, os, re, signal, subprocess, sys, threading, time
 
@@ -332,6 +334,48 @@ def test_a_task_that_tampers_with_its_process_hurts_no_other(farm: Farm, way: st
     assert sorted(record["id"] for record in records) == list(range(160))
     assert {record["id"]: record.get("error") for record in records if "error" in record and record["id"] != 40} == {}
     assert {record["attempts"] for record in records} == {1}
+
+
+def test_a_fork_that_python_does_not_see_runs_no_other_task_twice(farm: Farm) -> None:
+    (farm.folder / "forks.py").write_text(
+        "import ctypes, os\n"
+        "libc = ctypes.CDLL(None)\n"
+        "def fork(n):\n"
+        "    if n in (5, 50):\n"
+        "        libc.fork()\n"
+        "    descriptor = os.open('ran.log', os.O_WRONLY | os.O_CREAT | os.O_APPEND)\n"
+        "    os.write(descriptor, b'%d\\n' % n)\n"
+        "    return n\n"
+    )
+    farm.write_tasks(list(range(100)))
+    what = ("--workers", 1, "--function", "forks:fork")
+    assert farm.master("--tasks", "tasks.jsonl", "--results", "results.jsonl", *what).wait() == 0
+    assert sorted(record["result"] for record in farm.records()) == list(range(100))
+    ran = [int(line) for line in (farm.folder / "ran.log").read_text().split()]
+    assert sorted(n for n in ran if n not in (5, 50)) == [n for n in range(100) if n not in (5, 50)]
+
+
+def test_the_last_words_of_a_process_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also those that come between the look at its pipe and the look whether it lives."""
+    child = Child("math:sqrt", None)
+    child.start()
+    while child.receive(1.0) is None:
+        pass
+    process = child._process
+
+    def is_alive() -> bool:
+        child.feed(["0 9"])
+        while not child._poll(1.0):
+            pass
+        process.kill()
+        process.join()
+        return False
+
+    monkeypatch.setattr(process, "is_alive", is_alive)
+    assert (child.receive(0.0) or b"").startswith(b'.0\n"result": 3.0')
+    monkeypatch.undo()
+    with pytest.raises(ChildDied):
+        child.receive(1.0)
 
 
 def test_standard_input_is_empty_for_a_task(farm: Farm) -> None:

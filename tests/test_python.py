@@ -148,6 +148,20 @@ def test_any_json_value_is_a_task(mine: Leftovers) -> None:
     assert [record.result for record in records] == [*map(repr, values[:-1]), "[1, 2]"]  # JSON has no tuples
 
 
+def test_a_result_that_cannot_be_read_here_is_an_error_of_that_task(mine: Leftovers, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one that is nested too deeply for the stack that is left where the records are asked for."""
+
+    def read(outcome: str) -> Any:
+        raise RecursionError("too deep")
+
+    with TaskMaster(port=0, authkey=KEY, workers=1, function="math:sqrt") as master:
+        monkeypatch.setattr(task_master, "load_results", lambda tasks: None)
+        monkeypatch.setattr(task_master, "read_outcome", read)
+        (record,) = master.run([2])
+    assert (record.id, record.task, record.ok, record.result, record.attempts) == (0, 2, False, None, 1)
+    assert "too deep" in record.error["message"]
+
+
 def test_run_may_be_called_again_and_counts_from_0(mine: Leftovers) -> None:
     with start() as master:
         mine.note(master)
