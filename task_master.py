@@ -61,7 +61,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from multiprocessing import managers
-from typing import TYPE_CHECKING, Any, Callable, NamedTuple, NoReturn, TextIO
+from typing import TYPE_CHECKING, Any, BinaryIO, Callable, NamedTuple, NoReturn
 
 if TYPE_CHECKING:
     import ssl
@@ -118,9 +118,6 @@ class PlainConnection:
         """End the handshake: from now on only `silence_limit` seconds without a byte end the connection."""
         self.deadline = None
         self.sock.settimeout(silence_limit)
-
-    def fileno(self) -> int:
-        return self.sock.fileno()
 
     def close(self) -> None:
         with contextlib.suppress(OSError):
@@ -273,19 +270,17 @@ def explain_error(error: BaseException) -> str:
 def read_key(path: str | None) -> bytes:
     """The key: TASK_AUTHKEY, else the named file, else ~/.task_authkey. FileNotFoundError when only that is missing."""
     if "TASK_AUTHKEY" in os.environ:
-        key, source = os.fsencode(os.environ["TASK_AUTHKEY"]), "TASK_AUTHKEY"
-    else:
-        source = os.path.expanduser(path or DEFAULT_KEY_FILE)
-        try:
-            with open(source, "rb") as file:
-                if os.name == "posix" and stat.S_IMODE(os.fstat(file.fileno()).st_mode) & 0o077:
-                    raise Failure(f"the key file {source} can be read by others: chmod 600 {source}")
-                key = file.read(4096)
-        except OSError as error:
-            if path is None and isinstance(error, FileNotFoundError):
-                raise
-            raise Failure(f"cannot read the key file {source}: {explain_error(error)} (copy it from the master's host)") from None
-    return check_key(key, source)
+        return check_key(os.fsencode(os.environ["TASK_AUTHKEY"]), "TASK_AUTHKEY")
+    source = os.path.expanduser(path or DEFAULT_KEY_FILE)
+    try:
+        with open(source, "rb") as file:
+            if os.name == "posix" and stat.S_IMODE(os.fstat(file.fileno()).st_mode) & 0o077:
+                raise Failure(f"the key file {source} can be read by others: chmod 600 {source}")
+            return check_key(file.read(4096), source)
+    except OSError as error:
+        if path is None and isinstance(error, FileNotFoundError):
+            raise
+        raise Failure(f"cannot read the key file {source}: {explain_error(error)} (copy it from the master's host)") from None
 
 
 def check_key(key: bytes, source: str) -> bytes:
@@ -309,7 +304,6 @@ CONTAINER_LIMIT = 8 << 20  # lists and objects in an outcome, some 64 bytes of m
 PENDING_LIMIT = 256  # connections that have not finished the handshake; the oldest must give way
 BACKLOG = 1024  # connections that the system holds for us; multiprocessing's 16 would lose those of a large farm
 SYNC_INTERVAL = 0.7  # seconds that records may wait for their fsync; with LOOK_INTERVAL that is less than one
-NO_OFFSET = (1 << 64) - 1
 PROGRESS_INTERVAL = 30.0  # seconds between lines of progress where there is no terminal
 RATE_SPAN = 10.0  # seconds over which the rate is taken, more while RATE_TASKS take longer
 RATE_TASKS = 20
@@ -338,11 +332,11 @@ class Console:
     def __exit__(self, *exception: object) -> None:
         self._lock.release()
 
-    def write(self, stream: TextIO, text: str) -> None:
-        """Write whole lines to a stream. Raises OSError."""
+    def write(self, text: str) -> None:
+        """Write whole lines to standard output. Raises OSError."""
         with self:
-            stream.write(text)
-            stream.flush()
+            sys.stdout.write(text)
+            sys.stdout.flush()
 
     def say(self, text: str) -> None:
         """One line on standard error."""
@@ -356,7 +350,10 @@ class Console:
                 self._next_at += PROGRESS_INTERVAL
                 self.say(", ".join(parts))
             return
-        width = terminal_width() - 3  # a column to spare, and two for the ^C that a terminal shows
+        width = 80
+        with contextlib.suppress(OSError):
+            width = os.get_terminal_size(2).columns or 80
+        width -= 3  # a column to spare, and two for the ^C that a terminal shows
         while len(", ".join(parts)) > width and len(parts) > 1:
             parts = parts[:-1]
         text = ", ".join(parts)[:width]
@@ -370,14 +367,6 @@ class Console:
             if self._shown:
                 write_error("\r" + " " * self._shown + "\r")
             self._shown = 0
-
-
-def terminal_width() -> int:
-    """The columns of the terminal on standard error; standard output may be elsewhere."""
-    try:
-        return os.get_terminal_size(2).columns or 80
-    except OSError:
-        return 80
 
 
 console = Console()
@@ -446,15 +435,15 @@ class Ledger:
         self._slots: set[object] = set()
         self._counts = {NEW: 0, READY: 0, LEASED: 0, DONE: 0}
         self._horizon: int | None = None
-        self._ended = self._closed = False
+        self.ended = self.closed = False  # since `end` or `close` was called
         self.submitted = self.failed = self.retried = self.redelivered = self.dropped = 0
 
     def submit(self, tasks: Iterable[tuple[int, str]]) -> bool:
         """Add tasks as (id, JSON text). Blocks while READY_LIMIT tasks wait. Returns False when the ledger is closed."""
         new = {task_id: Task(task_id, text) for task_id, text in tasks}
         with self._lock:
-            self._room.wait_for(lambda: self._closed or self._has_room())
-            if self._closed:
+            self._room.wait_for(lambda: self.closed or self._has_room())
+            if self.closed:
                 return False
             self._counts[NEW] += len(new)
             self.submitted += len(new)
@@ -465,34 +454,26 @@ class Ledger:
     def end(self) -> None:
         """There will be no more tasks."""
         with self._lock:
-            self._ended = True
-
-    def has_ended(self) -> bool:
-        """Whether `end` was called."""
-        return self._ended
+            self.ended = True
 
     def begin(self) -> None:
         """There will be tasks again, after `end`."""
         with self._lock:
-            self._ended = False
+            self.ended = False
 
     def close(self) -> None:
         """Lease nothing any more: from now on `lease` returns None."""
         with self._lock:
-            self._closed = True
+            self.closed = True
             self._tasks_ready.notify_all()
             self._room.notify_all()
-
-    def is_closed(self) -> bool:
-        """Whether `close` was called."""
-        return self._closed
 
     def over(self) -> bool:
         """Whether nothing is left to wait for: all is DONE, or the ledger was closed and nothing is LEASED."""
         with self._lock:
-            if self._closed:
+            if self.closed:
                 return not self._counts[LEASED]
-            return self._ended and not self._tasks
+            return self.ended and not self._tasks
 
     def enlist(self, holder: object) -> None:
         """Count a holder among the slots between which the READY tasks are divided, until it is dropped."""
@@ -503,7 +484,7 @@ class Ledger:
         """Block until `lease` would return something, for `timeout` seconds at most. Returns whether it would."""
         timeout = min(timeout, max(1.0, len(self._slots) / IDLE_POLLS))
         with self._lock:
-            return self._tasks_ready.wait_for(lambda: self._closed or self._next_ready() is not None, timeout)
+            return self._tasks_ready.wait_for(lambda: self.closed or self._next_ready() is not None, timeout)
 
     def lease(self, holder: object, limit: int) -> list[Task] | None:
         """Up to `limit` tasks for a holder, [] when there is none yet, None when the ledger is closed. Never blocks.
@@ -512,7 +493,7 @@ class Ledger:
         task that was lost before, or may not be lost, is leased alone.
         """
         with self._lock:
-            if self._closed:
+            if self.closed:
                 return None
             share = self._counts[READY] // (2 * len(self._slots) or 1)
             limit = min(limit, LEASE_LIMIT, self._batch or limit, max(share, limit // LEASE_FLOOR))
@@ -555,7 +536,7 @@ class Ledger:
                     self.failed += 1
                 settled.append(task)
                 del self._tasks[task_id]  # at once, so that a second one is dropped
-            self._settle(settled)
+            self._move(settled, DONE)
             self.retried += len(retried)
         return settled, retried
 
@@ -574,7 +555,7 @@ class Ledger:
                 del self._tasks[task.id]
             self.failed += len(given_up)
             self.redelivered += len(again)
-            self._settle(given_up)
+            self._move(given_up, DONE)
             self._make_ready(again)
             self._held.pop(holder, None)
             self._slots.discard(holder)
@@ -617,7 +598,7 @@ class Ledger:
     # Called with the lock held
 
     def _move(self, tasks: list[Task], state: str) -> None:
-        """The one gate: all of these tasks change to `state`, or none does."""
+        """The one gate: all of these tasks change to `state`, or none does. Who has leased one holds it while it is LEASED."""
         before = [task.state for task in tasks]
         for old in set(before):
             if (old, state) not in MOVES:
@@ -627,9 +608,13 @@ class Ledger:
         self._counts[state] += len(tasks)
         for task in tasks:
             task.state = state
+        if state != LEASED:
+            for task in tasks:
+                if task.holder is not None:
+                    del self._held[task.holder][task.id]
+                    task.holder = None
 
     def _make_ready(self, tasks: list[Task]) -> None:
-        self._let_go(tasks)
         fresh = not tasks or tasks[0].state == NEW
         self._move(tasks, READY)
         self._ready_bytes += sum([len(task.text) for task in tasks])
@@ -645,16 +630,6 @@ class Ledger:
 
     def _sort_ready(self) -> None:
         self._ready = collections.deque(sorted(self._ready, key=lambda task: task.id))
-
-    def _settle(self, tasks: list[Task]) -> None:
-        self._let_go(tasks)
-        self._move(tasks, DONE)
-
-    def _let_go(self, tasks: list[Task]) -> None:
-        for task in tasks:
-            if task.holder is not None:
-                del self._held[task.holder][task.id]
-                task.holder = None
 
     def _has_room(self) -> bool:
         return self._counts[READY] < READY_LIMIT and self._ready_bytes < READY_BYTES
@@ -789,13 +764,12 @@ class ResultQueue:
         if not caller().taken:
             raise ValueError("put without get: this connection holds no task")
         task_id, taken_at = caller().taken.popleft()
-        seconds = time.perf_counter() - taken_at
+        seconds = round(time.perf_counter() - taken_at, 6)
         try:
-            members = RESULT + json.dumps(result, allow_nan=False)
+            outcome = f"{RESULT}{json.dumps(result, allow_nan=False)}{SECONDS}{seconds:.6f}"
         except (TypeError, ValueError, RecursionError) as error:
-            members = format_error(type(error).__name__, str(error))
-        outcome = (task_id, members.startswith(RESULT), f"{members}{SECONDS}{seconds:.6f}")
-        self._master.report(caller(), [outcome], seconds)
+            outcome = format_error(type(error).__name__, str(error), seconds)
+        self._master.report(caller(), [(task_id, outcome.startswith(RESULT), outcome)], seconds)
 
 
 # An outcome whose result is a number, a short word or a string without escapes: most are, and need no closer look.
@@ -825,8 +799,7 @@ def check_outcome(outcome: str) -> str:
             raise ValueError(f"it has more than {CONTAINER_LIMIT} lists and objects: write it to a file")
         read_outcome(outcome)
     except (StopIteration, ValueError, RecursionError) as error:
-        reason = f"what the worker sent cannot be read: {error or 'it is no outcome'}"
-        return f"{format_error('ValueError', reason)}{SECONDS}null"
+        return format_error("ValueError", f"what the worker sent cannot be read: {error or 'it is no outcome'}")
     return outcome
 
 
@@ -844,9 +817,9 @@ def read_outcome(outcome: str) -> tuple[Any, float | None]:
     return value, seconds
 
 
-def format_error(kind: str, message: str) -> str:
-    """The member `"error"` of a record, as JSON text."""
-    return '"error": ' + json.dumps({"type": kind, "message": message, "traceback": ""})
+def format_error(kind: str, message: str, seconds: float | None = None) -> str:
+    """The outcome that is this error."""
+    return ERROR + json.dumps({"type": kind, "message": message, "traceback": ""}) + SECONDS + json.dumps(seconds)
 
 
 def load_outcome(task: Task) -> tuple[Any, Any, float | None]:
@@ -926,8 +899,7 @@ class PlainUnpickler(pickle._Unpickler):
     """Reads a pickle that holds nothing but plain data: no opcode that imports, calls or sets attributes is known.
 
     The documented way, refusing in `find_class`, would still let a peer make the C unpickler allocate gigabytes with
-    a few bytes (CPython issue 115952); this one keeps its memo in a dictionary. It is slow, so batches of tasks and
-    outcomes cross as one string each.
+    a few bytes (CPython issue 115952); this one keeps its memo in a dictionary. Workers, who need speed, send text.
     """
 
     dispatch = {getattr(pickle, name)[0]: pickle._Unpickler.dispatch[getattr(pickle, name)[0]] for name in PLAIN_OPCODES}
@@ -1030,18 +1002,15 @@ class QueueServer(managers.Server):
         while not self.stop_event.is_set():
             try:
                 conn = self.listener.accept()
-            except socket.timeout:
-                continue
-            except OSError:  # out of file descriptors, say
-                self.stop_event.wait(LOOK_INTERVAL)
+            except OSError as error:
+                if not isinstance(error, socket.timeout):  # out of file descriptors, say
+                    self.stop_event.wait(LOOK_INTERVAL)
                 continue
             with self._lock:
                 self._pending[conn] = None
-                surplus = next(iter(self._pending)) if len(self._pending) > PENDING_LIMIT else None
-                if surplus:
-                    del self._pending[surplus]
-            if surplus:
-                surplus.close()
+                surplus = [*self._pending][:-PENDING_LIMIT]
+            for oldest in surplus:
+                self._forget(oldest)
             try:
                 threading.Thread(target=self.handle_request, args=(conn,), daemon=True).start()
             except RuntimeError:  # out of threads
@@ -1182,30 +1151,26 @@ def read_tasks(descriptor: int, name: str, as_text: bool, results: ResultsFile |
         raise Refusal(f"{name}: the results file {results.path} belongs to other tasks, it has more than these {task_id}")
 
 
-def read_chunk(descriptor: int, name: str) -> bytes:
-    """What there is to read, b"" at the end; blocks until there is something. Raises Failure."""
-    try:
-        return os.read(descriptor, 1 << 16)
-    except OSError as error:
-        raise Failure(f"cannot read {name}: {explain_error(error)}") from None
-
-
 def read_lines(descriptor: int, name: str) -> Iterator[list[bytes]]:
     """Lines without their end, in batches as they arrive; a line that is too long comes cut, with what was read of it.
 
     Read from the descriptor, since a thread that waits in sys.stdin.buffer would crash the interpreter at its end.
+    Raises Failure.
     """
     rest: list[bytes] = []
     size = 0
-    while chunk := read_chunk(descriptor, name):
-        rest.append(chunk)
-        size += len(chunk)
-        if b"\n" in chunk or size > TEXT_LIMIT:
-            *lines, last = b"".join(rest).split(b"\n")
-            if len(last) > TEXT_LIMIT:
-                lines, last = [*lines, last], b""
-            rest, size = [last], len(last)
-            yield lines
+    try:
+        while chunk := os.read(descriptor, 1 << 16):
+            rest.append(chunk)
+            size += len(chunk)
+            if b"\n" in chunk or size > TEXT_LIMIT:
+                *lines, last = b"".join(rest).split(b"\n")
+                if len(last) > TEXT_LIMIT:
+                    lines, last = [*lines, last], b""
+                rest, size = [last], len(last)
+                yield lines
+    except OSError as error:
+        raise Failure(f"cannot read {name}: {explain_error(error)}") from None
     if size:
         yield [b"".join(rest)]
 
@@ -1238,12 +1203,11 @@ class ResultsFile:
     def write(self, tasks: list[Task]) -> None:
         """Append the records of tasks; when this returns, they survive the end of this process. Raises OSError."""
         data = memoryview(format_records(tasks).encode("utf-8", "replace"))
-        with self._named():
-            if self._dirty:
-                self._drop_others()
-                self._dirty = False
-            while data:
-                data = data[os.write(self._fd, data) :]
+        if self._dirty:
+            self._rewrite(choose_results)
+            self._dirty = False
+        while data:
+            data = data[os.write(self._fd, data) :]
         self._unsynced_since = self._unsynced_since or time.monotonic()
 
     def sync(self, interval: float = SYNC_INTERVAL) -> None:
@@ -1251,17 +1215,7 @@ class ResultsFile:
         since = self._unsynced_since
         if since and self._regular and time.monotonic() - since >= interval:
             self._unsynced_since = None
-            with self._named():
-                os.fsync(self._fd)
-
-    @contextlib.contextmanager
-    def _named(self) -> Iterator[None]:
-        """An OSError inside has the name of the file."""
-        try:
-            yield
-        except OSError as error:
-            error.filename = self.path
-            raise
+            os.fsync(self._fd)
 
     def close(self) -> None:
         self.sync(0.0)
@@ -1278,54 +1232,30 @@ class ResultsFile:
         with open(self.path, "rb") as old:
             for number, line in enumerate(old, 1):
                 try:
-                    keep = line.endswith(b"\n") and self._note(load_record(line.decode()))
+                    record = load_record(line.decode()) if line.endswith(b"\n") else {}  # {}: it is torn
                 except ValueError:
                     raise Failure(f"{self.path}, line {number}: this is not a record, so it cannot be resumed") from None
-                self._dirty = self._dirty or not keep
-
-    def _drop_others(self) -> None:
-        """Write the file anew without the records that failed, and a torn last line."""
-        with open(self.path, "rb") as old, open(self.path + ".resume", "wb") as new:
-            for line in old:
-                if line.endswith(b"\n") and "result" in load_record(line.decode()):
-                    new.write(line)
-            new.flush()
-            os.fsync(new.fileno())
-        self._replace(new.name)
+                if "result" in record:
+                    self.kept.extend([0] * (record["id"] + 1 - len(self.kept)))
+                    self.kept[record["id"]] = digest_task(record["task"])
+                else:
+                    self._dirty = True
 
     def sort(self) -> None:
         """Put the records in the order of their ids. Raises OSError."""
-        offsets = array.array("Q")
-        with open(self.path, "rb") as old, open(self.path + ".sorted", "wb") as new:
-            offset = 0
-            for line in old:
-                task_id = int(line[7 : line.index(b",")])
-                offsets.extend([NO_OFFSET] * (task_id + 1 - len(offsets)))
-                offsets[task_id] = offset
-                offset += len(line)
-            for offset in offsets:
-                if offset != NO_OFFSET:
-                    old.seek(offset)
-                    new.write(old.readline())
+        self._rewrite(sort_records)
+
+    def _rewrite(self, choose: Callable[[BinaryIO], Iterator[bytes]]) -> None:
+        """Write the file anew with the lines that are chosen; it stays locked until the new one is."""
+        with open(self.path, "rb") as old, open(self.path + ".new", "wb") as new:
+            new.writelines(choose(old))
             new.flush()
             os.fsync(new.fileno())
-        self._replace(new.name)
-
-    def _replace(self, path: str) -> None:
-        """Put another file in the place of this one, which stays locked until that one is."""
-        shutil.copymode(self.path, path)
+        shutil.copymode(self.path, new.name)
         locked = self._fd
-        os.replace(path, self.path)
+        os.replace(new.name, self.path)
         self._open()
         os.close(locked)
-
-    def _note(self, record: dict[str, Any]) -> bool:
-        task_id = record["id"]
-        digest = digest_task(record["task"])
-        if "result" in record:
-            self.kept.extend([0] * (task_id + 1 - len(self.kept)))
-            self.kept[task_id] = digest
-        return "result" in record
 
     def has(self, task_id: int, text: str) -> bool:
         """Whether a task has a record that is kept. Raises Refusal when that is of another task."""
@@ -1334,6 +1264,26 @@ class ResultsFile:
         if self.kept[task_id] != digest_task(json.loads(text)):
             raise Refusal(f"the results file {self.path} belongs to other tasks, its task {task_id} is not {text[:60]}")
         return True
+
+
+def choose_results(lines: BinaryIO) -> Iterator[bytes]:
+    """All but the records that failed, and a torn last line."""
+    return (line for line in lines if line.endswith(b"\n") and "result" in load_record(line.decode()))
+
+
+def sort_records(lines: BinaryIO) -> Iterator[bytes]:
+    """The records in the order of their ids."""
+    offsets = array.array("q")  # by task id; -1 where there is no record
+    offset = 0
+    for line in lines:
+        task_id = int(line[7 : line.index(b",")])
+        offsets.extend([-1] * (task_id + 1 - len(offsets)))
+        offsets[task_id] = offset
+        offset += len(line)
+    for offset in offsets:
+        if offset >= 0:
+            lines.seek(offset)
+            yield lines.readline()
 
 
 def load_record(line: str) -> dict[str, Any]:
@@ -1383,28 +1333,27 @@ def show_value(text: str) -> str:
 class Printer:
     """The lines on standard output, in the tutorial's words."""
 
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._tried = False
+    _tried = False
 
-    def put(self, texts: list[str]) -> None:
-        with self._lock:
-            console.write(sys.stdout, "".join([f"Put task {show_value(text)}...\n" for text in texts]))
+    def put(self, batches: Iterator[list[str]]) -> Iterator[list[str]]:
+        """The tasks, each said before it can be leased."""
+        for texts in batches:
+            console.write("".join([f"Put task {show_value(text)}...\n" for text in texts]))
+            yield texts
+        self._try_get()
 
-    def try_get(self) -> None:
+    def _try_get(self) -> None:
         """Said once: when all tasks are put, or before the first result."""
-        with self._lock:
+        with console:
             if not self._tried:
-                console.write(sys.stdout, "Try get results...\n")
+                console.write("Try get results...\n")
             self._tried = True
 
     def write(self, tasks: list[Task]) -> None:
         """The results; errors are told on standard error."""
-        self.try_get()
+        self._try_get()
         texts = [task.outcome[len(RESULT) :].rpartition(SECONDS)[0] for task in tasks if task.ok]
-        shown = [f"Result: {show_value(text)}\n" for text in texts]
-        with self._lock:
-            console.write(sys.stdout, "".join(shown))
+        console.write("".join([f"Result: {show_value(text)}\n" for text in texts]))
 
 
 class Sequencer:
@@ -1491,7 +1440,6 @@ class LocalWorker:
             stderr=subprocess.STDOUT,
             start_new_session=True,  # Ctrl-C in the terminal is for the master, which then drains
         )
-
         if self._process.stdout:
             threading.Thread(target=self._relay, args=(self._process.stdout,), daemon=True).start()
 
@@ -1559,10 +1507,11 @@ class TaskMaster:
         what = ["--function", function] if function else ["--command", command] if command else []
         if what and not workers:
             raise Failure("function and command are for local workers, of which there are none: say how many")
-        self._local = LocalWorker(workers, what + ["--tls"] * tls + ["--quiet"] * quiet) if workers else None
+        self.local = LocalWorker(workers, what + ["--tls"] * tls + ["--quiet"] * quiet) if workers else None
         self._restarts = 0
         self._recording = threading.Lock()  # guards the output, and the order of deciding and writing
         self._sink: Sink = lambda tasks: None
+        self._place = ""  # where the sink writes
         self.workers: dict[str, WorkerStats] = collections.defaultdict(WorkerStats)  # by name
         self.broken: BaseException | None = None  # what the sink raised: nothing can be recorded any more
         self._strangers: set[str] = set()  # workers of another version
@@ -1589,8 +1538,8 @@ class TaskMaster:
         gc.set_threshold(100_000, 50, 100)  # tasks come and go by the thousand, and make no cycles: a quarter less time
         sys.setswitchinterval(0.0005)  # seconds; slots wait for the threads that answer them, not for the one that reads
         self._server.start(self.goodbye, self._context)
-        if self._local:
-            self._local.start(self.address, self._authkey)
+        if self.local:
+            self.local.start(self.address, self._authkey)
 
     def close(self) -> None:
         """Let the workers leave, or lose them when the job is not done; close the port. Blocks some seconds at most."""
@@ -1603,8 +1552,8 @@ class TaskMaster:
         self._server.stop()
         gc.set_threshold(*self._interpreter[0])
         sys.setswitchinterval(self._interpreter[1])
-        if self._local:
-            self._local.stop(0.0 if unfinished or not workers else WORKER_GRACE)
+        if self.local:
+            self.local.stop(0.0 if unfinished or not workers else WORKER_GRACE)
 
     def run(self, tasks: Iterable[Any]) -> Iterator[Record]:
         """Run tasks (any values that JSON has), read lazily; yields their records as they come, in any order.
@@ -1613,7 +1562,7 @@ class TaskMaster:
         worker. Raises Failure when the job cannot go on, TypeError or ValueError for a task that is not JSON, after the
         records of those before it.
         """
-        if self.ledger.is_closed():
+        if self.ledger.closed:
             raise Failure("this farm was closed, or a run of it was left early: make another")
         settled: queue.SimpleQueue[list[Task]] = queue.SimpleQueue()
         first, seen = self._next_id, 0
@@ -1637,12 +1586,12 @@ class TaskMaster:
         if self.problem:
             raise self.problem
 
-    def begin(self, batches: Iterable[list[str]], sink: Sink) -> None:
+    def begin(self, batches: Iterable[list[str]], sink: Sink, place: str = "standard output") -> None:
         """Start reading tasks, as JSON texts; `sink` gets those that are settled, and an OSError of it ends the job.
 
-        `done` is set in the end. Until then `look` must be called now and then.
+        `place` is where it writes. `done` is set in the end. Until then `look` must be called now and then.
         """
-        self._sink = sink
+        self._sink, self._place = sink, place
         self.problem = None
         self.done.clear()
         self.ledger.begin()
@@ -1662,15 +1611,6 @@ class TaskMaster:
         self.ledger.end()
         self._check_done()
 
-    def total(self) -> int | None:
-        """How many tasks there are to be recorded, once the input has ended."""
-        return self.ledger.submitted if self.ledger.has_ended() else None
-
-    def kill_local(self) -> None:
-        """Kill the local worker, without waiting for its end."""
-        if self._local:
-            self._local.kill()
-
     def count_workers(self) -> int:
         """How many workers are connected."""
         return sum(stats.slots > 0 for stats in list(self.workers.values()))
@@ -1687,7 +1627,7 @@ class TaskMaster:
         except Exception as error:
             self.broken = error
             if isinstance(error, OSError):
-                place = error.filename or "standard output"
+                place = error.filename or self._place
                 error = Failure(
                     f"cannot write {place}: {explain_error(error)} (nothing that is missing there was acknowledged)", 1
                 )
@@ -1696,15 +1636,14 @@ class TaskMaster:
 
     def look(self) -> None:
         """See after the local workers."""
-        status = self._local and not self.done.is_set() and self._local.status()
-        if not self._local or status is None or status is False:
+        if not self.local or self.done.is_set() or (status := self.local.status()) is None:
             return
         self._restarts += 1
         if status in (2, 3) or self._restarts > 5:
             self.fail(Failure(f"the local worker ended with exit status {status}, see above", 2 if status == 2 else 1))
         else:
             self._log(f"the local worker ended with exit status {status}: starting another")
-            self._local.start(self.address, self._authkey)
+            self.local.start(self.address, self._authkey)
 
     def fail(self, problem: BaseException) -> None:
         """End the job now, with what is recorded."""
@@ -1755,7 +1694,8 @@ class TaskMaster:
             again, given_up = self.ledger.drop(peer)
             with contextlib.suppress(OSError):  # noted as the problem that ends the job
                 for task in given_up:
-                    task.outcome = describe_loss(task)
+                    times = "once" if task.losses == 1 else f"{task.losses} times"
+                    task.outcome = format_error("WorkerLost", f"its worker was lost {times}; it may have run")
                 self._record(given_up, peer.name)
             last = peer.enlisted_at is not None and self._count_out(peer.name, peer.enlisted_at)
         if again:
@@ -1775,20 +1715,17 @@ class TaskMaster:
 
     def _record(self, settled: list[Task], name: str) -> None:
         """Write records; called with the output's lock held."""
-        if not settled:
+        if not settled or self.broken:  # then a line may be torn, and nothing may follow it
             return
         for task in settled:
             task.worker = name
         self.guard(self._sink, settled)
         self.recorded += len(settled)
         for task in [task for task in settled if not task.ok]:
-            self._note_failure(task)
-
-    def _note_failure(self, task: Task) -> None:
-        text = f"task {task.id} failed: {explain_outcome(task)} on {task.worker}, attempt {task.attempts}"
-        self._log(text)
-        if len(self.failures) < 5:
-            self.failures.append(text)
+            text = f"task {task.id} failed: {explain_outcome(task)} on {name}, attempt {task.attempts}"
+            self._log(text)
+            if len(self.failures) < 5:
+                self.failures.append(text)
         if self._max_failures and self.ledger.failed >= self._max_failures and not self.problem:
             self.problem = Failure(f"stopped: {self.ledger.failed} tasks have failed, as --max-failures allows", 1)
             self.ledger.close()
@@ -1796,12 +1733,6 @@ class TaskMaster:
     def _check_done(self) -> None:
         if self.ledger.over():
             self.done.set()
-
-
-def describe_loss(task: Task) -> str:
-    """The members of a record for a task whose workers were lost too often."""
-    times = "once" if task.losses == 1 else f"{task.losses} times"
-    return format_error("WorkerLost", f"its worker was lost {times}; it may have run") + ', "seconds": null'
 
 
 def explain_outcome(task: Task) -> str:
@@ -1864,29 +1795,18 @@ def find_key(path: str | None = None) -> bytes:
         return read_key(path)
     except FileNotFoundError:
         path = os.path.expanduser(DEFAULT_KEY_FILE)
-    with contextlib.suppress(FileExistsError):  # another master was faster
-        try:
-            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        except OSError as error:
-            if isinstance(error, FileExistsError):
-                raise
-            raise Failure(f"cannot make the key file {path}: {explain_error(error)}") from None
-        with open(descriptor, "w") as file:
+    try:
+        with open(path, "x", opener=functools.partial(os.open, mode=0o600)) as file:
             file.write(os.urandom(32).hex() + "\n")
         say(f"made the key file {path}: workers on other hosts need a copy")
+    except FileExistsError:  # another master was faster
+        pass
+    except OSError as error:
+        raise Failure(f"cannot make the key file {path}: {explain_error(error)}") from None
     return read_key(path)
 
 
 # ---- command line --------------------------------------------------------------------------------------------------
-
-
-EXAMPLES = """\
-examples:
-  task_master.py --workers 2
-  task_master.py --tasks mails.jsonl \\
-    --results sent.jsonl --workers 4 \\
-    --function mailer:send
-"""
 
 
 def make_parser() -> Parser:
@@ -1898,7 +1818,8 @@ def make_parser() -> Parser:
         prog="task_master",
         usage="%(prog)s [OPTION ...] [TASK ...]",
         description="Serve tasks to task_workers on this and other hosts, and collect the outcomes.",
-        epilog=EXAMPLES,
+        epilog="examples:\n  task_master.py --workers 2\n  task_master.py --tasks mails.jsonl \\\n"
+        "    --results sent.jsonl --workers 4 \\\n    --function mailer:send\n",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--quiet", action="store_true", help="say nothing but errors, and where it listens")
@@ -1912,7 +1833,7 @@ def make_parser() -> Parser:
     group.add_argument("--resume", action="store_true", help="carry on with the job of the results file")
     group.add_argument("--ordered", action="store_true", help="in the order of the tasks")
     group = parser.add_argument_group("workers on this host")
-    group.add_argument("--workers", type=count, metavar="N", help="start so many processes, too")
+    group.add_argument("--workers", type=count, default=0, metavar="N", help="start so many processes, too")
     what = group.add_mutually_exclusive_group()
     what.add_argument("--function", metavar="MODULE:NAME", help="called with each task (default: the square of a number)")
     what.add_argument("--command", metavar="TEMPLATE", help="run in a shell for each task, {} replaced by the quoted task")
@@ -1948,14 +1869,6 @@ def open_input(options: argparse.Namespace, results: ResultsFile | None) -> Iter
     except OSError as error:
         raise Failure(f"cannot read the tasks file {options.tasks}: {explain_error(error)} (is the path right?)") from None
     return read_tasks(descriptor, "standard input" if options.tasks == "-" else options.tasks, options.text, results)
-
-
-def announce(batches: Iterator[list[str]], printer: Printer) -> Iterator[list[str]]:
-    """The tasks, each said on standard output before it can be leased."""
-    for texts in batches:
-        printer.put(texts)
-        yield texts
-    printer.try_get()
 
 
 def verify_tasks(options: argparse.Namespace, results: ResultsFile) -> None:
@@ -2000,22 +1913,9 @@ class Job:
         self._draining = False
         self._began_at = time.monotonic()
         self._history: collections.deque[tuple[float, int]] = collections.deque()  # times, and what was DONE by then
-        self._master = TaskMaster(
-            options.host,
-            options.port,
-            find_key(options.authkey_file),
-            workers=options.workers or 0,
-            function=options.function,
-            command=options.command,
-            timeout=options.timeout,
-            retries=options.retries,
-            redeliveries=options.redeliveries,
-            max_failures=options.max_failures,
-            batch=options.batch,
-            tls=options.tls,
-            quiet=options.quiet,
-            log=self._log,
-        )
+        same = "host port workers function command timeout retries redeliveries max_failures batch tls quiet".split()
+        limits: dict[str, Any] = {name: getattr(options, name) for name in same}
+        self._master = TaskMaster(authkey=find_key(options.authkey_file), log=self._log, **limits)
         self._results: ResultsFile | None = None
         self._batches, self._sink = self._connect_ends()
 
@@ -2034,7 +1934,7 @@ class Job:
                 batches = open_input(self._options, results)
         else:
             printer = Printer()
-            batches, sink = announce(batches, printer), printer.write
+            batches, sink = printer.put(batches), printer.write
         if self._options.ordered:
             sink = Sequencer(self._master.ledger, sink, kept).write
         return batches, sink
@@ -2048,7 +1948,7 @@ class Job:
                 say(f"listening on {show_address(master.address)}")
                 if not self._options.tls and not is_loopback(master.address[0]):
                     say("whoever is on the path can read and alter tasks and results: use --tls, or an SSH tunnel and no --host")
-                master.begin(self._batches, self._sink)
+                master.begin(self._batches, self._sink, self._results.path if self._results else "standard output")
                 while not master.done.wait(LOOK_INTERVAL):
                     self._look()
         finally:
@@ -2077,7 +1977,7 @@ class Job:
             self._history.popleft()
         since, before = self._history[0]
         rate = (done - before) / (now - since) if now > since else 0.0
-        total = self._master.total()
+        total = ledger.submitted if ledger.ended else None
         good = done - ledger.failed
         parts = [f"{good} of {total} done" if total is not None else f"{good} done"]
         if total is not None and rate:
@@ -2095,7 +1995,8 @@ class Job:
         """The first one drains (in `_look`: a handler must not take locks), the second leaves at once."""
         if self._stopped_by:
             say("leaving at once")
-            self._master.kill_local()
+            if self._master.local:
+                self._master.local.kill()
             os._exit(128 + number)
         self._stopped_by = number
         say("draining: waiting for the tasks that run (once more to leave at once)")
@@ -2112,7 +2013,9 @@ class Job:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python would try it again in the end, and complain
         self._summarize()
         if self._draining or (master.recorded and getattr(master.problem, "status", 0) == 1):
-            say(self._tell_resume())  # the input was good, so it can be carried on
+            argv = [sys.executable, *self._argv, *["--resume"] * (not self._options.resume)]  # the input was good
+            lost = "what is not done is not remembered: use --results FILE to be able to resume"
+            say(f"stopped; to carry on: {shlex.join(argv)}" if self._results else f"stopped; {lost}")
         if master.problem:
             raise master.problem
         if self._draining:
@@ -2136,12 +2039,6 @@ class Job:
             f"{done - ledger.failed} done, {ledger.failed} failed, {ledger.retried} retried, {ledger.redelivered} redelivered, "
             f"{show_time(seconds)}, {show_rate(done / seconds)} tasks/s"
         )
-
-    def _tell_resume(self) -> str:
-        if not self._results:
-            return "stopped; what is not done is not remembered: use --results FILE to be able to resume"
-        argv = [sys.executable, *self._argv] + ([] if self._options.resume else ["--resume"])
-        return f"stopped; to carry on: {shlex.join(argv)}"
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -31,6 +31,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import itertools
 import json
 import multiprocessing
 import os
@@ -101,9 +102,6 @@ class PlainConnection:
         """End the handshake: from now on only `silence_limit` seconds without a byte end the connection."""
         self.deadline = None
         self.sock.settimeout(silence_limit)
-
-    def fileno(self) -> int:
-        return self.sock.fileno()
 
     def close(self) -> None:
         with contextlib.suppress(OSError):
@@ -256,19 +254,17 @@ def explain_error(error: BaseException) -> str:
 def read_key(path: str | None) -> bytes:
     """The key: TASK_AUTHKEY, else the named file, else ~/.task_authkey. FileNotFoundError when only that is missing."""
     if "TASK_AUTHKEY" in os.environ:
-        key, source = os.fsencode(os.environ["TASK_AUTHKEY"]), "TASK_AUTHKEY"
-    else:
-        source = os.path.expanduser(path or DEFAULT_KEY_FILE)
-        try:
-            with open(source, "rb") as file:
-                if os.name == "posix" and stat.S_IMODE(os.fstat(file.fileno()).st_mode) & 0o077:
-                    raise Failure(f"the key file {source} can be read by others: chmod 600 {source}")
-                key = file.read(4096)
-        except OSError as error:
-            if path is None and isinstance(error, FileNotFoundError):
-                raise
-            raise Failure(f"cannot read the key file {source}: {explain_error(error)} (copy it from the master's host)") from None
-    return check_key(key, source)
+        return check_key(os.fsencode(os.environ["TASK_AUTHKEY"]), "TASK_AUTHKEY")
+    source = os.path.expanduser(path or DEFAULT_KEY_FILE)
+    try:
+        with open(source, "rb") as file:
+            if os.name == "posix" and stat.S_IMODE(os.fstat(file.fileno()).st_mode) & 0o077:
+                raise Failure(f"the key file {source} can be read by others: chmod 600 {source}")
+            return check_key(file.read(4096), source)
+    except OSError as error:
+        if path is None and isinstance(error, FileNotFoundError):
+            raise
+        raise Failure(f"cannot read the key file {source}: {explain_error(error)} (copy it from the master's host)") from None
 
 
 def check_key(key: bytes, source: str) -> bytes:
@@ -300,7 +296,7 @@ START_POLL = 0.02  # seconds between looks around while a child loads the functi
 POLL_INTERVAL = 0.5  # seconds after which a waiting slot looks around
 EXIT_GRACE = 5.0  # seconds for a child to leave by itself
 OUTPUT_LIMIT = 1 << 20  # bytes kept of each stream of a --command
-MESSAGE_SIZE = 8192  # characters kept of an error's message, and twice that of its traceback
+ERROR_SIZE = 8192  # characters kept of an error's message, and twice that of its traceback
 POSITION, STARTED_AT, REVOKED = range(3)  # the shared memory between a slot and its child
 
 Function = Callable[[Any], Any]
@@ -345,7 +341,7 @@ def run_command(template: str, task: Any) -> dict[str, Any]:
     reader.join()
     status = process.wait()
     if status:
-        said = kept["stderr"].strip()[-MESSAGE_SIZE // 2 :]  # the reason usually comes last
+        said = kept["stderr"].strip()[-ERROR_SIZE // 2 :]  # the reason usually comes last
         how = f"exit status {status}" if status > 0 else f"killed by {name_signal(-status)}"
         raise RuntimeError(f"{how}: {said or 'nothing on standard error'}")
     return {"exit": 0, "stdout": kept["stdout"], "stderr": kept["stderr"]}
@@ -513,10 +509,10 @@ def describe_error(error: BaseException) -> str:
 
 def format_error(kind: str, message: str, trace: str = "") -> str:
     """The member `"error"` of a record, as JSON text."""
-    if len(message) > MESSAGE_SIZE:
-        message = message[:MESSAGE_SIZE] + f" [... {len(message) - MESSAGE_SIZE} characters cut]"
-    if len(trace) > 2 * MESSAGE_SIZE:
-        trace = trace[:MESSAGE_SIZE] + "\n[...]\n" + trace[-MESSAGE_SIZE:]
+    if len(message) > ERROR_SIZE:
+        message = message[:ERROR_SIZE] + f" [... {len(message) - ERROR_SIZE} characters cut]"
+    if len(trace) > 2 * ERROR_SIZE:
+        trace = trace[:ERROR_SIZE] + "\n[...]\n" + trace[-ERROR_SIZE:]
     return '"error": ' + json.dumps({"type": kind, "message": message, "traceback": trace})
 
 
@@ -524,7 +520,10 @@ class ChildDied(Exception):
     """The child process has ended, with this exit status (negative: killed by a signal; None: not known)."""
 
     def __init__(self, status: int | None) -> None:
-        super().__init__(describe_exit(status))
+        if status is not None and status < 0:
+            super().__init__(f"the task's process was killed by {name_signal(-status)}")
+        else:
+            super().__init__(f"the task ended its process with exit status {status}")
         self.status = status
 
 
@@ -600,12 +599,6 @@ class Child:
                 self._process.join()
 
 
-def describe_exit(code: int | None) -> str:
-    if code is None or code >= 0:
-        return f"the task ended its process with exit status {code}"
-    return f"the task's process was killed by {name_signal(-code)}"
-
-
 def name_signal(number: int) -> str:
     try:
         return f"signal {number} ({signal.Signals(number).name})"
@@ -625,6 +618,7 @@ class Link:
 
     def __init__(self, address: tuple[str, int], authkey: bytes, name: str, context: ssl.SSLContext | None = None) -> None:
         self._connection = PlainConnection(socket.create_connection(address, HANDSHAKE_LIMIT))
+        self.called_at = self.round_trip = 0.0  # the time of the last answer; seconds
         try:
             if context:
                 self._connection.secure(context)
@@ -640,16 +634,15 @@ class Link:
             raise
         self._connection.settle(ANSWER_LIMIT)
         self.close = self._connection.close
-        self.called_at = time.monotonic()
         self._exchange_settings()
 
     def _exchange_settings(self) -> None:
         asked_at = time.monotonic()
         settings = self.exchange(pack(f"{TASKS} settings {PROTOCOL}"))
-        self.round_trip = time.monotonic() - asked_at  # seconds
+        self.round_trip = self.called_at - asked_at
         try:
             self.protocol, self.run_id = int(settings["protocol"]), str(settings["run"])
-            self.timeout = None if settings["timeout"] is None else float(settings["timeout"])
+            self.timeout = float("inf" if settings["timeout"] is None else settings["timeout"])
         except (KeyError, TypeError, ValueError, OverflowError):
             self.close()
             raise EOFError("it does not state its settings") from None
@@ -659,8 +652,12 @@ class Link:
 
         Only that one may wait at the master.
         """
+        asked_at = time.monotonic()
         self._connection.send_bytes(*calls)
-        for _ in calls:
+        value = self._receive()
+        if len(calls) > 1:  # then the first is a report, which waits for a disk at most
+            self.round_trip = min(time.monotonic() - asked_at, 1.25 * self.round_trip)
+        for _ in calls[1:]:
             value = self._receive()
         self.called_at = time.monotonic()
         return value
@@ -687,14 +684,12 @@ class Slot(threading.Thread):
         self.child = Child(worker.function, worker.command)
         self._link: Link | None = None
         self._run_id = ""  # of the master whose outcomes we hold
-        self._timeout: float | None = None
+        self._timeout = float("inf")  # seconds for a task
         self._fed: list[str] = []  # what the child has, as `ID TEXT`
         self._done = 0  # how many of those have an outcome
         self._outcomes: list[tuple[str, str]] = []  # ids and outcomes that came together, not yet reported
-        self._size = 0  # characters of those
         self._reported_at = 0.0
         self._busy = 0.0  # seconds spent on leases since the last report
-        self._round_trip = 0.0  # seconds
 
     def run(self) -> None:
         """Serve until the job is over, the worker drains, or something ends it; the worker is told which."""
@@ -734,8 +729,8 @@ class Slot(threading.Thread):
         if self._link is None:
             return
         if self._link.run_id != self._run_id:  # another master: what was finished for the last one is void
-            self._run_id, self._outcomes, self._size, self._busy = self._link.run_id, [], 0, 0.0
-        self._round_trip, self._timeout = self._link.round_trip, self._link.timeout
+            self._run_id, self._outcomes, self._busy = self._link.run_id, [], 0.0
+        self._timeout = self._link.timeout
         limit = 1
         try:
             while self._link and not self._worker.leaving.is_set():
@@ -756,9 +751,8 @@ class Slot(threading.Thread):
     def _trade(self, link: Link, limit: int) -> str | None:
         """Report what is finished and lease anew, in one round trip. Returns what `lease` does."""
         report, count = self._next_report()
-        asked_at = time.monotonic()
         lease = link.exchange(*report, pack(f"{TASKS} lease {limit} {LEASE_WAIT}"))
-        self._acknowledge(count, asked_at)
+        self._acknowledge(count)
         if lease is not None and not isinstance(lease, str):
             raise EOFError("it leases what is no task")
         return lease
@@ -788,7 +782,7 @@ class Slot(threading.Thread):
                 self._start_child()
         spent = time.monotonic() - begun_at
         self._busy += spent
-        wanted = min(MAX_LEASE_SECONDS, max(LEASE_SECONDS, self._round_trip / ROUND_TRIP_SHARE))
+        wanted = min(MAX_LEASE_SECONDS, max(LEASE_SECONDS, self._link.round_trip / ROUND_TRIP_SHARE if self._link else 0.0))
         return max(1, int(wanted * leased / max(spent, 1e-6)))
 
     def _run(self) -> None:
@@ -796,7 +790,7 @@ class Slot(threading.Thread):
         self.child.feed(self._fed)
         while True:
             self._shorten()
-            message = self.child.receive(self._patience())
+            message = self.child.receive(min(POLL_INTERVAL, max(0.01, self._timeout - self.child.running_for())))
             if message is not None:
                 self._done += self._keep(message[1:].decode())
                 if message[:1] == b".":
@@ -804,12 +798,6 @@ class Slot(threading.Thread):
             self._enforce_timeout()
             self._keep_in_touch()
         self._release(self._fed[self._done :])  # revoked just before they were started
-
-    def _patience(self) -> float:
-        """Seconds to wait for the child before looking at the clock."""
-        if self._timeout is None:
-            return POLL_INTERVAL
-        return min(POLL_INTERVAL, max(0.01, self._timeout - self.child.running_for()))
 
     def _shorten(self) -> None:
         """Revoke and release what stands behind a slow task, or behind any when the worker leaves or the master is lost."""
@@ -825,7 +813,6 @@ class Slot(threading.Thread):
         ids, _, members = outcomes.partition("\n")
         if ids:
             self._outcomes.append((ids, members))
-            self._size += len(members)
         return outcomes.count("\n")
 
     def _bury(self, death: ChildDied) -> list[str]:
@@ -844,14 +831,15 @@ class Slot(threading.Thread):
 
     def _enforce_timeout(self) -> None:
         position = self.child.position()
-        if self._timeout is not None and position >= self._done and self.child.running_for() > self._timeout:
+        if position >= self._done and self.child.running_for() > self._timeout:
             self.child.overdue = position
             self.child.kill()
 
     def _keep_in_touch(self) -> None:
         """Report now and then, and let the master know that a busy slot lives."""
         now = time.monotonic()
-        if self._outcomes and (now - self._reported_at > REPORT_INTERVAL or self._size > REPORT_SIZE):
+        size = sum([len(members) for _, members in self._outcomes])
+        if self._outcomes and (now - self._reported_at > REPORT_INTERVAL or size > REPORT_SIZE):
             self._report()
         elif self._link and now - self._link.called_at > BEAT_INTERVAL:
             self._tell(pack(f"{TASKS} beat"))
@@ -860,27 +848,22 @@ class Slot(threading.Thread):
         """Hand all outcomes to the master; they are kept when the connection is lost meanwhile."""
         while self._outcomes and self._link:
             report, count = self._next_report()
-            asked_at = time.monotonic()
             if self._tell(*report):
-                self._acknowledge(count, asked_at)
+                self._acknowledge(count)
 
     def _next_report(self) -> tuple[list[bytes], int]:
         """The call that reports as many messages of outcomes as one report may hold, and how many; none if there are none."""
         if not self._outcomes:
             return [], 0
-        size, count = len(self._outcomes[0][1]), 1
-        while count < len(self._outcomes) and size + len(self._outcomes[count][1]) < REPORT_SIZE:
-            size, count = size + len(self._outcomes[count][1]), count + 1
+        sizes = itertools.accumulate([len(outcomes) for _, outcomes in self._outcomes])
+        count = max(1, sum([size < REPORT_SIZE for size in sizes]))
         ids, outcomes = zip(*self._outcomes[:count])
         return [pack(f"{RESULTS} report {self._run_id} {self._busy:.6f}", "\n".join([" ".join(ids), *outcomes]))], count
 
-    def _acknowledge(self, count: int, asked_at: float) -> None:
+    def _acknowledge(self, count: int) -> None:
         """The first `count` messages of outcomes are recorded."""
-        now = time.monotonic()
-        self._round_trip = min(now - asked_at, 1.25 * self._round_trip)  # the call may have waited, for tasks or a disk
         del self._outcomes[:count]
-        self._size = sum([len(outcomes) for _, outcomes in self._outcomes])
-        self._busy, self._reported_at = 0.0, now
+        self._busy, self._reported_at = 0.0, time.monotonic()
 
     def _release(self, lines: list[str]) -> None:
         if lines:
@@ -903,7 +886,6 @@ class Worker:
     """The slots of this host, and what they share: the way to the master and the reasons to leave."""
 
     def __init__(self, options: argparse.Namespace, authkey: bytes) -> None:
-        """`options` are those of the command line."""
         self.function, self.command = options.function, options.command
         self.leaving = threading.Event()
         self._address, self._authkey = (options.host, options.port), authkey
@@ -911,7 +893,7 @@ class Worker:
         self._name = f"{socket.gethostname()}/{os.getpid()}"
         self._context = make_tls_context(authkey, server_side=False) if options.tls else None
         self._quiet = options.quiet
-        self._say: Callable[[str], None] = (lambda text: None) if options.quiet else say
+        self._log: Callable[[str], None] = (lambda text: None) if options.quiet else say
         self._wait = options.wait  # seconds to look for the master; 0: for ever
         self._lock = threading.Lock()
         self._announced = False
@@ -921,25 +903,21 @@ class Worker:
         self._failure: Failure | None = None
         self._slots = [Slot(self) for _ in range(options.processes)]
 
-    def run(self) -> int:
-        """Serve until the job is over. Returns the exit status; blocks meanwhile. Raises Failure."""
+    def run(self) -> None:
+        """Serve until the job is over, or this worker drained. Raises Failure."""
         for slot in self._slots:
             slot.start()
         for slot in self._slots:
             while slot.is_alive() and not self._failure:
                 slot.join(POLL_INTERVAL)  # with a timeout, so that Ctrl-C comes through on Windows
         if self._failure:
-            self._kill_children()
+            with Child.starting:
+                Child.closed = True
+            for slot in self._slots:
+                slot.child.kill()
             for slot in self._slots:  # one that starts a child flushes our streams: the interpreter must not end in between
                 slot.join(EXIT_GRACE / len(self._slots))
             raise self._failure
-        return 0
-
-    def _kill_children(self) -> None:
-        with Child.starting:
-            Child.closed = True
-        for slot in self._slots:
-            slot.child.kill()
 
     def connect(self) -> Link | None:
         """A link to the master, tried until --wait has passed (then Failure) or the worker leaves (then None)."""
@@ -975,7 +953,7 @@ class Worker:
                 return False
             first, self._connected = not self._connected, True
         if first:
-            self._say(f"connected to {self.place}")
+            self._log(f"connected to {self.place}")
         return True
 
     def _refuse_hopeless(self, error: BaseException) -> None:
@@ -997,14 +975,11 @@ class Worker:
             waited = time.monotonic() - self._lost_at
         unknown = isinstance(error, socket.gaierror) and error.errno == socket.EAI_NONAME and first
         if self._wait and (unknown or waited >= self._wait):
-            raise Failure(f"cannot reach the master at {self.place}: {reason} ({self._hint()})", 3)
+            near = is_loopback(self._address[0])
+            hint = "is it running? is --port right?" if near else "is it running, with --host 0.0.0.0? is --host right here?"
+            raise Failure(f"cannot reach the master at {self.place}: {reason} ({hint})", 3)
         if first:
-            self._say(f"waiting for the master at {self.place} ({reason})")
-
-    def _hint(self) -> str:
-        if is_loopback(self._address[0]):
-            return "is it running? is --port right?"
-        return "is it running, with --host 0.0.0.0? is --host right here?"
+            self._log(f"waiting for the master at {self.place} ({reason})")
 
     def served(self) -> None:
         """The master answers a slot's request for tasks: the time to wait for it starts anew when it is lost."""
@@ -1017,7 +992,7 @@ class Worker:
             self._lost_at = self._lost_at or time.monotonic()
             waited = time.monotonic() - self._lost_at
         if first and not self.leaving.is_set():
-            self._say(f"lost the master at {self.place} ({reason})")
+            self._log(f"lost the master at {self.place} ({reason})")
         if self._wait and waited >= self._wait:
             raise Failure(f"gave up the master at {self.place}: {reason}", 3)
         self.leaving.wait(0.1)  # it may take connections only to end them
@@ -1030,7 +1005,7 @@ class Worker:
         with self._lock:
             first, self._finished, self._connected = self._finished != run_id, run_id, False
         if first:
-            self._say("the job is over; waiting for the next master")
+            self._log("the job is over; waiting for the next master")
 
     def fail(self, failure: Failure) -> None:
         with self._lock:
@@ -1052,19 +1027,6 @@ class Worker:
 # ---- command line --------------------------------------------------------------------------------------------------
 
 
-def count_cpus() -> int:
-    """The CPUs that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-EXAMPLES = """\
-examples:
-  task_worker.py
-  task_worker.py --host 10.0.0.5 \\
-    --function mailer:send --wait 0
-"""
-
-
 def make_parser() -> Parser:
     port = bounded(int, 1, 65535, "a port: it takes 1 to 65535")
     count = bounded(int, 1, 4096, "a count: it takes 1 to 4096")
@@ -1073,7 +1035,7 @@ def make_parser() -> Parser:
         prog="task_worker",
         usage="%(prog)s [OPTION ...]",
         description="Run tasks for a task_master: call a function on each, report the outcomes.",
-        epilog=EXAMPLES,
+        epilog="examples:\n  task_worker.py\n  task_worker.py --host 10.0.0.5 \\\n    --function mailer:send --wait 0\n",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--quiet", action="store_true", help="say nothing but errors")
@@ -1082,7 +1044,7 @@ def make_parser() -> Parser:
     what = group.add_mutually_exclusive_group()
     what.add_argument("--function", metavar="MODULE:NAME", help="called with each task (default: the square of a number)")
     what.add_argument("--command", metavar="TEMPLATE", help="run in a shell for each task, {} replaced by the quoted task")
-    cpus = count_cpus()
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # that we may use
     group.add_argument(
         "--processes", type=count, default=cpus, metavar="N", help=f"tasks at a time (default: one per CPU, {cpus} here)"
     )
@@ -1127,7 +1089,7 @@ def main(argv: list[str] | None = None) -> int:
         worker = Worker(options, find_key(options))
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, worker.handle_signal)
-        status = worker.run()
+        worker.run()
     except Failure as failure:
         say(str(failure))
         return failure.status
@@ -1135,7 +1097,7 @@ def main(argv: list[str] | None = None) -> int:
         return 128 + signal.SIGINT
     if not options.quiet:
         print_line("worker exit.")
-    return status
+    return 0
 
 
 if __name__ == "__main__":

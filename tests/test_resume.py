@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import random
@@ -16,6 +17,8 @@ from typing import Any
 import pytest
 from conftest import ROOT, Farm, Program
 from test_losses import RESULTS, TASKS, Peer, join_outcomes
+
+from task_master import ResultsFile, TaskMaster
 
 FUNCTIONS = """
 import os, time
@@ -324,6 +327,35 @@ def check_refused(peer: Peer, run_id: str, outcomes: str) -> None:
     with contextlib.suppress(EOFError, ConnectionError):
         kind, _ = peer.connection.recv()
         assert kind != "#RETURN"
+
+
+def test_nothing_is_written_behind_a_torn_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when a disk is full for a moment, and then a worker is lost: the record of that would spoil the file."""
+
+    class Holder:
+        name, enlisted_at = "host/1", None
+
+    results = ResultsFile(str(tmp_path / "results.jsonl"), resume=False)
+    master = TaskMaster(authkey=b"x" * 16, redeliveries=0)
+    master._sink = results.write
+    master.ledger.submit([(0, "1"), (1, "2")])
+    reporting, lost = Holder(), Holder()
+    for holder in (reporting, lost):
+        assert len(master.ledger.lease(holder, 1) or []) == 1
+    write = os.write
+
+    def tear(descriptor: int, data: bytes) -> int:
+        if descriptor != results._fd:
+            return write(descriptor, data)
+        monkeypatch.undo()
+        write(descriptor, bytes(data)[:10])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "write", tear)
+    with pytest.raises(OSError, match="No space"):
+        master.report(reporting, [(0, True, '"result": 1, "seconds": 0.500000')], 0.5)
+    master.goodbye(lost)
+    assert (tmp_path / "results.jsonl").read_bytes() == b'{"id": 0, '
 
 
 def test_a_full_disk_ends_the_job_without_acknowledging_what_is_not_written(farm: Farm) -> None:
