@@ -66,7 +66,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Callable, NamedTuple, NoReturn
 if TYPE_CHECKING:
     import ssl
 
-__version__ = "1.0.0"
+__version__ = "1.1.0"
 
 # ---- wire: the same text stands in both files, so that each can be copied alone ------------------------------------
 

@@ -119,6 +119,46 @@ if __name__ == "__main__":
     run(int(sys.argv[2]), 2, {"throughput": throughput, "latency": latency}[sys.argv[1]])
 """
 
+# The hops that a task makes in the farm, and nothing else: standard input, a thread for the connection, TCP, a slot, a
+# pipe to its child, and all the way back. What this takes is the machine's.
+CHAIN = """
+import multiprocessing, os, socket, sys, threading
+
+def run_child(pipe):
+    while True:
+        pipe.send_bytes(pipe.recv_bytes())
+
+def run_slot(port):
+    sock = socket.create_connection(("127.0.0.1", port))
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    ours, theirs = multiprocessing.Pipe()
+    multiprocessing.Process(target=run_child, args=(theirs,), daemon=True).start()
+    while data := sock.recv(65536):
+        ours.send_bytes(data)
+        sock.send(ours.recv_bytes())
+
+def serve(sock, arrived, lines):
+    while True:
+        with arrived:
+            arrived.wait_for(lambda: lines)
+            data = lines.pop()
+        sock.send(data)
+        os.write(1, sock.recv(65536))
+
+if __name__ == "__main__":
+    listener = socket.create_server(("127.0.0.1", 0))
+    multiprocessing.Process(target=run_slot, args=(listener.getsockname()[1],)).start()
+    sock = listener.accept()[0]
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    arrived, lines = threading.Condition(), []
+    threading.Thread(target=serve, args=(sock, arrived, lines), daemon=True).start()
+    while data := os.read(0, 65536):
+        with arrived:
+            lines.append(data)
+            arrived.notify()
+    sock.shutdown(socket.SHUT_RDWR)
+"""
+
 EXECNET = """
 import sys, threading, execnet
 
@@ -195,7 +235,7 @@ for thread in threads:
     thread.join()
 """
 
-PROGRAMS = {"functions": FUNCTIONS, "pool": POOL, "run": RUN, "tutorial": TUTORIAL, "execnet_one": EXECNET,
+PROGRAMS = {"functions": FUNCTIONS, "pool": POOL, "run": RUN, "tutorial": TUTORIAL, "chain": CHAIN, "execnet_one": EXECNET,
             "dask_one": DASK, "sleeper": SLEEPER, "clients": CLIENTS}  # fmt: skip
 
 
@@ -410,11 +450,20 @@ def measure_latency(bench: Bench) -> list[Row]:
         output = subprocess.run(argv, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL).stdout
         return statistics.median(map(float, output.split())) * 1000
 
-    times = bench.interleave({"master": lambda: time_round_trips(bench, count), "tutorial": tutorial})
+    def chain() -> float:
+        pipe = subprocess.PIPE
+        with bench.start(bench.program("chain"), stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, bufsize=0) as process:
+            assert process.stdin and process.stdout
+            times = time_lines(process.stdin.write, lambda: process.stdout.read(100), count)  # type: ignore[union-attr]
+            process.stdin.close()
+        return times
+
+    times = bench.interleave({"master": lambda: time_round_trips(bench, count), "tutorial": tutorial, "chain": chain})
     ours, theirs = times["master"], times["tutorial"]
     return [
         Row("2 latency", f"{ours:.2f} ms", "at most 0.6 ms", ours / 0.6, ours <= 0.6),
         Row("", "", f"at most 4.0 x tutorial ({theirs:.2f})", ours / theirs, ours <= 4 * theirs),
+        Row("", "", f"(its hops alone: {times['chain']:.2f})", ours / times["chain"]),
     ]
 
 
@@ -448,15 +497,20 @@ def measure_tls(bench: Bench) -> list[Row]:
 
 
 def time_round_trips(bench: Bench, count: int, *options: str) -> float:
-    """The median, in milliseconds."""
-    times = []
+    """The median for one task, in milliseconds."""
     with Farm(bench, "--workers", 2, "--function", "functions:square", *options) as farm:
-        for n in range(count + 20):
-            time.sleep(0.005)  # the farm is idle again
-            began_at = time.perf_counter()
-            farm.input.write(b"%d\n" % n)
-            farm.records(1)
-            times.append(time.perf_counter() - began_at)
+        return time_lines(farm.input.write, lambda: farm.records(1), count)
+
+
+def time_lines(write: Callable[[bytes], object], read: Callable[[], object], count: int) -> float:
+    """The median time from a line that is written to what is read then, in milliseconds."""
+    times = []
+    for n in range(count + 20):
+        time.sleep(0.005)  # all is idle again
+        began_at = time.perf_counter()
+        write(b"%d\n" % n)
+        read()
+        times.append(time.perf_counter() - began_at)
     return statistics.median(times[20:]) * 1000
 
 
