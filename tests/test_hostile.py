@@ -957,7 +957,9 @@ def random_string(dice: random.Random) -> bytes:
         (TASKS, "get", (False,), {}),
         (RESULTS, "put", ({"a": [1, 2.5, None, "x"]},), {}),
     ]
-    message = bytearray(frame(pickle.dumps(dice.choice(calls), dice.randrange(5))))
+    name, method, arguments, _ = call = dice.choice(calls)
+    in_words = " ".join(map(str, [name, method, *arguments[:-1]])) + f"\n{arguments[-1]}"  # as a worker says it
+    message = bytearray(frame(dice.choice([in_words.encode(), pickle.dumps(call, dice.randrange(5))])))
     for _ in range(dice.randrange(1, 4)):
         message[dice.randrange(len(message))] = dice.randrange(256)
     return bytes(message)
