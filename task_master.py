@@ -787,8 +787,7 @@ def parse_report(text: str) -> list[tuple[int, bool, str]]:
     ids = [*map(int, first.split(" "))]
     if len(ids) != len(outcomes):
         raise ValueError("not as many outcomes as ids")
-    if not all(map(match_plain_outcome, outcomes)):
-        outcomes = [check_outcome(outcome) for outcome in outcomes]
+    outcomes = [outcome if match_plain_outcome(outcome) else check_outcome(outcome) for outcome in outcomes]
     return [*zip(ids, [outcome.startswith(RESULT) for outcome in outcomes], outcomes)]
 
 
