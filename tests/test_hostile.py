@@ -790,7 +790,7 @@ def test_a_peer_releases_only_what_it_holds_itself(farm: Farm) -> None:
     first, second = Peer(farm, master.port(), "host/1"), Peer(farm, master.port(), "host/2")
     run_id = first.join()
     second.join()
-    assert first.call(TASKS, "lease", 1, 0.0) == "0 5"
+    assert first.call(TASKS, "lease", 1, 20.0) == "0 5"
     second.release([0, 1])
     assert second.call(TASKS, "lease", 5, 0.0) == "1 6"
     first.report(run_id, f"0 {GOOD}", f"1 {GOOD}")

@@ -238,6 +238,8 @@ def worker_stopped_with_data_on_the_way(scene: Scene) -> dict[str, Any]:
     master = scene.master("--tasks", "tasks.jsonl")
     peer = Peer(scene.farm, master.port())
     peer.join()
+    while not peer.call(TASKS, "qsize"):  # it takes a while to read
+        pass
     peer.ask(TASKS, "lease", 1, 20.0)
     assert peer.connection.poll(20)
     stopped_at = time.monotonic()

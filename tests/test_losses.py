@@ -288,7 +288,7 @@ def test_an_outcome_that_comes_late_within_the_same_run_is_recorded(farm: Farm) 
     master = farm.master("7", "--results", "results.jsonl")
     first = Peer(farm, master.port())
     run = first.join()
-    assert first.call(TASKS, "lease", 1, 0.0) == "0 7"
+    assert first.call(TASKS, "lease", 1, 20.0) == "0 7"
     first.close()
     master.wait_line("redelivered since")
     second = Peer(farm, master.port())
@@ -304,7 +304,7 @@ def test_the_first_outcome_wins_and_the_late_one_is_dropped(farm: Farm) -> None:
     first, second = Peer(farm, master.port(), "host/1"), Peer(farm, master.port(), "host/2")
     run = first.join()
     second.join()
-    assert first.call(TASKS, "lease", 1, 0.0) == "0 7"
+    assert first.call(TASKS, "lease", 1, 20.0) == "0 7"
     second.report(run, '0 "result": "early", "seconds": 1.0')
     first.report(run, '0 "result": "late", "seconds": 1.0')
     first.report(run, '1 "result": "other", "seconds": 1.0')
@@ -319,7 +319,7 @@ def test_an_outcome_of_another_run_is_refused(farm: Farm) -> None:
     peer = Peer(farm, master.port())
     peer.join()
     peer.report("another", '0 "result": "alien", "seconds": 1.0')
-    assert peer.call(TASKS, "lease", 1, 0.0) == "0 7"
+    assert peer.call(TASKS, "lease", 1, 20.0) == "0 7"
     peer.close()
     farm.worker(master)
     assert master.wait() == 0
@@ -463,7 +463,7 @@ def test_the_tasks_of_a_worker_that_left_a_full_queue_go_to_the_back(farm: Farm)
     first, second = Peer(farm, master.port(), "host/1"), Peer(farm, master.port(), "host/2")
     run = first.join()
     second.join()
-    assert first.call(TASKS, "lease", 1, 0.0) == "0 0"
+    assert first.call(TASKS, "lease", 1, 20.0) == "0 0"
     first.close()
     master.wait_line("redelivered since")
     leased = []

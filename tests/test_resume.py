@@ -274,7 +274,7 @@ def test_a_second_master_is_refused_while_the_first_resumes(farm: Farm) -> None:
     run_id = peer.join()
     for n in BAD[:2]:
         assert farm.master(*options).wait() == 2
-        assert peer.call(TASKS, "lease", 1, 0.0) == f"{n} {n}"
+        assert peer.call(TASKS, "lease", 1, 20.0) == f"{n} {n}"
         peer.report(run_id, f'{n} "result": {2 * n}, "seconds": 0.0')
     assert farm.master(*options).wait() == 2
     peer.close()
