@@ -831,7 +831,7 @@ def load_outcome(task: Task) -> tuple[Any, Any, float | None]:
 
 
 def format_records(tasks: list[Task]) -> str:
-    """Lines of the results file, put together from JSON texts: what workers sent is not read, however large it is."""
+    """Lines of the results file, put together from JSON texts: those of workers were checked when they came."""
     return "".join(
         [
             f'{{"id": {task.id}, "task": {task.text}, {task.outcome}, "worker": "{task.worker}", "attempts": {task.attempts}}}\n'
@@ -891,7 +891,7 @@ PLAIN_OPCODES = (
     "BINUNICODE8 SHORT_BINBYTES BINBYTES BINBYTES8 EMPTY_LIST APPEND APPENDS EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 "
     "EMPTY_DICT SETITEM SETITEMS MEMOIZE BINPUT LONG_BINPUT BINGET LONG_BINGET"
 ).split()
-OBJECT_LIMIT = 200_000  # values in one of them
+OBJECT_LIMIT = 200_000  # values in one of them; and outcomes in a worker's report
 
 
 class PlainUnpickler(pickle._Unpickler):
