@@ -3,7 +3,7 @@
 
     reader --submit--> Ledger <--lease/report-- server threads  <==TCP==>  slots of task_worker.py
                          |
-    results file <--records
+    sink   <--records----'
 
     submit            lease                report ok / last error
     ------> READY ----------------> LEASED ---------------------> DONE
@@ -12,7 +12,7 @@
                   connection lost
 
 Nothing is lost: a task is READY, LEASED to one live connection, or DONE. It runs at least once and is recorded
-exactly once. Its record is written before it counts as done, so that a master that was killed can be resumed.
+exactly once. Its record is written before it is DONE, so that a master that was killed can be resumed.
 
     python3 task_master.py --workers 2
     python3 task_master.py --tasks tasks.jsonl --results results.jsonl --workers 4 --function mailer:send
@@ -24,365 +24,174 @@ exactly once. Its record is written before it counts as done, so that a master t
 #  - a lease needs no clock and no number: when its connection ends, for whatever reason, `drop` makes its tasks READY;
 #  - what remains is to notice that a peer is gone: the system's keepalive sees a vanished host, the limit on silence
 #    a stopped process (a worker's slot sends a beat every 15 s, however long its task takes).
-# A report settles tasks and writes their records while it holds the one lock that guards the output, then returns,
-# and the return is the acknowledgement. A worker that gets none reports again over its next connection; an outcome
-# for a task that has a record already is counted and dropped. Hence at least once, and recorded once.
-# Tasks and outcomes are JSON texts from end to end. The worker writes the members of a record that hold its outcome, the
-# master adds those that it knows better, and never reads a result, but to see whether it is JSON. Batches cross as one
-# text with a line for each, so a thousand tasks cost a thousand joins and splits, not a thousand messages.
+# A report is decided by the ledger, its records are written, the tasks are DONE, then it is answered: the answer is the
+# acknowledgement. Meanwhile the master itself holds the tasks (RECORDER). One lock guards that, and nothing else waits
+# for it, so a slow disk stops no lease and no beat. A worker that gets no answer reports again over its next connection;
+# an outcome for a task that has a record is dropped. Hence at least once, and recorded once.
+# Tasks and outcomes are JSON texts from end to end: the worker writes the members of a record that tell the outcome, the
+# master adds those that it knows better. Batches cross as one text with a line for each, so a thousand tasks cost a
+# thousand joins and splits, not a thousand messages. The protocol is a table at the top of task_worker.py.
 
 from __future__ import annotations
+
+import os
+import sys
+
+if __name__ == "__main__" and os.path.dirname(os.path.realpath(__file__)) in sys.path[:1]:
+    del sys.path[0]  # a file there could stand in for a module of the standard library
 
 import argparse
 import array
 import collections
 import contextlib
+import enum
 import errno
-import functools
 import gc
+import heapq
+import importlib.util
 import io
 import itertools
 import json
-import os
 import pickle
 import queue
 import random
 import re
-import select
 import shlex
-import shutil
 import signal
 import socket
 import stat
-import struct
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from multiprocessing import managers
-from typing import TYPE_CHECKING, Any, BinaryIO, Callable, NamedTuple, NoReturn
+from multiprocessing import connection, managers
+from typing import Any, BinaryIO, Callable, NamedTuple
 
-if TYPE_CHECKING:
-    import ssl
+WORKER_FILE = os.path.join(os.path.dirname(os.path.realpath(__file__)), "task_worker.py")
+if "task_worker" not in sys.modules:  # the one beside this file, wherever Python would look
+    _spec = importlib.util.spec_from_file_location("task_worker", WORKER_FILE)
+    if not (_spec and _spec.loader and os.path.exists(WORKER_FILE)):
+        sys.stderr.write(f"task_master: task_worker.py is missing: copy it to {os.path.dirname(WORKER_FILE)}\n")
+        raise SystemExit(2)
+    sys.modules["task_worker"] = importlib.util.module_from_spec(_spec)
+    _spec.loader.exec_module(sys.modules["task_worker"])
 
-__version__ = "1.1.0"
+# fmt: off
+from task_worker import (  # noqa: E402, I001
+    COUNT, DEFAULT_KEY_FILE, ERROR, FINAL, LOADING, PLAIN_WARNING, PROTOCOL, RESULT, SILENCE_LIMIT, TEXT_LIMIT, Failure, Parser,
+    PlainConnection, add_connection_options, add_function_options, bounded, catch_signals, check_key, check_spec,
+    describe_error, encode_result, explain_error, format_error, format_outcome, is_loopback, make_tls_context,
+    prepare_process, pack, parse_host, parse_template, read_key, show_address, unpack, write_all,
+    write_last_line,
+)
+# fmt: on
 
-# ---- wire: the same text stands in both files, so that each can be copied alone ------------------------------------
-
-PROTOCOL = 2  # of what the two queues expect and return; both ends state theirs
-MESSAGE_LIMIT = 64 << 20  # bytes; a longer message is refused before it is read
-TEXT_LIMIT = 60 << 20  # bytes of one task or one result as JSON text: a message has room for it
-HANDSHAKE_LIMIT = 10.0  # seconds for a new connection to prove that it knows the key
-SILENCE_LIMIT = 60.0  # seconds without a word after which a peer is given up
-DEFAULT_KEY_FILE = "~/.task_authkey"
-
-
-class Failure(Exception):
-    """Ends the program with one line on standard error and an exit status (2: usage, 3: no connection)."""
-
-    def __init__(self, message: str, status: int = 2) -> None:
-        super().__init__(message)
-        self.status = status
-
-
-def pack(words: str, text: str = "") -> bytes:
-    """A message: a line of words, and behind it text as it is, so that a batch of tasks or outcomes is encoded but once."""
-    return f"{words}\n{text}".encode("utf-8", "replace")
-
-
-def unpack(message: bytes) -> tuple[list[str], str]:
-    """The words (some, and a rest) and the text of a message. Raises ValueError when it is not text."""
-    words, _, text = message.decode().partition("\n")
-    return words.split(" ", 4), text
-
-
-class PlainConnection:
-    """Messages over a socket, framed as `multiprocessing.connection` frames them.
-
-    Whatever ends or spoils the connection (reset, silence, a message too long) is an EOFError.
-    """
-
-    def __init__(self, sock: socket.socket) -> None:
-        self.sock = sock
-        self.deadline: float | None = time.monotonic() + HANDSHAKE_LIMIT  # for all reading, until it is set to None
-        self._buffer = bytearray()
-        sock.settimeout(HANDSHAKE_LIMIT)
-        tune_socket(sock)
-
-    def secure(self, context: ssl.SSLContext, server_side: bool = False) -> None:
-        """Put TLS in the place of the plain socket; blocks for the handshake. Raises OSError."""
-        self.sock = context.wrap_socket(self.sock, server_side=server_side)
-
-    def settle(self, silence_limit: float | None) -> None:
-        """End the handshake: from now on only `silence_limit` seconds without a byte end the connection."""
-        self.deadline = None
-        self.sock.settimeout(silence_limit)
-
-    def close(self) -> None:
-        with contextlib.suppress(OSError):
-            self.sock.shutdown(socket.SHUT_RDWR)  # wakes a thread that reads; close alone would not
-        self.sock.close()
-
-    def send_bytes(self, *messages: bytes) -> None:
-        """Send messages; blocks until the system has taken them all, EOFError when it takes nothing for too long."""
-        view = memoryview(b"".join([struct.pack("!i", len(data)) + data for data in messages]))
-        try:
-            while view:
-                view = view[self.sock.send(view) :]
-        except OSError as error:
-            raise EOFError(str(error)) from error
-
-    def recv_bytes(self, maxlength: int = MESSAGE_LIMIT) -> bytes:
-        """The next message; blocks until it is there, EOFError when the peer is silent for too long."""
-        (size,) = struct.unpack("!i", self._read(4))
-        if not 0 <= size <= min(maxlength, MESSAGE_LIMIT):
-            self.close()
-            raise EOFError("the peer announced a message that is too long")
-        return self._read(size)
-
-    def _read(self, size: int) -> bytes:
-        while len(self._buffer) < size:
-            try:
-                if self.deadline is not None:
-                    self.sock.settimeout(max(0.001, self.deadline - time.monotonic()))
-                data = self.sock.recv(max(1 << 16, min(size - len(self._buffer), 1 << 20)))
-            except OSError as error:
-                raise EOFError(str(error)) from error
-            if not data:
-                raise EOFError("the peer closed the connection")
-            self._buffer += data
-        data = bytes(memoryview(self._buffer)[:size])
-        del self._buffer[:size]
-        return data
-
-
-def tune_socket(sock: socket.socket) -> None:
-    """Send at once, and notice a vanished peer within 30 s, idle (keepalive) or with data on the way (user timeout)."""
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    options = {"TCP_NODELAY": 1, "TCP_KEEPIDLE": 15, "TCP_KEEPALIVE": 15, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3}
-    for name, value in {**options, "TCP_USER_TIMEOUT": 30_000}.items():
-        if hasattr(socket, name):  # not every system has each
-            with contextlib.suppress(OSError):
-                sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
-
-
-def make_tls_context(authkey: bytes, server_side: bool) -> ssl.SSLContext:
-    """TLS 1.3 with the authkey as pre-shared key (RFC 8446, section 2.2), so that there are no certificates to make.
-
-    Raises Failure where Python cannot do that.
-    """
-    import hmac  # here, as they would take a tenth of the time to start
-    import ssl
-
-    if not getattr(ssl, "HAS_PSK", False):
-        raise Failure(
-            f"--tls needs Python 3.13 or newer, this is {sys.version.split()[0]}: use an SSH tunnel instead (see README)"
-        )
-    key = hmac.digest(authkey, b"task_master TLS 1.3 pre-shared key", "sha256")  # not the key that answers challenges
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if server_side else ssl.PROTOCOL_TLS_CLIENT)
-    context.minimum_version = ssl.TLSVersion.TLSv1_3
-    if server_side:
-        context.num_tickets = 0
-        context.set_psk_server_callback(lambda identity: key)
-    else:
-        context.check_hostname = False  # and CERT_REQUIRED stays: without a CA no certificate will do, only the key
-        context.set_psk_client_callback(lambda hint: ("task_worker", key))
-    return context
-
-
-def show_address(address: tuple[Any, ...]) -> str:
-    return f"[{address[0]}]:{address[1]}" if ":" in address[0] else f"{address[0]}:{address[1]}"
-
-
-def is_loopback(host: str) -> bool:
-    return host.startswith("127.") or host in ("::1", "localhost")
-
-
-def bounded(kind: Callable[[str], Any], low: float, high: float, noun: str) -> Callable[[str], Any]:
-    """A type for argparse: a number from `low` to `high`."""
-
-    def parse(text: str) -> Any:
-        with contextlib.suppress(ValueError):
-            if low <= kind(text) <= high:
-                return kind(text)
-        raise argparse.ArgumentTypeError(f"{text} is not {noun}")
-
-    return parse
-
-
-class Parser(argparse.ArgumentParser):
-    """Says what is wrong with the command line in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message} (--help tells more)\n")
-
-
-def write_error(text: str, descriptor: int = 2) -> None:
-    """Write to standard error, at once and whole, also from a signal handler; nothing happens when nobody can read it."""
-    with contextlib.suppress(OSError):
-        os.write(descriptor, text.encode("utf-8", "replace"))
-
-
-def open_standard_streams() -> list[str]:
-    """Put the null device in the place of those that are closed, lest a connection or a file takes their numbers.
-
-    Returns the names of those.
-    """
-    closed = []
-    for descriptor, name in enumerate(["stdin", "stdout", "stderr"]):
-        try:
-            os.fstat(descriptor)
-        except OSError:
-            os.set_inheritable(os.open(os.devnull, os.O_WRONLY), True)  # takes the lowest number that is free
-            setattr(sys, name, open(descriptor, "w", closefd=False))  # noqa: SIM115
-            closed.append(name)
-    return closed
-
-
-def make_poll(file: Any) -> Callable[[float], object]:
-    """A function that waits some seconds for a socket or a pipe, and returns whether it is readable.
-
-    It is made once, where `Connection.poll` makes a selector in each call. Windows knows no `poll`, but pipes that have one.
-    """
-    if hasattr(select, "poll"):
-        selector = select.poll()
-        selector.register(file.fileno(), select.POLLIN)
-        return lambda timeout: selector.poll(timeout * 1000)
-    return getattr(file, "poll", None) or (lambda timeout: select.select([file], [], [], timeout)[0])
-
-
-def raise_file_limit() -> None:
-    """Allow as many open files as the system lets us: every slot needs some, at both ends."""
-    with contextlib.suppress(ImportError, ValueError, OSError):
-        import resource
-
-        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-
-
-def explain_error(error: BaseException) -> str:
-    """What the system says, without its number: `connection refused`."""
-    text = str(getattr(error, "strerror", None) or error or type(error).__name__)
-    return text[:1].lower() + text[1:]
-
-
-def read_key(path: str | None) -> bytes:
-    """The key: TASK_AUTHKEY, else the named file, else ~/.task_authkey. FileNotFoundError when only that is missing."""
-    if "TASK_AUTHKEY" in os.environ:
-        return check_key(os.fsencode(os.environ["TASK_AUTHKEY"]), "TASK_AUTHKEY")
-    source = os.path.expanduser(path or DEFAULT_KEY_FILE)
-    try:
-        with open(source, "rb") as file:
-            if os.name == "posix" and stat.S_IMODE(os.fstat(file.fileno()).st_mode) & 0o077:
-                raise Failure(f"the key file {source} can be read by others: chmod 600 {source}")
-            return check_key(file.read(4096), source)
-    except OSError as error:
-        if path is None and isinstance(error, FileNotFoundError):
-            raise
-        raise Failure(f"cannot read the key file {source}: {explain_error(error)} (copy it from the master's host)") from None
-
-
-def check_key(key: bytes, source: str) -> bytes:
-    """The key without the white space around it. Raises Failure when it cannot be one."""
-    if not key.strip():
-        raise Failure(f"the key in {source} is empty: put at least 16 random bytes there")
-    if b"\0" in key:
-        raise Failure(f"the key in {source} has a zero byte, which no environment can carry: use letters and digits")
-    return key.strip()
-
-
-# ---- end of the wire -----------------------------------------------------------------------------------------------
+__all__ = ["Failure", "Record", "TaskMaster"]
 
 READY_LIMIT = 50_000  # tasks read and not yet leased; the reader waits while there are more
 READY_BYTES = 64 << 20  # and characters of their text
-LEASE_LIMIT = 10_000  # tasks in one lease
+LEASE_LIMIT = 10_000  # tasks that one connection may hold
 LEASE_BYTES = 8 << 20  # characters of text in one lease, unless a single task has more
 LEASE_FLOOR = 16  # a slot gets this part of what it asked for even if its share is smaller
 IDLE_POLLS = 25.0  # requests for tasks a second from all idle slots together, at most (but each may ask every second)
-CONTAINER_LIMIT = 8 << 20  # lists and objects in an outcome, some 64 bytes of memory each while it is checked
+VALUE_LIMIT = 2_000_000  # strings and lists in an outcome, some 60 bytes of memory each while it is checked
+OBJECT_LIMIT = 200_000  # values in a plain client's message
+LARGE = 1 << 20  # bytes; larger messages are received one at a time
+LARGE_LIMIT = 5.0  # seconds for each LARGE bytes of one
+OTHER_KEY = "its key is another one: copy the key file of this host there"
 PENDING_LIMIT = 256  # connections that have not finished the handshake; the oldest must give way
 BACKLOG = 1024  # connections that the system holds for us; multiprocessing's 16 would lose those of a large farm
+GAP_LIMIT = 10_000_000  # ids without a record, in a row, that a results file may have
 SYNC_INTERVAL = 0.7  # seconds that records may wait for their fsync; with LOOK_INTERVAL that is less than one
 PROGRESS_INTERVAL = 30.0  # seconds between lines of progress where there is no terminal
-RATE_SPAN = 10.0  # seconds over which the rate is taken, more while RATE_TASKS take longer
-RATE_TASKS = 20
 LOOK_INTERVAL = 0.2  # seconds between looks at signals, local workers and the clock
 GOODBYE = 2.0  # seconds for the workers to hear that the job is over
 WORKER_GRACE = 10.0  # seconds for the local worker to leave by itself
-WINDOW = 50_000  # records that may wait for their turn, or for the caller of TaskMaster.run
-WINDOW_BYTES = 64 << 20  # and characters in them
-WORKER_FILE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "task_worker.py")
+RESTARTS = 5  # of a local worker that ends without having reported anything
+CALLER_LIMIT = 50_000  # records that may wait for the caller of TaskMaster.run
+KINDS_LIMIT = 1000  # kinds of failures that are told apart
+KINDS_SHOWN = 10  # kinds of failures in the summary
+
+
+def refuse_constant(name: str) -> Any:
+    """For JSON: NaN and the like are not part of it."""
+    raise ValueError(f"{name} is not JSON")
+
+
+def check_digits(text: str) -> int:
+    """For JSON: an integer, if Python can read it (see sys.set_int_max_str_digits), as a small one."""
+    if len(text) > 4300:
+        raise ValueError(f"an integer of {len(text)} digits")
+    return len(text)
+
+
+# The scanner that json.loads calls: a third of the time, without what stands around it there. The rough one reads every
+# number as a small one, which takes no memory of its own.
+scan_json = json.JSONDecoder(parse_constant=refuse_constant).scan_once  # type: ignore[attr-defined]
+scan_roughly = json.JSONDecoder(parse_constant=refuse_constant, parse_int=check_digits, parse_float=len).scan_once  # type: ignore[attr-defined]
 
 
 class Console:
-    """Standard error, with a line of progress below the others on a terminal: it is cleared before they are written."""
+    """Standard output and error; on a terminal with a line of progress below, which goes before another line comes."""
 
     def __init__(self) -> None:
-        self._lock = threading.RLock()  # a signal handler may write, too
+        self._lock = threading.Lock()
         self.is_terminal = os.isatty(2)
-        self._shown = 0  # columns of the progress on the screen
-        self._next_at = time.monotonic() + PROGRESS_INTERVAL
+        self._blank = b""  # what clears the progress, while there is one
 
-    def __enter__(self) -> None:
-        """While other lines are written, no progress is on the screen."""
-        self._lock.acquire()
-        self.clear()
-
-    def __exit__(self, *exception: object) -> None:
-        self._lock.release()
-
-    def write(self, text: str) -> None:
-        """Write whole lines to standard output. Raises OSError."""
-        with self:
-            sys.stdout.write(text)
-            sys.stdout.flush()
-
-    def say(self, text: str) -> None:
-        """One line on standard error."""
-        with self:
-            write_error(f"task_master: {text}\n")
+    def write(self, data: bytes, descriptor: int = 2) -> None:
+        """Write whole lines, or only clear the progress. Raises OSError when standard output does not take them."""
+        with self._lock if descriptor == 2 or os.isatty(1) else contextlib.nullcontext():  # a pipe must block nobody else
+            blank, self._blank = self._blank, b""
+            with contextlib.suppress(OSError):
+                write_all(blank + data if descriptor == 2 else blank, 2)
+            if descriptor == 1:
+                write_all(data, 1)
 
     def show(self, parts: list[str]) -> None:
-        """Progress, the most important part first: as much as fits on a terminal, elsewhere a line now and then."""
-        if not self.is_terminal:
-            if time.monotonic() >= self._next_at:
-                self._next_at += PROGRESS_INTERVAL
-                self.say(", ".join(parts))
-            return
+        """Progress on a terminal, the most important part first: as many as fit."""
         width = 80
         with contextlib.suppress(OSError):
             width = os.get_terminal_size(2).columns or 80
         width -= 3  # a column to spare, and two for the ^C that a terminal shows
         while len(", ".join(parts)) > width and len(parts) > 1:
             parts = parts[:-1]
-        text = ", ".join(parts)[:width]
-        with self._lock:
-            shown, self._shown = self._shown, max(self._shown, len(text))  # first: a signal handler may clear it
-            write_error("\r" + text.ljust(min(shown, width)))
-            self._shown = len(text)
-
-    def clear(self) -> None:
-        with self._lock:
-            if self._shown:
-                write_error("\r" + " " * self._shown + "\r")
-            self._shown = 0
+        if len(parts[0]) > width:
+            parts = [parts[0].rpartition("]")[2].strip()]  # without the bar
+        with self._lock, contextlib.suppress(OSError):
+            write_all(("\r" + ", ".join(parts)[:width].ljust(width)).encode("utf-8", "replace"), 2)
+            self._blank = b"\r" + b" " * width + b"\r"
 
 
 console = Console()
-say = console.say
+
+
+def say(text: str) -> None:
+    """One line on standard error."""
+    console.write(f"task_master: {text}\n".encode("utf-8", "replace"))
 
 
 # ---- ledger: every decision about a task ---------------------------------------------------------------------------
 
-NEW, READY, LEASED, DONE = "new", "ready", "leased", "done"
+READY, LEASED, DONE = "ready", "leased", "done"
 MOVES = {
-    (NEW, READY): "submitted",
     (READY, LEASED): "leased",
     (LEASED, READY): "released, to be retried, or its connection was lost",
-    (LEASED, DONE): "reported, or lost too often",
-    (READY, DONE): "reported late, by the worker that had been given up",
+    (LEASED, LEASED): "reported, or lost too often: the RECORDER holds it until it is written",
+    (LEASED, DONE): "written",
 }
+RECORDER = "recorder"  # the holder of tasks whose records are being written
+
+
+class Phase(enum.IntEnum):
+    """Of a job. It only goes up, save that another job may begin when one is OVER."""
+
+    OPEN = 0  # there may be more tasks
+    ENDED = 1  # there are no more to come; then OVER when all are DONE
+    OVER = 2  # also before the first job
+    DRAINING = 3  # nothing is leased any more; then CLOSED when nothing is LEASED
+    CLOSED = 4
+    FAILED = 5  # nothing can be recorded any more
 
 
 class IllegalMove(Exception):
@@ -397,7 +206,7 @@ class Task:
     def __init__(self, task_id: int, text: str) -> None:
         self.id = task_id
         self.text = text  # JSON
-        self.state = NEW
+        self.state = READY
         self.failures = 0  # error outcomes so far
         self.losses = 0  # times that its connection was lost
         self.holder: object = None  # who has leased it
@@ -407,189 +216,210 @@ class Task:
 
     @property
     def attempts(self) -> int:
-        """How often it was run, as far as the master knows."""
+        """How often it was started, as far as the master knows."""
         return self.failures + self.losses + self.ok
 
 
-Sink = Callable[["list[Task]"], None]  # takes settled tasks, to record them
+Sink = Callable[["list[Task]"], None]  # takes tasks that have their last outcome, to record them
+Outcome = tuple[int, bool, bool, str]  # task id, whether it is ok, whether it is final, and the outcome itself
 
 
 class Ledger:
-    """The state of every task: pure decisions under one lock, without I/O.
+    """The state of every task and of the job: pure decisions under one lock, without I/O and without a clock.
 
-    A holder is any hashable object that stands for a connection.
+    A holder is any hashable object that stands for a connection; `now` is a time in seconds, of any clock.
     """
 
-    def __init__(self, retries: int = 0, redeliveries: int = 2, batch: int | None = None) -> None:
-        self._retries, self._redeliveries, self._batch = retries, redeliveries, batch
+    def __init__(self, retries: int = 0, redeliveries: int = 2, retry_delay: float = 0.0) -> None:
+        self._retries, self._redeliveries, self._retry_delay = retries, redeliveries, retry_delay
         self._lock = threading.Lock()
-        # notified while a task is READY, once for each one that waits; and when `lease` begins to return None.
-        # Awaited in `wait_ready`
-        self._tasks_ready = threading.Condition(self._lock)
-        # notified when leasing leaves room for more READY tasks, and when the ledger is closed; awaited in `submit`
-        self._room = threading.Condition(self._lock)
-        self._ready: collections.deque[Task] = collections.deque()  # in the order of leasing; some may be DONE since
+        # Signals `wait_ready`: a task can be leased (once for each one that waits), or `lease` returns None from now on.
+        self._leasable = threading.Condition(self._lock)
+        self._room = threading.Condition(self._lock)  # signals `submit`: there is room for READY tasks, or no need of them
+        self._over = threading.Condition(self._lock)  # signals `wait_over`
+        self._ready: collections.deque[Task] = collections.deque()  # in the order of leasing; some may not be READY any more
+        self._delayed: list[tuple[float, int, Task]] = []  # a heap: when READY tasks may be retried
         self._ready_bytes = 0
         self._tasks: dict[int, Task] = {}  # all that are not DONE
-        self._held: dict[object, dict[int, Task]] = {}
+        self._held: dict[object, dict[int, Task]] = {RECORDER: {}}
         self._slots: set[object] = set()
-        self._counts = {NEW: 0, READY: 0, LEASED: 0, DONE: 0}
-        self._horizon: int | None = None
-        self.ended = self.closed = False  # since `end` or `close` was called
-        self.submitted = self.failed = self.retried = self.redelivered = self.dropped = 0
-
-    def submit(self, tasks: Iterable[tuple[int, str]]) -> bool:
-        """Add tasks as (id, JSON text). Blocks while READY_LIMIT tasks wait. Returns False when the ledger is closed."""
-        new = {task_id: Task(task_id, text) for task_id, text in tasks}
-        with self._lock:
-            self._room.wait_for(lambda: self.closed or self._has_room())
-            if self.closed:
-                return False
-            self._counts[NEW] += len(new)
-            self.submitted += len(new)
-            self._tasks.update(new)
-            self._make_ready([*new.values()])
-            return True
-
-    def end(self) -> None:
-        """There will be no more tasks."""
-        with self._lock:
-            self.ended = True
+        self._gate_closed = False  # while whoever takes the records cannot take more
+        self.phase = Phase.OVER
+        self.reason: BaseException | None = None  # why the job ends early
+        self.submitted = self.done = self.failed = self.retried = self.redelivered = self.dropped = 0
 
     def begin(self) -> None:
-        """There will be tasks again, after `end`."""
+        """There will be tasks. Raises Failure when the last job is not over, or was ended early."""
         with self._lock:
-            self.ended = False
+            if self.phase != Phase.OVER:
+                under_way = "a run is under way: take all its records first, or make another TaskMaster"
+                closed = "this farm was closed, or a run of it was left early: make another TaskMaster"
+                raise Failure(under_way if self.phase < Phase.OVER else closed)
+            self.phase, self.reason = Phase.OPEN, None
 
-    def close(self) -> None:
-        """Lease nothing any more: from now on `lease` returns None."""
+    def end(self, phase: Phase, reason: BaseException | None = None) -> None:
+        """Bring the job nearer to its end; the first reason counts."""
         with self._lock:
-            self.closed = True
-            self._tasks_ready.notify_all()
+            self.reason = self.reason or reason
+            self.phase = max(self.phase, phase)
+            self._look_whether_over()
+            self._leasable.notify_all()
             self._room.notify_all()
 
-    def over(self) -> bool:
-        """Whether nothing is left to wait for: all is DONE, or the ledger was closed and nothing is LEASED."""
+    def is_over(self) -> bool:
+        """Whether nothing can change any more."""
+        return self.phase in (Phase.OVER, Phase.CLOSED, Phase.FAILED)
+
+    def wait_over(self, timeout: float | None) -> bool:
+        """Block until nothing can change any more, for `timeout` seconds at most. Returns whether that is so."""
         with self._lock:
-            if self.closed:
-                return not self._counts[LEASED]
-            return self.ended and not self._tasks
+            return self._over.wait_for(self.is_over, timeout)
+
+    def submit(self, tasks: Iterable[tuple[int, str]]) -> bool:
+        """Add tasks as (id, JSON text). Blocks while READY_LIMIT tasks wait. Returns False when no more are wanted."""
+        new = {task_id: Task(task_id, text) for task_id, text in tasks}
+        with self._lock:
+            self._room.wait_for(lambda: self.phase > Phase.ENDED or self._has_room())
+            if self.phase > Phase.ENDED:
+                return False
+            self.submitted += len(new)
+            self._tasks.update(new)
+            self._queue([*new.values()])
+            return True
+
+    def submit_failed(self, task_id: int, text: str, outcome: str) -> Task:
+        """Add a task that has failed before it could be leased. Returns it, to be recorded and then settled."""
+        task = Task(task_id, text)
+        task.outcome = outcome
+        with self._lock:
+            self.submitted += 1
+            self.failed += 1
+            self._tasks[task_id] = task
+            self._move([task], LEASED, RECORDER)
+        return task
 
     def enlist(self, holder: object) -> None:
         """Count a holder among the slots between which the READY tasks are divided, until it is dropped."""
         with self._lock:
             self._slots.add(holder)
 
-    def wait_ready(self, timeout: float) -> bool:
-        """Block until `lease` would return something, for `timeout` seconds at most. Returns whether it would."""
-        timeout = min(timeout, max(1.0, len(self._slots) / IDLE_POLLS))
+    def wait_ready(self, timeout: float, now: float) -> bool:
+        """Block until `lease` would return tasks or None, for `timeout` seconds at most. Returns whether it would."""
         with self._lock:
-            return self._tasks_ready.wait_for(lambda: self.closed or self._next_ready() is not None, timeout)
+            self._queue_due(now)
+            due_in = self._delayed[0][0] - now if self._delayed else timeout
+            timeout = min(timeout, due_in, max(1.0, len(self._slots) / IDLE_POLLS))
+            return self._leasable.wait_for(self._may_lease, timeout)
 
-    def lease(self, holder: object, limit: int) -> list[Task] | None:
-        """Up to `limit` tasks for a holder, [] when there is none yet, None when the ledger is closed. Never blocks.
+    def lease(self, holder: object, limit: int, now: float) -> list[Task] | None:
+        """Up to `limit` tasks for a holder, [] when there is none yet, None when the job is over. Never blocks.
 
-        Slots share what is READY, but calls for a handful of tiny tasks would cost more than a fair share is worth. A
-        task that was lost before, or may not be lost, is leased alone.
+        Slots share what is READY, but not down to a few tasks a call. What was lost before, or must not be lost, goes alone.
         """
         with self._lock:
-            if self.closed:
+            if self.phase > Phase.OVER:
                 return None
-            share = self._counts[READY] // (2 * len(self._slots) or 1)
-            limit = min(limit, LEASE_LIMIT, self._batch or limit, max(share, limit // LEASE_FLOOR))
-            lease = self._take(max(1, limit))
-            for task in lease:
-                task.holder = holder
-            self._held.setdefault(holder, {}).update(zip([task.id for task in lease], lease))
-            self._move(lease, LEASED)
+            if self._gate_closed:
+                return []
+            self._queue_due(now)
+            share = len(self._ready) // (2 * len(self._slots) or 1)
+            lease = self._take(max(1, min(limit, max(share, limit // LEASE_FLOOR))), len(self._held.get(holder, ())))
+            self._move(lease, LEASED, holder)
             if self._has_room():
                 self._room.notify_all()
             self._wake_next()
             return lease
 
     def release(self, holder: object, task_ids: Iterable[int]) -> None:
-        """Take back tasks that the holder did not run, free of charge; those it does not hold are ignored."""
+        """Take back tasks that the holder did not start, free of charge; those it does not hold are ignored."""
         with self._lock:
             held = self._held.get(holder, {})
-            self._make_ready([held[task_id] for task_id in dict.fromkeys(task_ids) if task_id in held])
+            tasks = [held[task_id] for task_id in dict.fromkeys(task_ids) if task_id in held]
+            self._move(tasks, READY)
+            self._queue(tasks)
 
-    def report(self, holder: object, outcomes: list[tuple[int, bool, str]]) -> tuple[list[Task], list[Task]]:
-        """Take outcomes: (id, whether it is ok, the outcome).
-
-        Returns the tasks that are settled by them, to be recorded now, and those that are retried.
-        """
-        settled: list[Task] = []
+    def report(self, holder: object, outcomes: Iterable[Outcome], now: float) -> tuple[list[Task], list[Task]]:
+        """Take outcomes. Returns tasks to record and then settle, and tasks to be retried. EOFError: nothing is recorded now."""
+        last: list[Task] = []
         retried: list[Task] = []
         with self._lock:
-            for task_id, ok, outcome in outcomes:
+            if self.phase == Phase.FAILED or (self.phase == Phase.CLOSED and self._tasks):
+                raise EOFError
+            for task_id, ok, final, outcome in outcomes:
                 task = self._tasks.get(task_id)
-                if task is None or (not ok and task.holder is not holder and task.failures < self._retries):
+                again = not ok and not final and task is not None and task.failures < self._retries
+                if task is None or task.holder is RECORDER or (again and task.holder is not holder):
                     self.dropped += 1  # it has a record, or it is going to be run again anyway
                     continue
                 task.ok, task.outcome = ok, outcome
-                if not ok:
-                    task.failures += 1
-                    if task.failures <= self._retries:
-                        retried.append(task)
-                        self._make_ready([task])  # at once, so that a second outcome in the same report is late
-                        continue
-                    self.failed += 1
-                settled.append(task)
-                del self._tasks[task_id]  # at once, so that a second one is dropped
-            self._move(settled, DONE)
+                task.failures += not ok
+                (retried if again else last).append(task)
+            self.failed += sum([not task.ok for task in last])
             self.retried += len(retried)
-        return settled, retried
+            self._move(last, LEASED, RECORDER)
+            self._move(retried, READY)
+            for task in retried:
+                delay = self._retry_delay and self._retry_delay * 2 ** (task.failures - 1)
+                heapq.heappush(self._delayed, (now + delay, task.id, task))
+            self._queue_due(now)
+        return last, retried
+
+    def settle(self, tasks: list[Task]) -> None:
+        """The records of these tasks are written."""
+        with self._lock:
+            self._move(tasks, DONE)
+            for task in tasks:
+                del self._tasks[task.id]
+            self.done += len(tasks)
+            self._look_whether_over()
 
     def drop(self, holder: object) -> tuple[list[Task], list[Task]]:
-        """The holder's connection has ended: its tasks are READY again.
-
-        Returns those, and the ones that were lost too often and are to be recorded as failed now.
-        """
-        again: list[Task] = []
-        given_up: list[Task] = []
+        """A connection has ended. Returns its tasks, READY again, and those lost too often, to record as failed and settle."""
         with self._lock:
-            for task in self._held.get(holder, {}).values():
+            lost = [*self._held.get(holder, {}).values()]
+            for task in lost:
                 task.losses += 1
-                (given_up if task.losses > self._redeliveries else again).append(task)
-            for task in given_up:
-                del self._tasks[task.id]
+            again = [task for task in lost if task.losses <= self._redeliveries]
+            given_up = [task for task in lost if task.losses > self._redeliveries]
+            self._move(given_up, LEASED, RECORDER)
+            self._move(again, READY)
+            self._queue(again)  # wakes another, if the holder was woken and has died
             self.failed += len(given_up)
             self.redelivered += len(again)
-            self._move(given_up, DONE)
-            self._make_ready(again)
             self._held.pop(holder, None)
             self._slots.discard(holder)
-            self._wake_next()  # it may have been woken, and have died
         return again, given_up
 
-    def set_horizon(self, task_id: int) -> None:
-        """Lease no task from this id on, and always the one with the lowest id, since the others may wait for it."""
+    def close_gate(self, closed: bool) -> None:
+        """Lease nothing while whoever takes the records cannot take more."""
         with self._lock:
-            if self._horizon is None:
-                self._sort_ready()
-            self._horizon = task_id
-            self._wake_next()
+            if closed != self._gate_closed:
+                self._gate_closed = closed
+                self._wake_next()
+
+    def first_held(self) -> dict[object, int]:
+        """By holder: the id of the task that it has leased first, of those that it holds."""
+        with self._lock:
+            return {holder: next(iter(held)) for holder, held in self._held.items() if held and holder is not RECORDER}
 
     def counts(self) -> dict[str, int]:
-        """How many tasks are in each state, and how many slots there are."""
+        """How many tasks are in each state."""
         with self._lock:
-            return {**self._counts, "slots": len(self._slots)}
+            leased = sum(map(len, self._held.values()))
+            return {READY: len(self._tasks) - leased, LEASED: leased, DONE: self.done}
 
     def audit(self) -> None:
         """Prove that no task is missing and none is counted twice. Raises AssertionError."""
         with self._lock:
             states = collections.Counter(task.state for task in self._tasks.values())
-            held = [task for tasks in self._held.values() for task in tasks.values()]
-            ready = [task for task in self._ready if task.state == READY]
+            held = [(task, holder) for holder, tasks in self._held.items() for task in tasks.values()]
+            ready = [task for task in [*self._ready, *[task for _, _, task in self._delayed]] if task.state == READY]
             problems = {
-                "a task is in none of the three states": self._counts[NEW],
-                "submitted is not ready + leased + done": self.submitted - sum(self._counts.values()),
-                "ready tasks are not counted right": states[READY] - self._counts[READY],
-                "leased tasks are not counted right": states[LEASED] - self._counts[LEASED],
+                "submitted is not ready + leased + done": self.submitted - self.done - states[READY] - states[LEASED],
                 "a ready task cannot be leased": len({task.id for task in ready}) - states[READY],
                 "a task is queued twice": len(ready) - states[READY],
                 "a leased task has no holder": len(held) - states[LEASED],
-                "a holder has a task that is not leased": sum(task.state != LEASED for task in held),
+                "a holder has a task that is not leased to it": len([1 for task, holder in held if task.holder != holder]),
             }
             found = [f"{problem} ({count})" for problem, count in problems.items() if count]
             if found:
@@ -597,55 +427,61 @@ class Ledger:
 
     # Called with the lock held
 
-    def _move(self, tasks: list[Task], state: str) -> None:
-        """The one gate: all of these tasks change to `state`, or none does. Who has leased one holds it while it is LEASED."""
-        before = [task.state for task in tasks]
-        for old in set(before):
+    def _move(self, tasks: list[Task], state: str, holder: object = None) -> None:
+        """The one gate: all tasks move, or none. A task has a holder exactly while it is LEASED."""
+        for old in {task.state for task in tasks}:
             if (old, state) not in MOVES:
                 raise IllegalMove(f"from {old} to {state}")
-        for old in set(before):
-            self._counts[old] -= before.count(old)
-        self._counts[state] += len(tasks)
         for task in tasks:
-            task.state = state
-        if state != LEASED:
-            for task in tasks:
-                if task.holder is not None:
-                    del self._held[task.holder][task.id]
-                    task.holder = None
+            if task.holder is not None:
+                del self._held[task.holder][task.id]
+            task.state, task.holder = state, holder
+        if holder is not None and tasks:
+            self._held.setdefault(holder, {}).update(zip([task.id for task in tasks], tasks))
+        if state == READY:
+            self._look_whether_over()
 
-    def _make_ready(self, tasks: list[Task]) -> None:
-        fresh = not tasks or tasks[0].state == NEW
-        self._move(tasks, READY)
+    def _queue(self, tasks: list[Task]) -> None:
+        """Let READY tasks be leased."""
         self._ready_bytes += sum([len(task.text) for task in tasks])
         self._ready.extend(tasks)
-        if self._horizon is not None and not fresh:
-            self._sort_ready()
         self._wake_next()
+
+    def _queue_due(self, now: float) -> None:
+        """Queue the retries whose delay is over."""
+        while self._delayed and self._delayed[0][0] <= now:
+            self._queue([heapq.heappop(self._delayed)[2]])
 
     def _wake_next(self) -> None:
         """Wake one that waits for tasks; it wakes the next if it leaves some. So a thousand do not wake for a few tasks."""
         if self._next_ready():
-            self._tasks_ready.notify()
+            self._leasable.notify()
 
-    def _sort_ready(self) -> None:
-        self._ready = collections.deque(sorted(self._ready, key=lambda task: task.id))
+    def _look_whether_over(self) -> None:
+        if self.phase == Phase.ENDED and not self._tasks:
+            self.phase = Phase.OVER
+        if self.phase == Phase.DRAINING and not any(self._held.values()):
+            self.phase = Phase.CLOSED
+        if self.is_over():
+            self._over.notify_all()
 
     def _has_room(self) -> bool:
-        return self._counts[READY] < READY_LIMIT and self._ready_bytes < READY_BYTES
+        return len(self._ready) < READY_LIMIT and self._ready_bytes < READY_BYTES
 
     def _next_ready(self) -> Task | None:
         """The task to lease next, if there is one that may be leased."""
         while self._ready and self._ready[0].state != READY:
-            self._ready_bytes -= len(self._ready.popleft().text)  # settled by a late report
-        if not self._ready or (self._horizon is not None and self._ready[0].id >= self._horizon):
-            return None
-        return self._ready[0]
+            self._ready_bytes -= len(self._ready.popleft().text)  # recorded after a late report
+        return self._ready[0] if self._ready else None
 
-    def _take(self, limit: int) -> list[Task]:
+    def _may_lease(self) -> bool:
+        return self.phase > Phase.OVER or bool(self._next_ready() and not self._gate_closed)
+
+    def _take(self, limit: int, held: int) -> list[Task]:
         """Up to `limit` of the tasks to lease next, while they are together small enough and need not be leased alone."""
         tasks: list[Task] = []
         room = LEASE_BYTES
+        limit = min(limit, LEASE_LIMIT - held)
         while len(tasks) < limit and (task := self._next_ready()):
             room -= len(task.text)
             alone = task.losses or not self._redeliveries
@@ -664,83 +500,85 @@ class Ledger:
 class Peer:
     """The other end of one connection: the holder of its leases."""
 
-    def __init__(self, name: str, conn: PlainConnection) -> None:
+    def __init__(self, name: str, conn: RequestConnection) -> None:
         self.name = name
+        self.host = name.rpartition("/")[0]
         self.conn = conn
-        self._poll = make_poll(conn.sock)
-        self.enlisted_at: float | None = None  # as a slot
+        self.joined_at: float | None = None  # as a slot
+        self.moved_at = 0.0  # when it last leased or reported
         self.taken: collections.deque[tuple[int, float]] = collections.deque()  # by `get`: task id, time of taking
-
-    def is_gone(self) -> bool:
-        """Whether it has closed the connection. Asked while it waits for an answer, so it has nothing to say."""
-        return bool(self._poll(0))
+        self.expired: set[int] = set()  # of those, the tasks whose time limit is over
 
 
-_this_thread = threading.local()
-
-
-def caller() -> Peer:
-    """The peer whose request this thread serves."""
-    peer: Peer = _this_thread.peer
-    return peer
+this_thread = threading.local()  # its `peer` is the one whose request it serves
 
 
 class TaskQueue:
     """What `get_task_queue` gives a client."""
 
-    exposed = ("settings", "lease", "release", "beat", "get", "qsize")
+    exposed = ("join", "lease", "release", "beat", "get", "get_nowait", "qsize", "empty")
 
     def __init__(self, master: TaskMaster) -> None:
         self._master = master
-        self._ledger = master.ledger
 
-    def settings(self, protocol: int) -> dict[str, Any]:
-        """How to work for this master. The caller is a slot from now on: it may not be silent for SILENCE_LIMIT."""
-        caller().conn.settle(SILENCE_LIMIT)
-        self._master.welcome(caller(), protocol)
-        return {"protocol": PROTOCOL, "run": self._master.run_id, "timeout": self._master.timeout}
+    def join(self, protocol: str, statement: str = "{}") -> dict[str, Any]:
+        """Make the caller a slot, which runs what `statement` says. In the answer `refused` tells why it gets no tasks, if so."""
+        this_thread.peer.conn.end_handshake(SILENCE_LIMIT)
+        refused = self._master._welcome(this_thread.peer, int(protocol), json.loads(statement))
+        return {"protocol": PROTOCOL, "run": self._master.run_id, "timeout": self._master.timeout, "refused": refused}
 
-    def lease(self, limit: int, wait: float) -> str | None:
+    def lease(self, limit: str, wait: str) -> str | None:
         """Lines `ID TEXT` of up to `limit` tasks; "" when there was none for `wait` seconds, None when the job is over."""
+        if this_thread.peer.joined_at is None:
+            raise ValueError("lease without join")
         tasks = self._lease(int(limit), float(wait))
         return None if tasks is None else "\n".join([f"{task.id} {task.text}" for task in tasks])
 
     def release(self, task_ids: str) -> None:
-        """Hand back tasks that were not run; their ids are separated by blanks."""
-        self._ledger.release(caller(), map(int, task_ids.split()))
+        """Hand back tasks that were not started; their ids are separated by blanks."""
+        self._master.ledger.release(this_thread.peer, parse_ids(task_ids))
 
     def beat(self) -> None:
         """The caller lives: its connection has been heard of."""
 
     def get(self, block: bool = True, timeout: float | None = None) -> Any:
-        """One task's value, as of `queue.Queue.get`; its result is expected by `ResultQueue.put`.
-
-        Raises queue.Empty when there is none in time, or when the job is over.
-        """
-        give_up_at = time.monotonic() + (1e9 if timeout is None else timeout)
+        """One task's value, as of `queue.Queue.get`. Raises queue.Empty when there is none in time, or the job is over."""
+        give_up_at = time.monotonic() + (0.0 if not block else 1e9 if timeout is None else timeout)
         while True:
-            tasks = self._lease(1, max(0.0, min(1.0, give_up_at - time.monotonic())) if block else 0.0)
+            tasks = self._lease(1, max(0.0, min(1.0, give_up_at - time.monotonic())))
             if tasks:
-                caller().taken.append((tasks[0].id, time.perf_counter()))
-                return json.loads(tasks[0].text)
-            if tasks is None or not block or time.monotonic() >= give_up_at:
+                this_thread.peer.taken.append((tasks[0].id, time.monotonic()))
+                value = json.loads(tasks[0].text)
+                try:
+                    pickle.dumps(value)
+                    return value
+                except RecursionError as error:
+                    self._master._take_result(this_thread.peer, describe_error(error))
+            elif tasks is None or time.monotonic() >= give_up_at:
                 raise queue.Empty
+
+    def get_nowait(self) -> Any:
+        """One task's value. Raises queue.Empty when there is none now."""
+        return self.get(False)
 
     def qsize(self) -> int:
         """How many tasks are READY."""
-        return self._ledger.counts()[READY]
+        return self._master.ledger.counts()[READY]
+
+    def empty(self) -> bool:
+        """Whether no task is READY."""
+        return not self.qsize()
 
     def _lease(self, limit: int, wait: float) -> list[Task] | None:
+        peer, ledger = this_thread.peer, self._master.ledger
         if wait > 0:
-            ready = self._ledger.wait_ready(wait)
-            if caller().is_gone():
+            ready = ledger.wait_ready(wait, time.monotonic())
+            if connection.wait([peer.conn.sock], 0):  # its end: it waits for our answer, so it says nothing
                 raise EOFError  # it died while it waited: a task given to it would count as lost
             if not ready:
                 return []
-        return self._ledger.lease(caller(), limit)
-
-
-RESULT, ERROR, SECONDS = '"result": ', '"error": ', ', "seconds": '  # the members of an outcome
+        peer.moved_at = time.monotonic()
+        return ledger.lease(peer, limit, peer.moved_at)
 
 
 class ResultQueue:
@@ -751,132 +589,140 @@ class ResultQueue:
     def __init__(self, master: TaskMaster) -> None:
         self._master = master
 
-    def report(self, run_id: str, busy: float, outcomes: str) -> None:
-        """Take the seconds spent and a line of ids with a line for the outcome of each; returns when they are recorded.
-
-        Outcomes of another run are dropped.
-        """
-        if run_id == self._master.run_id:
-            self._master.report(caller(), parse_report(outcomes), float(busy))
+    def report(self, run_id: str, busy: str, outcomes: str) -> None:
+        """Take the seconds spent, and a line of ids with a line for the outcome of each; returns when they are recorded."""
+        if run_id == self._master.run_id:  # else they are of another master, and dropped
+            self._master._report(this_thread.peer, parse_report(outcomes), float(busy))
 
     def put(self, result: Any) -> None:
-        """Settle the oldest task that this connection took with `get`. Raises ValueError when there is none."""
-        if not caller().taken:
+        """The result of the oldest task that this connection took with `get`. Raises ValueError when there is none."""
+        if not this_thread.peer.taken:
             raise ValueError("put without get: this connection holds no task")
-        task_id, taken_at = caller().taken.popleft()
-        seconds = round(time.perf_counter() - taken_at, 6)
         try:
-            outcome = f"{RESULT}{json.dumps(result, allow_nan=False)}{SECONDS}{seconds:.6f}"
+            members = RESULT + encode_result(result)
         except (TypeError, ValueError, RecursionError) as error:
-            outcome = format_error(type(error).__name__, str(error), seconds)
-        self._master.report(caller(), [(task_id, outcome.startswith(RESULT), outcome)], seconds)
+            members = describe_error(error)
+        self._master._take_result(this_thread.peer, members)
 
 
 # An outcome whose result is a number, a short word or a string without escapes: most are, and need no closer look.
 match_plain_outcome = re.compile(
     r'"result": (?:-?(?:0|[1-9][0-9]{0,300})(?:\.[0-9]+)?|true|false|null|"[^"\\\x00-\x1f]*"), '
-    r'"seconds": (?:0|[1-9][0-9]{0,9})\.[0-9]{6}'
+    r'"started_at": [0-9]{1,12}\.[0-9]{3}, "seconds": (?:0|[1-9][0-9]{0,9})\.[0-9]{6}'
 ).fullmatch
 
 
-def parse_report(text: str) -> list[tuple[int, bool, str]]:
-    """The outcomes in a report: id, whether it is ok, and the outcome itself as two members of a record. Raises ValueError."""
-    if text.count("\n") > OBJECT_LIMIT:
-        raise ValueError("too many outcomes")
-    first, *outcomes = text.split("\n")
-    ids = [*map(int, first.split(" "))]
-    if len(ids) != len(outcomes):
+def parse_ids(text: str) -> list[int]:
+    """Ids that are separated by blanks. Raises ValueError, also for more than a connection may hold."""
+    if text.count(" ") >= LEASE_LIMIT:
+        raise ValueError("too many ids")
+    return [*map(int, text.split(" "))]
+
+
+def parse_report(text: str) -> list[Outcome]:
+    """The outcomes in a report, the first one for each id. Raises ValueError."""
+    first, _, rest = text.partition("\n")
+    ids = parse_ids(first)
+    if rest.count("\n") + 1 != len(ids):
         raise ValueError("not as many outcomes as ids")
-    outcomes = [outcome if match_plain_outcome(outcome) else check_outcome(outcome) for outcome in outcomes]
-    return [*zip(ids, [outcome.startswith(RESULT) for outcome in outcomes], outcomes)]
+    outcomes = [
+        (task_id, True, False, outcome) if match_plain_outcome(outcome) else (task_id, *check_outcome(outcome))
+        for task_id, outcome in zip(ids, rest.split("\n"))
+    ]
+    return outcomes if len({*ids}) == len(ids) else [*{outcome[0]: outcome for outcome in reversed(outcomes)}.values()]
 
 
-def check_outcome(outcome: str) -> str:
-    """An outcome goes into the results file as it is, so what is not sound becomes an error here."""
+def check_outcome(outcome: str) -> tuple[bool, bool, str]:
+    """Whether an outcome is ok, whether it is final, and its text for the results file. What is not sound becomes an error."""
     try:
-        if outcome.count("[") + outcome.count("{") > CONTAINER_LIMIT:
-            raise ValueError(f"it has more than {CONTAINER_LIMIT} lists and objects: write it to a file")
-        read_outcome(outcome)
-    except (StopIteration, ValueError, RecursionError) as error:
-        return format_error("ValueError", f"what the worker sent cannot be read: {error or 'it is no outcome'}")
-    return outcome
+        if outcome.count('"') + outcome.count("[") + outcome.count("{") > VALUE_LIMIT:
+            raise ValueError(f"it has more than {VALUE_LIMIT} strings, lists and objects: write it to a file")
+        error = load_outcome(outcome, scan_roughly)[1]
+    except ValueError as problem:
+        return False, False, format_outcome(format_error("ValueError", f"what the worker sent cannot be read: {problem}"))
+    final = bool(error and error.get("final"))
+    return error is None, final, outcome.replace("\r", " ").replace(FINAL + "}", "}", final)
 
 
-def read_outcome(outcome: str) -> tuple[Any, float | None]:
-    """The result or the error, and the seconds. Raises StopIteration, ValueError or RecursionError when it is no outcome."""
-    start = RESULT if outcome.startswith(RESULT) else ERROR
-    if not outcome.startswith(start):
-        raise ValueError("it has neither a result nor an error")
-    value, end = scan_json(outcome, len(start))
-    if not outcome.startswith(SECONDS, end) or (start == ERROR and not isinstance(value, dict)):
-        raise ValueError("it is not one value and the seconds")
-    seconds, last = scan_json(outcome, end + len(SECONDS))
-    if type(seconds) not in (int, float, type(None)) or last != len(outcome) or last - end > 40:
-        raise ValueError("it does not tell the seconds")
-    return value, seconds
-
-
-def format_error(kind: str, message: str, seconds: float | None = None) -> str:
-    """The outcome that is this error."""
-    return ERROR + json.dumps({"type": kind, "message": message, "traceback": ""}) + SECONDS + json.dumps(seconds)
-
-
-def load_outcome(task: Task) -> tuple[Any, Any, float | None]:
-    """The result, the error and the seconds of a task. If it cannot be read here, that is an error."""
+def load_outcome(outcome: str, scan: Callable[..., Any] = scan_json) -> tuple[Any, dict[str, Any] | None, Any, Any]:
+    """The result, the error, `started_at` and `seconds`. Raises ValueError when it is no outcome."""
     try:
-        value, seconds = read_outcome(task.outcome)
-    except (StopIteration, ValueError, RecursionError) as error:
-        return None, {"type": "ValueError", "message": f"the outcome cannot be read: {error}", "traceback": ""}, None
-    return (value, None, seconds) if task.ok else (None, value, seconds)
-
-
-def format_records(tasks: list[Task]) -> str:
-    """Lines of the results file, put together from JSON texts: those of workers were checked when they came."""
-    return "".join(
-        [
-            f'{{"id": {task.id}, "task": {task.text}, {task.outcome}, "worker": "{task.worker}", "attempts": {task.attempts}}}\n'
-            for task in tasks
-        ]
-    )
+        members, end = scan("{" + outcome + "}", 0)
+    except (StopIteration, RecursionError):
+        raise ValueError("it is no JSON, or nested too deeply") from None
+    if [*members][1:] != ["started_at", "seconds"] or end != len(outcome) + 2 or not outcome.startswith((RESULT, ERROR)):
+        raise ValueError("it is no outcome")
+    error, times = members.get("error"), (members["started_at"], members["seconds"])
+    if any(type(value) not in (int, float, type(None)) for value in times) or ("error" in members) != isinstance(error, dict):
+        raise ValueError("it has an error that is no object, or tells no time")
+    return members.get("result"), error, *times
 
 
 # ---- server --------------------------------------------------------------------------------------------------------
 
 
 class RequestConnection(PlainConnection):
-    """The server's end of a connection, and the two languages that are spoken there.
+    """The server's end of a connection: a worker sends text (see task_worker.py), a plain client pickles, as BaseManager does.
 
-    A worker of ours sends the words `QUEUE METHOD ARGUMENT ...` and a text, which is one argument more if it is not empty.
-    A plain client sends what BaseManager makes of a call: a pickle. Each is answered in its own language.
+    Each is answered in its own language.
     """
 
-    _pickles = False  # how the last request came
+    _large = threading.Lock()  # held by the connection that receives or serves a large message
+
+    def __init__(self, sock: socket.socket) -> None:
+        super().__init__(sock)
+        self.problem = ""  # why its last message was refused
+        self._pickles = False  # how the last request came
+        self.turn = contextlib.ExitStack()  # to be closed when the next large message may come
 
     def recv(self) -> Any:
         """The next (id, method, args, kwds). Raises EOFError for what is not plain data, ValueError for what is no request."""
+        self.turn.close()
         data = self.recv_bytes()
         self._pickles = data[:1] == pickle.PROTO  # which begins no text
         try:
             request = load_plain(data) if self._pickles else read_call(data)
         except Exception as error:
+            self.problem = f"it sent something that is not plain data ({error!r})"
             self.close()
-            raise EOFError(f"the peer sent something that is not plain data ({error!r})") from None
+            raise EOFError(self.problem) from None
         shape = [type(part) for part in request] if isinstance(request, tuple) else []
         if shape not in ([str, str, tuple, dict], [type(None), str, tuple, dict]):  # the server looks things up by it
             raise ValueError("this is no request")
+        if not hasattr(this_thread, "peer") and request[1] not in QueueServer.public:
+            raise ValueError("there is no such function")  # the base class relies on an assert for that
         return request
 
     def send(self, answer: tuple[str, Any]) -> None:
         """Send (kind, value), the kind `#RETURN` or that of an error; to a worker as a text, as JSON, or as nothing."""
+        self.turn.close()
         kind, value = answer
         if self._pickles:
             self.send_bytes(pickle.dumps(answer, 4))
-        elif value is None:
-            self.send_bytes(pack(kind + " none"))
-        elif isinstance(value, str):
-            self.send_bytes(pack(kind + " text", value))
+        elif value is None or isinstance(value, str):
+            self.send_bytes(pack(kind + " none") if value is None else pack(kind + " text", value))
         else:
             self.send_bytes(pack(kind + " json", json.dumps(value, default=repr)))
+
+    def send_bytes(self, *messages: bytes) -> None:
+        """As for any connection; the handshake says in this way that the key is not ours."""
+        if messages == (b"#FAILURE#",):
+            self.problem = OTHER_KEY
+        super().send_bytes(*messages)
+
+    def read(self, size: int) -> bytes:
+        """The next `size` bytes. Large messages come one at a time, so that they do not fill the memory, and must not dawdle."""
+        if size <= LARGE:
+            return super().read(size)
+        self.turn.enter_context(self._large)
+        silence_limit = self.sock.gettimeout()
+        pieces = []
+        while size:
+            self.deadline = time.monotonic() + LARGE_LIMIT
+            pieces.append(super().read(min(size, LARGE)))
+            size -= len(pieces[-1])
+        self.end_handshake(silence_limit)
+        return b"".join(pieces)
 
 
 def read_call(message: bytes) -> tuple[str, str, tuple[str, ...], dict[str, Any]]:
@@ -885,20 +731,18 @@ def read_call(message: bytes) -> tuple[str, str, tuple[str, ...], dict[str, Any]
     return name, method, (*arguments, text) if text else tuple(arguments), {}
 
 
-# The plain clients' pickles: what they may hold, and how much.
+# The plain clients' pickles: what they may hold.
 PLAIN_OPCODES = (
     "PROTO FRAME STOP MARK NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 BINFLOAT SHORT_BINUNICODE BINUNICODE "
     "BINUNICODE8 SHORT_BINBYTES BINBYTES BINBYTES8 EMPTY_LIST APPEND APPENDS EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 "
     "EMPTY_DICT SETITEM SETITEMS MEMOIZE BINPUT LONG_BINPUT BINGET LONG_BINGET"
 ).split()
-OBJECT_LIMIT = 200_000  # values in one of them; and outcomes in a worker's report
 
 
 class PlainUnpickler(pickle._Unpickler):
     """Reads a pickle that holds nothing but plain data: no opcode that imports, calls or sets attributes is known.
 
-    The documented way, refusing in `find_class`, would still let a peer make the C unpickler allocate gigabytes with
-    a few bytes (CPython issue 115952); this one keeps its memo in a dictionary. Workers, who need speed, send text.
+    To refuse in `find_class` is not enough: a few bytes can make the C unpickler allocate gigabytes (CPython issue 115952).
     """
 
     dispatch = {getattr(pickle, name)[0]: pickle._Unpickler.dispatch[getattr(pickle, name)[0]] for name in PLAIN_OPCODES}
@@ -920,11 +764,10 @@ class PlainUnpickler(pickle._Unpickler):
 
 def load_plain(data: bytes) -> Any:
     """The plain data in a pickle. Raises whatever comes when it is something else, or more than OBJECT_LIMIT objects."""
-    if len(data) > OBJECT_LIMIT:  # every object takes a byte at least, and many more in memory
-        import pickletools
+    import pickletools
 
-        if any(count > OBJECT_LIMIT for count, _ in enumerate(pickletools.genops(data))):
-            raise pickle.UnpicklingError("too many objects")
+    if len(data) > OBJECT_LIMIT and any(count > OBJECT_LIMIT for count, _ in enumerate(pickletools.genops(data))):
+        raise pickle.UnpicklingError("too many objects")  # each takes a byte at least, and many more in memory
     return PlainUnpickler(io.BytesIO(data)).load()
 
 
@@ -933,16 +776,15 @@ class PlainListener:
 
     def __init__(self, address: tuple[str, int], backlog: int = BACKLOG) -> None:
         family, *_, bound = socket.getaddrinfo(*address, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        self._socket = socket.create_server(bound[:2], family=family, backlog=max(backlog, BACKLOG))
+        both = address[0] == "::" and socket.has_dualstack_ipv6()
+        self._socket = socket.create_server(bound[:2], family=family, backlog=max(backlog, BACKLOG), dualstack_ipv6=both)
         self._socket.settimeout(LOOK_INTERVAL)  # close does not wake a thread that accepts
         self.address: tuple[str, int] = self._socket.getsockname()[:2]
+        self.close = self._socket.close
 
-    def accept(self) -> PlainConnection:
+    def accept(self) -> RequestConnection:
         """The next connection. Raises TimeoutError (an OSError) when there is none for LOOK_INTERVAL."""
         return RequestConnection(self._socket.accept()[0])
-
-    def close(self) -> None:
-        self._socket.close()
 
 
 managers.listener_client["plain"] = (PlainListener, None)  # type: ignore[attr-defined]
@@ -954,14 +796,14 @@ class QueueServer(managers.Server):
     public = ["dummy", "create", "accept_connection", "incref", "decref"]  # no shutdown, nothing to look around with
     fallback_mapping: dict[str, Any] = {}  # nor `#GETVALUE`, which would pickle the object itself
 
-    def __init__(self, registry: Any, address: Any, authkey: bytes, serializer: str) -> None:
+    def __init__(self, master: TaskMaster, registry: Any) -> None:
         self.listener: PlainListener
-        super().__init__(registry, address, authkey, serializer)
+        super().__init__(registry, master.address, master.authkey, "plain")
         self.stop_event = threading.Event()
-        self._lock = threading.Lock()
-        self._pending: dict[PlainConnection, None] = {}  # in the handshake, oldest first
-        self._open: set[PlainConnection] = set()
-        self._closed = threading.Condition(self._lock)  # notified when one is no longer open; awaited in `wait_closed`
+        self._master = master
+        self._pending: dict[RequestConnection, None] = {}  # in the handshake, oldest first
+        self._accepting = threading.Thread(target=self.accepter, daemon=True)
+        self.start = self._accepting.start  # in this process, so that the queues need not be pickled for a child
         # The objects live as long as the server, under the name of their type, so there are no references to count
         # (the counts of BaseManager can reach 0 while another client connects).
         for typeid, (make, exposed, *_) in registry.items():
@@ -975,26 +817,12 @@ class QueueServer(managers.Server):
 
     def decref(self, _conn: Any, ident: str) -> None: ...
 
-    def start(self, goodbye: Callable[[Peer], None], context: ssl.SSLContext | None) -> None:
-        """Accept connections, in a thread of this process, so that the queues need not be pickled for a child.
-
-        `goodbye` is called in the end of each, unless it ended before the peer had shown that it knows the key.
-        """
-        self._goodbye, self._context = goodbye, context
-        threading.Thread(target=self.accepter, daemon=True).start()
-
-    def wait_closed(self, timeout: float) -> None:
-        """Block until every peer has closed its connection, for `timeout` seconds at most."""
-        with self._lock:
-            self._closed.wait_for(lambda: not self._open, timeout)
-
     def stop(self) -> None:
-        """Close the port and every connection."""
+        """Close the port and every connection. Blocks until the port is free."""
         self.stop_event.set()
+        self._accepting.join()  # it holds the socket while it accepts
         self.listener.close()
-        with self._lock:
-            remaining = [*self._pending, *self._open]
-        for conn in remaining:
+        for conn in [*self._pending, *[peer.conn for peer in [*self._master.peers]]]:
             conn.close()
 
     def accepter(self) -> None:
@@ -1005,10 +833,8 @@ class QueueServer(managers.Server):
                 if not isinstance(error, socket.timeout):  # out of file descriptors, say
                     self.stop_event.wait(LOOK_INTERVAL)
                 continue
-            with self._lock:
-                self._pending[conn] = None
-                surplus = [*self._pending][:-PENDING_LIMIT]
-            for oldest in surplus:
+            self._pending[conn] = None
+            for oldest in [*self._pending][:-PENDING_LIMIT]:
                 self._forget(oldest)
             try:
                 threading.Thread(target=self.handle_request, args=(conn,), daemon=True).start()
@@ -1016,82 +842,84 @@ class QueueServer(managers.Server):
                 self._forget(conn)
 
     def handle_request(self, conn: Any) -> None:
-        """Serve a connection to its end, in a thread of its own; then drop what it held."""
+        """Serve a connection to its end, in a thread of its own; then the master's `goodbye` or `refuse` is called."""
+        host = ""
         try:
-            if self._context:
-                conn.secure(self._context, server_side=True)
+            host = conn.sock.getpeername()[0]
+            if self._master.context:
+                conn.secure(self._master.context, server_side=True)
             super().handle_request(conn)
-        except (SystemExit, OSError, EOFError):
+        except (SystemExit, EOFError):
             pass
+        except OSError as error:
+            conn.problem = explain_tls(error)
         finally:
-            if hasattr(_this_thread, "peer"):
-                self._goodbye(caller())
+            conn.turn.close()
             self._forget(conn)
+            if hasattr(this_thread, "peer"):
+                self._master._goodbye(this_thread.peer)
+            elif conn.problem:
+                self._master._refuse(host, conn.problem)
 
     def accept_connection(self, conn: Any, name: str) -> None:
         """The handshake is done, and the peer stays: `name` is what it calls itself."""
-        with self._lock:
-            self._pending.pop(conn, None)
-            self._open.add(conn)
         host = conn.sock.getpeername()[0]
         name = re.sub(r"[^!-~]|[\"\\]", "?", str(name)[:100])  # it goes into records and onto terminals
-        _this_thread.peer = Peer(name if "/" in name else f"{host}/{name}", conn)
-        conn.settle(None)  # a plain client may be silent while it works; only the system's keepalive watches it
-        super().accept_connection(conn, name)
+        this_thread.peer = Peer(name if "/" in name else f"{host}/{name}", conn)
+        self._master.peers.add(this_thread.peer)
+        self._pending.pop(conn, None)
+        conn.end_handshake(None)  # a plain client may be silent while it works; only the system's keepalive watches it
+        conn.send(("#RETURN", self._master.run_id))
+        self.serve_client(conn)
 
-    def _forget(self, conn: PlainConnection) -> None:
-        with self._lock:
-            self._pending.pop(conn, None)
-            self._open.discard(conn)
-            self._closed.notify_all()
+    def _forget(self, conn: RequestConnection) -> None:
+        self._pending.pop(conn, None)
         conn.close()
 
 
-class QueueManager(managers.BaseManager):
-    """The tutorial's manager; each master makes a class of its own from it, to register its own two queues."""
+def explain_tls(error: OSError) -> str:
+    """Why the handshake of TLS failed, if the peer is at fault and not the network."""
+    reason = str(getattr(error, "reason", None) or "")
+    if reason in ("HTTP_REQUEST", "WRONG_VERSION_NUMBER", "UNEXPECTED_MESSAGE", "RECORD_LAYER_FAILURE"):
+        return "it does not speak TLS: start it with --tls, or both with --no-tls"
+    return OTHER_KEY if "BINDER" in reason or "DECRYPT" in reason else ""
 
-    def get_server(self) -> QueueServer:
-        return QueueServer(self._registry, self._address, self._authkey, self._serializer)  # type: ignore[attr-defined]
 
-
-def make_server(master: TaskMaster, address: tuple[str, int], authkey: bytes) -> QueueServer:
+def make_server(master: TaskMaster) -> QueueServer:
     """Bind the port. Raises Failure when that cannot be."""
 
-    class Manager(QueueManager):
-        pass
+    class QueueManager(managers.BaseManager):
+        """The tutorial's manager: a class for each master, since each registers its own two queues."""
 
-    tasks, results = TaskQueue(master), ResultQueue(master)
-    Manager.register("get_task_queue", callable=lambda: tasks, exposed=TaskQueue.exposed)
-    Manager.register("get_result_queue", callable=lambda: results, exposed=ResultQueue.exposed)
+        def get_server(self) -> QueueServer:
+            return QueueServer(master, self._registry)  # type: ignore[attr-defined]
+
+    QueueManager.register("get_task_queue", lambda: TaskQueue(master), exposed=TaskQueue.exposed)
+    QueueManager.register("get_result_queue", lambda: ResultQueue(master), exposed=ResultQueue.exposed)
     try:
-        return Manager(address, authkey, serializer="plain").get_server()
+        return QueueManager().get_server()
     except OSError as error:
         hint = "is --host one of this machine?"
         if error.errno == errno.EADDRINUSE:
             error.strerror = os.strerror(error.errno)  # without what Python adds
             hint = "stop what listens there, on macOS perhaps AirPlay Receiver, or choose another --port"
-        raise Failure(f"cannot listen on {show_address(address)}: {explain_error(error)} ({hint})", 3) from None
+        raise Failure(f"cannot listen on {show_address(master.address)}: {explain_error(error)} ({hint})", 3) from None
 
 
-# ---- input and output ----------------------------------------------------------------------------------------------
+# ---- input ---------------------------------------------------------------------------------------------------------
 
 
-def refuse_constant(name: str) -> Any:
-    raise ValueError(f"{name} is not JSON")
+class BadTask(list[str]):
+    """A batch of one task that cannot be one: its line as a JSON string, and what is wrong with it."""
 
-
-# The scanner that json.loads calls: a third of the time, without what stands around it there.
-scan_json = json.JSONDecoder(parse_constant=refuse_constant).scan_once  # type: ignore[attr-defined]
+    def __init__(self, text: str, problem: str) -> None:
+        super().__init__([text])
+        self.problem = problem
 
 
 def check_json(text: str) -> str:
-    """The JSON text of one value, without the white space around it. Raises ValueError when it is none."""
-    try:
-        if scan_json(text, 0)[1] == len(text):
-            return text
-    except (StopIteration, ValueError, RecursionError):
-        pass
-    text = text.strip(" \t\r\n")
+    """The JSON text of one value, on one line and without the white space around it. Raises ValueError when it is none."""
+    text = text.strip(" \t\r\n").replace("\r", " ").replace("\n", " ")  # which a string cannot have
     try:
         json.loads(text, parse_constant=refuse_constant)
     except json.JSONDecodeError as error:
@@ -1103,15 +931,12 @@ def check_json(text: str) -> str:
 
 
 def parse_line(line: bytes, as_text: bool) -> str:
-    """The JSON text of the task on a line, "" when it is blank. Raises ValueError."""
-    if len(line) > TEXT_LIMIT:
-        raise ValueError(f"the task has {len(line)} bytes or more, at most {TEXT_LIMIT} are possible: put a path there instead")
-    if not line.strip():
-        return ""
-    if not as_text:
-        return check_json(line.decode("utf-8"))
-    text = json.dumps(line.rstrip(b"\r").decode("utf-8", "surrogateescape"))
-    return parse_line(text.encode(), False) if len(text) > TEXT_LIMIT else text  # it may have grown too long
+    """The JSON text of the task on a line. Raises ValueError."""
+    text = json.dumps(line.decode("utf-8", "surrogateescape")) if as_text else ""
+    if len(line) > TEXT_LIMIT or len(text) > TEXT_LIMIT:
+        size = max(len(line), len(text))
+        raise ValueError(f"the task has {size} bytes or more, at most {TEXT_LIMIT} are possible: put a path there instead")
+    return text or check_json(line.decode("utf-8"))
 
 
 def parse_plain_lines(lines: list[bytes]) -> list[str]:
@@ -1121,191 +946,273 @@ def parse_plain_lines(lines: list[bytes]) -> list[str]:
         ends = [end for _, end in map(scan_json, texts, itertools.repeat(0))]
     except (ValueError, RecursionError):
         return []
-    return texts if ends == [*map(len, texts)] and max(ends) <= TEXT_LIMIT else []
+    return texts if ends == [*map(len, texts)] and max(ends) <= TEXT_LIMIT and b"\r" not in b"".join(lines) else []
 
 
-def read_tasks(descriptor: int, name: str, as_text: bool, results: ResultsFile | None) -> Iterator[list[str]]:
-    """The tasks of a stream of lines, in batches as they arrive; "" for those that have a record in `results`.
-
-    Raises Failure at a bad line, after the tasks before it.
-    """
-    number = task_id = 0
-    for lines in read_lines(descriptor, name):
-        tasks = [] if as_text or results else parse_plain_lines(lines)
-        number, task_id = number + len(tasks), task_id + len(tasks)
-        for line in lines[len(tasks) :]:
-            number += 1
+def read_tasks(descriptor: int, name: str, as_text: bool, null: bool) -> Iterator[list[str]]:
+    """The tasks of a stream, in batches as they arrive. Raises Failure when the first one is bad: the format is wrong."""
+    number = count = 0  # lines and tasks so far
+    for lines in read_lines(descriptor, name, b"\0" if null else b"\n"):
+        if not number:
+            lines[0] = lines[0].removeprefix(b"\xef\xbb\xbf")  # a byte order mark
+            if not null and (b"\0" in lines[0] or lines[0].startswith((b"\xff\xfe", b"\xfe\xff"))):
+                raise Failure(f"{name}: it has zero bytes, as UTF-16 has: convert it to UTF-8, or use -0 if they end the tasks")
+        tasks = [] if as_text else parse_plain_lines(lines)
+        for line_number, line in enumerate(lines[len(tasks) :], number + len(tasks) + 1):
             try:
-                task = parse_line(line, as_text)
-                if task:
-                    tasks.append("" if results and results.has(task_id, task) else task)
-                    task_id += 1
+                if line if null else line.strip():
+                    tasks.append(parse_line(line if null else line.removesuffix(b"\r"), as_text))
             except ValueError as error:
+                if not count and not tasks:
+                    raise Failure(f"{name}, line {line_number}: {error}") from None
                 yield tasks
-                raise Failure(f"{name}, line {number}: {error}") from None
-            except Refusal as refusal:
-                raise Refusal(f"{name}, line {number}: {refusal}") from None
+                text = json.dumps(line[:LARGE].decode("utf-8", "surrogateescape"))
+                yield BadTask(text, f"{name}, line {line_number}: {error}")
+                count, tasks = count + len(tasks) + 1, []
+        number, count = number + len(lines), count + len(tasks)
         yield tasks
-    if results and task_id < len(results.kept):
-        raise Refusal(f"{name}: the results file {results.path} belongs to other tasks, it has more than these {task_id}")
 
 
-def read_lines(descriptor: int, name: str) -> Iterator[list[bytes]]:
-    """Lines without their end, in batches as they arrive; a line that is too long comes cut, with what was read of it.
+def skip_recorded(batches: Iterable[list[str]], results: ResultsFile) -> Iterator[list[str]]:
+    """The tasks with "" for each that has a record already. Raises Refusal when these are not the tasks of the records."""
+    task_id = 0
+    for tasks in batches:
+        for position, text in enumerate(tasks):
+            if results.has(task_id + position, text):
+                tasks[position] = ""
+        yield tasks
+        task_id += len(tasks)
+    if task_id < results.least:
+        raise Refusal(f"the results file {results.path} belongs to other tasks: it has more than these {task_id}")
 
-    Read from the descriptor, since a thread that waits in sys.stdin.buffer would crash the interpreter at its end.
-    Raises Failure.
+
+def read_lines(descriptor: int, name: str, end: bytes) -> Iterator[list[bytes]]:
+    """Lines without their end, in batches as they arrive; one that is too long comes cut, as far as it was read. Raises Failure.
+
+    From the descriptor, since a thread that waits in sys.stdin.buffer would crash the interpreter at its end.
     """
-    rest: list[bytes] = []
-    size = 0
+    rest = bytearray()
+    skipping = False  # what comes is the rest of a line that was too long
     try:
-        while chunk := os.read(descriptor, 1 << 16):
-            rest.append(chunk)
-            size += len(chunk)
-            if b"\n" in chunk or size > TEXT_LIMIT:
-                *lines, last = b"".join(rest).split(b"\n")
+        while chunk := os.read(descriptor, 1 << 18):
+            if skipping:
+                _, found, chunk = chunk.partition(end)
+                skipping = not found
+            rest += chunk
+            if end in chunk or len(rest) > TEXT_LIMIT:
+                *lines, last = bytes(rest).split(end)
                 if len(last) > TEXT_LIMIT:
-                    lines, last = [*lines, last], b""
-                rest, size = [last], len(last)
+                    lines, last, skipping = [*lines, last], b"", True
+                rest = bytearray(last)
                 yield lines
     except OSError as error:
         raise Failure(f"cannot read {name}: {explain_error(error)}") from None
-    if size:
-        yield [b"".join(rest)]
+    if rest:
+        yield [bytes(rest)]
+
+
+# ---- output --------------------------------------------------------------------------------------------------------
 
 
 class Refusal(Failure):
     """The input is not the one that it should be: the job does not even finish what was read."""
 
 
-class ResultsFile:
-    """The records, appended one line each: the memory of the job.
+# Records as they were written, of tasks that are whole numbers or strings without escapes; and the beginning of any record.
+find_plain_records = re.compile(
+    r'^\{"id": ([0-9]{1,15}), "task": (-?[0-9]+|"[^"\\\n]*"), "(?:(result)|error)": .*\}$', re.MULTILINE
+).findall
+match_record = re.compile(r'\{"id": ([0-9]{1,15}), "task": ').match
 
-    Raises Failure when the file cannot be used.
-    """
+
+class ResultsFile:
+    """The records, appended one line each: the memory of the job. Raises Failure when the file cannot be used."""
 
     def __init__(self, path: str, resume: bool) -> None:
-        self.path = os.path.realpath(path)
-        self._dirty = False  # it has lines that are not kept; they stay until there is something to write
-        self.kept = array.array("Q")  # by task id: 0, or the digest of a task that need not run again
-        try:
-            self._open()
-            size = os.fstat(self._fd).st_size
-            if size and not resume:
-                raise Failure(f"the results file {path} is not empty: name another, or carry on with --resume")
-            if size:
-                self._resume()
-        except OSError as error:
-            raise Failure(f"cannot write the results file {path}: {explain_error(error)} (name one that can be made)") from None
+        self._given = self.path = path
+        self._offsets = array.array("q")  # by task id: where its last record begins, -1 where there is none
+        self._tasks = array.array("q")  # by task id: the hash of the task, 0 for one that is to run
+        self._stale = array.array("q")  # where lines begin that are blank, or replaced by a later record
+        self._end = 0  # of what was there before
         self._unsynced_since: float | None = None
+        with self._explaining(2):
+            self._open()
+            if self.regular and os.fstat(self._fd).st_size:
+                if not resume:
+                    raise Failure(f"the results file {path} is not empty: name another, or carry on with --resume")
+                self._load()
+        self.least = max((task_id + 1 for task_id, task in enumerate(self._tasks) if task), default=0)  # tasks of the job
+        self.kept = len(self._tasks) - self._tasks.count(0)  # how many tasks have a result
+        self.repeated = len(self._tasks) - self._offsets.count(-1) - self.kept  # how many tasks failed, and run again
+
+    @contextlib.contextmanager
+    def _explaining(self, status: int = 1) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            hint = "a result that is missing there was not acknowledged, --resume runs it again"
+            raise Failure(f"cannot write the results file {self._given}: {explain_error(error)} ({hint})", status) from None
+
+    def _open(self) -> None:
+        """Open and lock the file. Raises OSError, Failure."""
+        flags = os.O_APPEND | os.O_CREAT | getattr(os, "O_BINARY", 0)
+        self.regular = not os.path.exists(self._given) or os.path.isfile(self._given)
+        self._fd = os.open(self._given, flags | (os.O_RDWR if self.regular else os.O_WRONLY), 0o666)
+        if self.regular:
+            self.path = os.path.realpath(self._given)
+            lock_file(self._fd, self._given)
+            if self._was_replaced():  # between the opening and the locking, by a master that has finished
+                os.close(self._fd)
+                self._open()
+
+    def _was_replaced(self) -> bool:
+        """Whether the path leads to another file by now, or to none."""
+        try:
+            return not os.path.samestat(os.stat(self.path), os.fstat(self._fd))
+        except FileNotFoundError:
+            return True
 
     def write(self, tasks: list[Task]) -> None:
-        """Append the records of tasks; when this returns, they survive the end of this process. Raises OSError."""
-        data = memoryview(format_records(tasks).encode("utf-8", "replace"))
-        if self._dirty:
-            self._rewrite(choose_results)
-            self._dirty = False
-        while data:
-            data = data[os.write(self._fd, data) :]
+        """Append the records of tasks; when this returns, they survive the end of this process. Raises Failure."""
+        data = format_records(tasks).encode("utf-8", "replace")
+        with self._explaining():
+            write_all(data, self._fd)
         self._unsynced_since = self._unsynced_since or time.monotonic()
 
     def sync(self, interval: float = SYNC_INTERVAL) -> None:
-        """Make what was written survive a power cut, if it has waited for `interval` seconds. Raises OSError."""
+        """Make what was written survive a power cut, if it has waited for `interval` seconds. Raises Failure."""
         since = self._unsynced_since
-        if since and self._regular and time.monotonic() - since >= interval:
+        if since and self.regular and time.monotonic() - since >= interval:
             self._unsynced_since = None
-            os.fsync(self._fd)
+            with self._explaining():
+                os.fsync(self._fd)
+        if self.regular and self._was_replaced():
+            raise Failure(f"the results file {self._given} was removed or replaced while the job ran: its records are lost", 1)
 
-    def close(self) -> None:
-        self.sync(0.0)
-        os.close(self._fd)
-
-    def _open(self) -> None:
-        self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0), 0o666)
-        self._regular = stat.S_ISREG(os.fstat(self._fd).st_mode)
-        if self._regular:
-            lock_file(self._fd, self.path)
-
-    def _resume(self) -> None:
-        """Note the records that succeeded."""
-        with open(self.path, "rb") as old:
-            for number, line in enumerate(old, 1):
-                try:
-                    record = load_record(line.decode()) if line.endswith(b"\n") else {}  # {}: it is torn
-                except ValueError:
-                    raise Failure(f"{self.path}, line {number}: this is not a record, so it cannot be resumed") from None
-                if "result" in record:
-                    self.kept.extend([0] * (record["id"] + 1 - len(self.kept)))
-                    self.kept[record["id"]] = digest_task(record["task"])
+    def _load(self) -> None:
+        """Note which tasks have a result, and cut off a torn end. Raises OSError, Failure."""
+        number = 1
+        torn = b""
+        with open(self._fd, "rb", closefd=False, buffering=1 << 20) as file:
+            while lines := file.readlines(1 << 20):
+                if not lines[-1].endswith(b"\n"):
+                    torn = lines.pop()
+                *offsets, self._end = itertools.accumulate(map(len, lines), initial=self._end)
+                text = b"".join(lines).decode("utf-8", "replace")
+                plain = find_plain_records(text)
+                ids = [int(task_id) for task_id, _, _ in plain]
+                if len(ids) == len(lines) == text.count('{"id": ') and max(ids, default=0) - len(self._offsets) < GAP_LIMIT:
+                    self._note(ids, offsets, [hash(task) or 1 if result else 0 for _, task, result in plain])
                 else:
-                    self._dirty = True
+                    for position, line in enumerate(lines):
+                        self._load_line(number + position, offsets[position], line)
+                number += len(lines)
+        if torn.lstrip()[:1] not in (b"", b"{", b"\0"):
+            self._load_line(number, self._end, torn)  # it was no record
+        os.ftruncate(self._fd, self._end)
 
-    def sort(self) -> None:
-        """Put the records in the order of their ids. Raises OSError."""
-        self._rewrite(sort_records)
+    def _load_line(self, number: int, offset: int, line: bytes) -> None:
+        if not line.strip():
+            return self._stale.append(offset)
+        try:
+            task_id, text, ok = read_record(line.decode())
+            return self._note([task_id], [offset], [hash(text) or 1 if ok else 0])
+        except (ValueError, RecursionError, StopIteration):
+            remedy = "mend or remove that line, or name another file"
+            raise Failure(f"{self._given}, line {number}: this is no record of a job ({remedy})") from None
 
-    def _rewrite(self, choose: Callable[[BinaryIO], Iterator[bytes]]) -> None:
-        """Write the file anew with the lines that are chosen; it stays locked until the new one is."""
-        with open(self.path, "rb") as old, open(self.path + ".new", "wb") as new:
-            new.writelines(choose(old))
-            new.flush()
-            os.fsync(new.fileno())
-        shutil.copymode(self.path, new.name)
-        locked = self._fd
-        os.replace(new.name, self.path)
-        self._open()
-        os.close(locked)
+    def _note(self, ids: list[int], offsets: list[int], hashes: list[int]) -> None:
+        """Remember where the last record of each task is, and the hash of one that is not to run, else 0. Raises ValueError."""
+        known, tasks = self._offsets, self._tasks
+        missing = max(ids, default=0) + 1 - len(known)
+        if min(ids, default=0) < 0 or missing > GAP_LIMIT:
+            raise ValueError("no job leaves such a gap")
+        known.extend(array.array("q", [-1]) * missing)
+        tasks.extend(array.array("q", [0]) * missing)
+        for task_id, offset, task in zip(ids, offsets, hashes):
+            if known[task_id] >= 0:
+                self._stale.append(known[task_id])
+            known[task_id], tasks[task_id] = offset, task
 
     def has(self, task_id: int, text: str) -> bool:
-        """Whether a task has a record that is kept. Raises Refusal when that is of another task."""
-        if task_id >= len(self.kept) or not self.kept[task_id]:
+        """Whether a task has a result that is kept. Raises Refusal when that is of another task."""
+        if task_id >= len(self._tasks) or not self._tasks[task_id]:
             return False
-        if self.kept[task_id] != digest_task(json.loads(text)):
-            raise Refusal(f"the results file {self.path} belongs to other tasks, its task {task_id} is not {text[:60]}")
+        if self._tasks[task_id] != (hash(text) or 1):  # it may have another spelling
+            with open(self.path, "rb") as file:
+                file.seek(self._offsets[task_id])
+                recorded = read_record(file.readline().decode())[1]
+            if json.dumps(json.loads(recorded), sort_keys=True) != json.dumps(json.loads(text), sort_keys=True):
+                raise Refusal(f"the results file {self._given} belongs to other tasks: its task {task_id} is not {text[:60]}")
         return True
 
+    def finish(self, ordered: bool) -> None:
+        """Put the lines in order, if wanted, without those that a later record has replaced; close the file. Raises Failure."""
+        self.sync(0.0)
+        if self.regular and (ordered or self.repeated or self._stale):
+            try:
+                self._rewrite(ordered)
+            except OSError as error:
+                say(f"cannot put {self._given} in order: {explain_error(error)} (it has all records, the last of an id counts)")
+        os.close(self._fd)
 
-def choose_results(lines: BinaryIO) -> Iterator[bytes]:
-    """All but the records that failed, and a torn last line."""
-    return (line for line in lines if line.endswith(b"\n") and "result" in load_record(line.decode()))
+    def _rewrite(self, ordered: bool) -> None:
+        """Copy the last record of each task into a new file, which then takes the place of the old one. Raises OSError."""
+        path = f"{self.path}.{random.getrandbits(64):x}"
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o600)
+        try:
+            with open(fd, "wb", buffering=1 << 20) as new, open(self.path, "rb", buffering=1 << 20) as old:
+                new.writelines(self._choose_lines(old, ordered))
+                new.flush()
+                os.fsync(fd)
+            status = os.fstat(self._fd)
+            if hasattr(os, "chown"):
+                os.chown(path, status.st_uid, status.st_gid)
+            os.chmod(path, stat.S_IMODE(status.st_mode))
+            os.replace(path, self.path)
+        except BaseException:
+            os.unlink(path)
+            raise
+
+    def _choose_lines(self, file: BinaryIO, ordered: bool) -> Iterator[bytes]:
+        """The last record of each task, in the order of the ids if wanted."""
+        offset = file.seek(self._end)
+        for line in itertools.takewhile(lambda line: line.endswith(b"\n"), file):
+            self._note([int(line[7 : line.index(b",")])], [offset], [1])
+            offset += len(line)
+        for offset in self._offsets if ordered else ():
+            if offset >= 0:
+                file.seek(offset)
+                yield file.readline()
+        stale = {*self._stale}
+        offset = file.seek(0)
+        for line in () if ordered else file:
+            if offset not in stale and line.endswith(b"\n"):  # a full disk may have torn the last one
+                yield line
+            offset += len(line)
 
 
-def sort_records(lines: BinaryIO) -> Iterator[bytes]:
-    """The records in the order of their ids."""
-    offsets = array.array("q")  # by task id; -1 where there is no record
-    offset = 0
-    for line in lines:
-        task_id = int(line[7 : line.index(b",")])
-        offsets.extend([-1] * (task_id + 1 - len(offsets)))
-        offsets[task_id] = offset
-        offset += len(line)
-    for offset in offsets:
-        if offset >= 0:
-            lines.seek(offset)
-            yield lines.readline()
+def read_record(line: str) -> tuple[int, str, bool]:
+    """The id, the task as JSON text, and whether there is a result. Raises ValueError or RecursionError for what is no record."""
+    match = match_record(line)
+    if match:
+        end = scan_json(line, match.end())[1]
+        ok = line.startswith(f", {RESULT}", end)
+        if (ok or line.startswith(f", {ERROR}", end)) and line.rstrip().endswith("}") and line.count('{"id": ') == 1:
+            return int(match[1]), line[match.end() : end], ok
+    record = json.loads(line)  # it was written by another program
+    if not isinstance(record, dict) or type(record.get("id")) is not int or "task" not in record:
+        raise ValueError("no record")
+    return record["id"], json.dumps(record["task"]), "result" in record
 
 
-def load_record(line: str) -> dict[str, Any]:
-    """A record; but for a result that is nested too deeply, None stands for it. Raises ValueError when it is none."""
-    try:
-        record = json.loads(line)
-    except RecursionError:
-        start = re.match(r'\{"id": (\d+), "task": ', line)
-        if not start:
-            raise ValueError("not a record") from None
-        task, end = scan_json(line, start.end())
-        record = {"id": int(start.group(1)), "task": task, "result" if line.startswith(', "result": ', end) else "error": None}
-    if not isinstance(record, dict) or not isinstance(record.get("id"), int) or "task" not in record:
-        raise ValueError("not a record")
-    return record
-
-
-def digest_task(value: Any) -> int:
-    """64 bits that stand for a task, however it was written; never 0."""
-    import hashlib  # here, as it would take its time at each start
-
-    text = json.dumps(value, sort_keys=True)
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") or 1
+def format_records(tasks: list[Task]) -> str:
+    """Lines of the results file, put together from JSON texts: those of workers were checked when they came."""
+    lines = [
+        f'{{"id": {task.id}, "task": {task.text}, {task.outcome}, "worker": "{task.worker}", "attempts": {task.attempts}}}\n'
+        for task in tasks
+    ]
+    return "".join(lines)
 
 
 def lock_file(fd: int, path: str) -> None:
@@ -1320,8 +1227,10 @@ def lock_file(fd: int, path: str) -> None:
             import fcntl
 
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise Failure(f"the results file {path} is being written by another master: name another") from None
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL):
+            raise Failure(f"the results file {path} is being written by another master: name another") from None
+        say(f"cannot lock {path}: {explain_error(error)} (see that no other master writes there)")
 
 
 def show_value(text: str) -> str:
@@ -1332,54 +1241,80 @@ def show_value(text: str) -> str:
 class Printer:
     """The lines on standard output, in the tutorial's words."""
 
-    _tried = False
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._heading = ["Try get results...\n"]  # printed once: when all tasks are put, or before the first result
 
-    def put(self, batches: Iterator[list[str]]) -> Iterator[list[str]]:
+    def put(self, batches: Iterable[list[str]]) -> Iterator[list[str]]:
         """The tasks, each said before it can be leased."""
         for texts in batches:
-            console.write("".join([f"Put task {show_value(text)}...\n" for text in texts]))
+            print_text("".join([f"Put task {show_value(text)}...\n" for text in texts]), sys.stdout.encoding)
             yield texts
-        self._try_get()
-
-    def _try_get(self) -> None:
-        """Said once: when all tasks are put, or before the first result."""
-        with console:
-            if not self._tried:
-                console.write("Try get results...\n")
-            self._tried = True
+        self.write([])
 
     def write(self, tasks: list[Task]) -> None:
         """The results; errors are told on standard error."""
-        self._try_get()
-        texts = [task.outcome[len(RESULT) :].rpartition(SECONDS)[0] for task in tasks if task.ok]
-        console.write("".join([f"Result: {show_value(text)}\n" for text in texts]))
+        texts = [task.outcome[len(RESULT) :].rpartition(', "started_at": ')[0] for task in tasks if task.ok]
+        lines = [f"Result: {show_value(text)}\n" for text in texts]
+        with self._lock:
+            print_text("".join([*self._heading, *lines]), sys.stdout.encoding)
+            self._heading = []
 
 
-class Sequencer:
-    """Passes settled tasks on in the order of their ids, and holds leasing back while too many wait for their turn."""
+def print_text(text: str, encoding: str = "utf-8") -> None:
+    """Whole lines on standard output; what the encoding does not have is shown as an escape. Raises Failure."""
+    try:
+        console.write(text.encode(encoding, "backslashreplace"), 1)
+    except OSError as error:
+        raise Failure(f"cannot write to standard output: {explain_error(error)}", 1) from None
 
-    def __init__(self, ledger: Ledger, sink: Sink, kept: Sequence[int]) -> None:
-        self._ledger, self._sink, self._kept = ledger, sink, kept
-        self._waiting: dict[int, Task] = {}
-        self._size = 0  # characters that wait
-        self._next = 0
-        self._pass_on()
 
-    def write(self, tasks: list[Task]) -> None:
-        self._waiting.update([(task.id, task) for task in tasks])
-        self._size += sum([len(task.outcome) for task in tasks])
-        self._pass_on()
+# ---- workers that the master starts --------------------------------------------------------------------------------
 
-    def _pass_on(self) -> None:
-        tasks: list[Task] = []
-        while self._next in self._waiting or (self._next < len(self._kept) and self._kept[self._next]):
-            if self._next in self._waiting:
-                tasks.append(self._waiting.pop(self._next))
-            self._next += 1
-        self._size -= sum([len(task.outcome) for task in tasks])
-        if tasks:
-            self._sink(tasks)
-        self._ledger.set_horizon(self._next + (WINDOW if self._size < WINDOW_BYTES else 1))
+
+class LocalWorker:
+    """The task_worker.py beside this file, run on this host for as long as the job lasts."""
+
+    def __init__(self, master: TaskMaster, processes: int, arguments: list[str]) -> None:
+        self._master = master
+        self._command = [sys.executable, WORKER_FILE, "--processes", str(processes), *arguments]
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Start the process, with the key in its environment; it ends with its standard input, so with this process.
+
+        What it prints goes to our standard error. When it ends, `replace_worker` is called.
+        """
+        host, port = self._master.address
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+        self._process = subprocess.Popen(
+            [*self._command, "--host", host, "--port", str(port)],
+            env={**os.environ, "TASK_AUTHKEY": os.fsdecode(self._master.authkey), "TASK_RUN": self._master.run_id},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE if console.is_terminal else 2,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # Ctrl-C in the terminal is for the master, which then drains
+        )
+        threading.Thread(target=self._watch, args=(self._process,), daemon=True).start()
+
+    def _watch(self, process: subprocess.Popen[bytes]) -> None:
+        """Pass on what it prints, so that it does not run into the progress; then see how it ended."""
+        while process.stdout and (line := process.stdout.readline(1 << 16)):
+            console.write(line)
+        with process:
+            status = process.wait()
+        self._master._replace_worker(self, status)
+
+    def stop(self, grace: float) -> None:
+        """Give it `grace` seconds to leave by itself; then end it with all that it has started."""
+        if self._process and self._process.stdin:
+            end, kill = self._process.stdin.close, self._process.kill
+            timers = [threading.Timer(grace, end), threading.Timer(grace + WORKER_GRACE, kill)]
+            for timer in timers:
+                timer.start()
+            self._process.wait()  # with a timeout it would look only every 50 ms
+            for timer in timers:
+                timer.cancel()
 
 
 # ---- master --------------------------------------------------------------------------------------------------------
@@ -1391,27 +1326,34 @@ class Record(NamedTuple):
     id: int
     task: Any
     result: Any
-    error: dict[str, str] | None
+    error: dict[str, Any] | None
+    started_at: float | None
     seconds: float | None
     worker: str
     attempts: int
 
     @property
     def ok(self) -> bool:
+        """Whether the task has a result."""
         return self.error is None
 
 
-class WorkerStats:
-    """What the summary says of a worker."""
+class Host:
+    """What the summary says of the workers on a host."""
 
     def __init__(self) -> None:
-        self.slots = self.processes = self.tasks = 0  # connected now, at most, with an outcome
+        self.slots: collections.Counter[str] = collections.Counter()  # connected now, by worker
+        self.processes = 0  # connected at most
+        self.runs = self.failed = 0  # outcomes, and those that were errors
         self.busy = self.connected = 0.0  # seconds, of all slots together
 
     def describe(self) -> str:
-        share = f", {min(1.0, self.busy / self.connected):.0%} busy" if self.connected else ""
-        tasks = count_things(self.tasks, "task")
-        return f"{count_things(self.processes, 'process')}, {tasks}{share}" if self.processes else tasks
+        """`4 processes, 120 runs, 3 failed, 97 % busy`."""
+        parts = [count_things(self.processes, "process")] if self.processes else []
+        parts += [count_things(self.runs, "run"), f"{self.failed} failed"]
+        if self.connected:
+            parts.append(f"{100 * min(1.0, self.busy / self.connected):.0f} % busy")
+        return ", ".join(parts)
 
 
 def count_things(number: int, noun: str) -> str:
@@ -1419,59 +1361,12 @@ def count_things(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}{'es' if noun.endswith('s') else 's'}"
 
 
-class LocalWorker:
-    """The task_worker.py beside this file, run on this host for as long as the job lasts."""
-
-    def __init__(self, processes: int, what: list[str]) -> None:
-        if not os.path.exists(WORKER_FILE):
-            raise Failure(f"--workers needs task_worker.py beside this file: copy it to {os.path.dirname(WORKER_FILE)}")
-        self._command = [sys.executable, WORKER_FILE, "--processes", str(processes), "--wait", "5", *what]
-        self._process: subprocess.Popen[bytes] | None = None
-
-    def start(self, address: tuple[str, int], authkey: bytes) -> None:
-        """Start the process. The key travels in its environment; what it prints goes to our standard error."""
-        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(address[0], address[0])
-        self._process = subprocess.Popen(
-            [*self._command, "--host", host, "--port", str(address[1])],
-            env={**os.environ, "TASK_AUTHKEY": os.fsdecode(authkey)},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE if console.is_terminal else 2,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,  # Ctrl-C in the terminal is for the master, which then drains
-        )
-        if self._process.stdout:
-            threading.Thread(target=self._relay, args=(self._process.stdout,), daemon=True).start()
-
-    def _relay(self, stream: Any) -> None:
-        """Write what it prints so that it does not run into the line of progress."""
-        for line in stream:
-            with console:
-                write_error(line.decode("utf-8", "replace"))
-
-    def status(self) -> int | None:
-        """Its exit status; None while it runs."""
-        return self._process.poll() if self._process else None
-
-    def kill(self) -> None:
-        """Kill it; its children see that and end, too."""
-        if self._process:
-            self._process.kill()
-
-    def stop(self, grace: float) -> None:
-        """Give it `grace` seconds to leave by itself."""
-        if self._process:
-            timer = threading.Timer(grace, self._process.kill)
-            timer.start()
-            self._process.wait()  # with a timeout it would look but every 50 ms
-            timer.cancel()
-
-
 class TaskMaster:
-    """A task farm: the queues, their server, and local workers if wanted; a context manager.
+    """A task farm: the queues, their server, and workers if wanted; a context manager.
 
-    `port` 0 takes a free one (`address` tells which). Without an `authkey` the key comes from where the command line
-    finds it. `workers`, `function` and the limits are those of the command line; `quiet` is for the local workers; `log`
-    is called with each line about workers, retries and failures. Raises Failure when it cannot start.
+    The arguments are those of the command line, but `authkey` is the key itself; without it the key is looked for as there.
+    `port` 0 takes a free one (`address` tells which). `quiet` is for the local workers; `log` is called with each line about
+    workers, retries and failures. Raises Failure when it cannot start.
     """
 
     def __init__(
@@ -1485,37 +1380,51 @@ class TaskMaster:
         command: str | None = None,
         timeout: float | None = None,
         retries: int = 0,
+        retry_delay: float = 0.0,
         redeliveries: int = 2,
         max_failures: int | None = None,
-        batch: int | None = None,
-        tls: bool = False,
+        tasks_per_process: int | None = None,
+        tls: bool | None = None,
         quiet: bool = True,
         log: Callable[[str], None] = lambda text: None,
     ) -> None:
-        self.address = (host, port)
-        self.timeout = timeout
+        given = locals()
+        checked = {name: check_argument(name, given[name], kind) for name, kind in TYPES.items()}
+        self.address = (checked["host"], checked["port"])
+        self.timeout = checked["timeout"]
         self.run_id = os.urandom(8).hex()
-        self.ledger = Ledger(retries, redeliveries, batch)
-        self.problem: BaseException | None = None  # why the job ends early
-        self.done = threading.Event()  # nothing is left to wait for
-        self.recorded = 0
-        self.failures: list[str] = []  # the first few, for the summary
-        self._authkey = find_key() if authkey is None else check_key(authkey, "authkey")
-        self._max_failures, self._log = max_failures, log
-        self._context = make_tls_context(self._authkey, server_side=True) if tls else None
-        what = ["--function", function] if function else ["--command", command] if command else []
-        if what and not workers:
-            raise Failure("function and command are for local workers, of which there are none: say how many")
-        self.local = LocalWorker(workers, what + ["--tls"] * tls + ["--quiet"] * quiet) if workers else None
+        self.ledger = Ledger(checked["retries"], checked["redeliveries"], checked["retry_delay"])
+        self.failures: dict[str, list[Any]] = {}  # by kind: how many, and what is said of the first
+        self.hosts: dict[str, Host] = collections.defaultdict(Host)
+        self.refused: collections.Counter[str] = collections.Counter()  # connections, by host and reason
+        self._max_failures, self._log = checked["max_failures"], log
+        self._encrypted = not is_loopback(self.address[0]) if tls is None else tls
+        self.authkey = find_key() if authkey is None else check_key(authkey, "authkey")
+        self.context = make_tls_context(self.authkey, self.address[0], server_side=True) if self._encrypted else None
+        self._what = {"function": function, "command": command} if workers or function or command else None  # the job is for
+        self._digest = ("", "")  # of the function's module, and the host that stated it
+        arguments = self._worker_arguments(given)
+        self._local = [LocalWorker(self, workers, arguments)] if workers else []
         self._restarts = 0
         self._recording = threading.Lock()  # guards the output, and the order of deciding and writing
+        self._counting = threading.Lock()  # guards what is counted for the summary
+        self.peers: set[Peer] = set()  # all that are connected
         self._sink: Sink = lambda tasks: None
-        self._place = ""  # where the sink writes
-        self.workers: dict[str, WorkerStats] = collections.defaultdict(WorkerStats)  # by name
-        self.broken: BaseException | None = None  # what the sink raised: nothing can be recorded any more
-        self._strangers: set[str] = set()  # workers of another version
-        self._closing = False
+        self._server: QueueServer | None = None
         self._next_id = 0
+
+    def _worker_arguments(self, given: dict[str, Any]) -> list[str]:
+        """What a worker's command line has from ours. Raises Failure for a function or a command that cannot be."""
+        if given["function"] is not None and given["command"] is not None:
+            raise Failure("function and command: give one of them")
+        for name, check in (("function", check_spec), ("command", parse_template)):
+            if given[name] is not None:
+                if not isinstance(given[name], str) or not given[name]:
+                    raise Failure(f"{name}: it takes a text, {given[name]!r} is none")
+                check(given[name])
+        names = ("function", "command", "tasks_per_process")
+        values = [f"--{name.replace('_', '-')}={given[name]}" for name in names if given[name]]
+        return [*values, "--tls" if self._encrypted else "--no-tls", *["--quiet"] * bool(given["quiet"])]
 
     def __enter__(self) -> TaskMaster:
         self.start()
@@ -1526,222 +1435,252 @@ class TaskMaster:
 
     def start(self) -> None:
         """Open the port and start the local workers. Raises Failure."""
-        self._server = make_server(self, self.address, self._authkey)
-        self.address = self._server.listener.address
-        if len(self._authkey) < 16 and not is_loopback(self.address[0]):
-            self._server.stop()
-            raise Failure(
-                f"the key has {len(self._authkey)} bytes, too few to listen on {self.address[0]}: use 16 random bytes or more"
-            )
-        self._interpreter = gc.get_threshold(), sys.getswitchinterval()
-        gc.set_threshold(100_000, 50, 100)  # tasks come and go by the thousand, and make no cycles: a quarter less time
-        sys.setswitchinterval(0.0005)  # seconds; slots wait for the threads that answer them, not for the one that reads
-        self._server.start(self.goodbye, self._context)
-        if self.local:
-            self.local.start(self.address, self._authkey)
+        if LOADING in os.environ:
+            remedy = 'put what makes it below `if __name__ == "__main__":` there'
+            raise Failure(f"this TaskMaster is made while a worker loads the module: {remedy}")
+        server = make_server(self)
+        self.address = server.listener.address
+        if len(self.authkey) < 16 and not is_loopback(self.address[0]):
+            server.listener.close()
+            few = f"the key has {len(self.authkey)} bytes, too few to listen on {self.address[0]}"
+            raise Failure(f"{few}: use 16 random bytes or more")
+        self._server = server
+        server.start()
+        for worker in self._local:
+            worker.start()
+        if self.timeout:
+            threading.Thread(target=self._limit_clients, args=(server.stop_event,), daemon=True).start()
 
     def close(self) -> None:
         """Let the workers leave, or lose them when the job is not done; close the port. Blocks some seconds at most."""
-        self._closing = True
-        unfinished = bool(self.broken) or not self.ledger.over()
-        workers = self.count_workers()
-        self.ledger.close()
-        if not unfinished:
-            self._server.wait_closed(GOODBYE)
-        self._server.stop()
-        gc.set_threshold(*self._interpreter[0])
-        sys.setswitchinterval(self._interpreter[1])
-        if self.local:
-            self.local.stop(0.0 if unfinished or not workers else WORKER_GRACE)
+        if self._server:
+            finished = self.ledger.is_over() and self.ledger.phase != Phase.FAILED
+            connected = any(any(host.slots.values()) for host in self.hosts.values())
+            self.ledger.end(Phase.CLOSED)
+            give_up_at = time.monotonic() + GOODBYE
+            while finished and self.peers and time.monotonic() < give_up_at:
+                time.sleep(0.01)
+            self._server.stop()
+            for worker in self._local:
+                worker.stop(WORKER_GRACE if finished and connected else 0.0)
 
     def run(self, tasks: Iterable[Any]) -> Iterator[Record]:
-        """Run tasks (any values that JSON has), read lazily; yields their records as they come, in any order.
+        """Run tasks (any values that JSON has), read lazily; yields their records as they come, with ids from 0.
 
-        The ids count from 0 in each call; a call that is left early ends the farm. Waits for ever while there is no
-        worker. Raises Failure when the job cannot go on, TypeError or ValueError for a task that is not JSON, after the
-        records of those before it.
+        Waits for ever while there is no worker. A call that is left early ends the farm. Raises Failure when the job cannot
+        go on, and TypeError or ValueError for a task that is not JSON, after the records of those before it.
         """
-        if self.ledger.closed:
-            raise Failure("this farm was closed, or a run of it was left early: make another")
-        settled: queue.SimpleQueue[list[Task]] = queue.SimpleQueue()
-        first, seen = self._next_id, 0
-        self.ledger.set_horizon(first + WINDOW)
-        self.begin(encode_tasks(tasks), settled.put)
-        try:
-            while True:
-                finished = self.done.is_set()  # asked before looking for the last records
-                with contextlib.suppress(queue.Empty):
-                    tasks = settled.get(timeout=0 if finished else 0.01)
-                    yield from make_records(tasks, first)
-                    seen += len(tasks)
-                    self.ledger.set_horizon(first + seen + WINDOW)
-                    continue
-                if finished:
-                    break
-                self.look()
-        finally:
-            if not self.done.is_set():
-                self.ledger.close()  # the caller has lost interest
-        if self.problem:
-            raise self.problem
-
-    def begin(self, batches: Iterable[list[str]], sink: Sink, place: str = "standard output") -> None:
-        """Start reading tasks, as JSON texts; `sink` gets those that are settled, and an OSError of it ends the job.
-
-        `place` is where it writes. `done` is set in the end. Until then `look` must be called now and then.
-        """
-        self._sink, self._place = sink, place
-        self.problem = None
-        self.done.clear()
+        if not self._server:
+            raise Failure("this farm is not open: use `with TaskMaster(...) as master:`, or call start()")
         self.ledger.begin()
+        return self._run(tasks)
+
+    def _run(self, tasks: Iterable[Any]) -> Iterator[Record]:
+        records: queue.SimpleQueue[list[Task]] = queue.SimpleQueue()
+        first, put, taken = self._next_id, 0, 0
+
+        def sink(tasks: list[Task]) -> None:
+            nonlocal put
+            put += len(tasks)
+            self.ledger.close_gate(put - taken > CALLER_LIMIT)
+            records.put(tasks)
+
+        def finish() -> None:
+            self.ledger.wait_over(None)
+            records.put([])
+
+        try:
+            self._begin(encode_tasks(tasks), sink)
+            threading.Thread(target=finish, daemon=True).start()
+            while settled := records.get():
+                yield from [make_record(task, first) for task in settled]
+                taken += len(settled)
+                self.ledger.close_gate(put - taken > CALLER_LIMIT)
+        finally:
+            if not self.ledger.is_over():
+                self.ledger.end(Phase.CLOSED)  # the caller has lost interest
+        if self.ledger.reason:
+            raise self.ledger.reason
+
+    def _begin(self, batches: Iterable[list[str]], sink: Sink) -> None:
+        """Start reading tasks. `sink` gets those that have their last outcome; what it raises ends the job."""
+        self._sink = sink
         threading.Thread(target=self._read, args=(batches,), daemon=True).start()
 
     def _read(self, batches: Iterable[list[str]]) -> None:
         try:
-            for texts in batches:
-                numbered = enumerate(texts, self._next_id)
-                self._next_id += len(texts)
-                if not self.ledger.submit([pair for pair in numbered if pair[1]]):
+            for tasks in batches:
+                first, self._next_id = self._next_id, self._next_id + len(tasks)
+                if isinstance(tasks, BadTask):
+                    outcome = format_outcome(format_error("ValueError", tasks.problem))
+                    with self._recording:
+                        self._record([self.ledger.submit_failed(first, tasks[0], outcome)], "")
+                elif not self.ledger.submit([pair for pair in enumerate(tasks, first) if pair[1]]):
                     break
+            self.ledger.end(Phase.ENDED)
         except Refusal as refusal:
-            self.fail(refusal)
+            self.ledger.end(Phase.FAILED, refusal)
         except BaseException as error:  # what the caller's own iterable raises is for the caller
-            self.problem = self.problem or error
-        self.ledger.end()
-        self._check_done()
+            self.ledger.end(Phase.ENDED, error)
 
-    def count_workers(self) -> int:
-        """How many workers are connected."""
-        return sum(stats.slots > 0 for stats in list(self.workers.values()))
+    def _longest(self) -> tuple[float, str]:
+        """The seconds since some task was started, the longest of all, and which one on which host it is; (0, "") if none."""
+        now, first_held = time.monotonic(), self.ledger.first_held()
+        busy = [(now - peer.moved_at, f"task {first_held[peer]} on {peer.host}") for peer in [*self.peers] if peer in first_held]
+        return max(busy, default=(0.0, ""))
 
-    def drain(self) -> None:
-        """Lease no more tasks; `done` is set when those that are leased have their outcomes."""
-        self.ledger.close()
-        self._check_done()
-
-    def guard(self, write: Callable[..., None], *args: Any) -> None:
-        """Call something that writes results. What it raises ends the job, and is raised again."""
-        try:
-            write(*args)
-        except Exception as error:
-            self.broken = error
-            if isinstance(error, OSError):
-                place = error.filename or self._place
-                error = Failure(
-                    f"cannot write {place}: {explain_error(error)} (nothing that is missing there was acknowledged)", 1
-                )
-            self.fail(error)
-            raise
-
-    def look(self) -> None:
-        """See after the local workers."""
-        if not self.local or self.done.is_set() or (status := self.local.status()) is None:
+    def _replace_worker(self, worker: LocalWorker, status: int) -> None:
+        """A local worker has ended: start another, unless the job is over or that is hopeless."""
+        if self.ledger.phase >= Phase.OVER:
             return
         self._restarts += 1
-        if status in (2, 3) or self._restarts > 5:
-            self.fail(Failure(f"the local worker ended with exit status {status}, see above", 2 if status == 2 else 1))
+        if status in (2, 3) or self._restarts > RESTARTS:
+            text = f"the local worker ended with exit status {status}, see above"
+            self.ledger.end(Phase.FAILED, Failure(text, 2 if status == 2 else 1))
         else:
             self._log(f"the local worker ended with exit status {status}: starting another")
-            self.local.start(self.address, self._authkey)
-
-    def fail(self, problem: BaseException) -> None:
-        """End the job now, with what is recorded."""
-        self.problem = self.problem or problem
-        self.ledger.close()
-        self.done.set()
+            worker.start()
 
     # Called by the server's threads
 
-    def welcome(self, peer: Peer, protocol: int) -> None:
-        """A slot has connected. One of another version is told so by its own end, and gets nothing."""
-        if int(protocol) != PROTOCOL:
-            with self._recording:
-                first = peer.name not in self._strangers
-                self._strangers.add(peer.name)
-            if first:
-                self._log(
-                    f"worker {peer.name} speaks protocol {int(protocol)}, this master {PROTOCOL}: copy task_worker.py to its host"
-                )
-            return
+    def _welcome(self, peer: Peer, protocol: int, statement: dict[str, Any]) -> str | None:
+        """A slot has connected. Returns why it gets no tasks, None if it does."""
+        runs = {"function": statement.get("function"), "command": statement.get("command")}
+        problem = ""
+        with self._counting:
+            if protocol != PROTOCOL:
+                problem = f"it speaks protocol {protocol}, this master {PROTOCOL}: copy task_worker.py to its host"
+            elif statement and runs != (self._what or runs):
+                problem = f"its job is for {describe_function(self._what)}, this worker runs {describe_function(runs)}"
+            else:
+                self._what = self._what or (runs if statement else None)
+                host = self.hosts[peer.host]
+                first = not host.slots[peer.name]
+                host.slots[peer.name] += 1
+                host.processes = max(host.processes, sum(host.slots.values()))
+                peer.joined_at = peer.moved_at = time.monotonic()
+                digest, stated_by = self._digest
+                self._digest = (digest, stated_by) if digest else (str(statement.get("digest")), peer.name)
+        if problem:
+            self._refuse(peer.host, problem)
+            return problem
         self.ledger.enlist(peer)
-        with self._recording:
-            stats = self.workers[peer.name]
-            stats.slots += 1
-            stats.processes = max(stats.processes, stats.slots)
-            peer.enlisted_at = time.monotonic()
-            first = stats.slots == 1
         if first:
             self._log(f"worker {peer.name} connected")
+            if digest not in ("", statement.get("digest")):
+                self._log(
+                    f"the module of {runs['function']} has another text for {peer.name} than for {stated_by}: copy it there"
+                )
+        return None
 
-    def report(self, peer: Peer, outcomes: list[tuple[int, bool, str]], busy: float) -> None:
-        """Record the outcomes that settle a task. When this returns, they are acknowledged."""
+    def _refuse(self, host: str, problem: str) -> None:
+        """A connection was refused: say so once for a host and a reason."""
+        with self._counting:
+            self.refused[f"{host}: {problem}"] += 1
+            first = self.refused[f"{host}: {problem}"] == 1
+        if first:
+            self._log(f"refused a connection from {host}: {problem}")
+
+    def _report(self, peer: Peer, outcomes: list[Outcome], busy: float) -> None:
+        """Record the outcomes that are a task's last. When this returns, they are acknowledged."""
+        peer.moved_at = time.monotonic()
         with self._recording:
-            if self.broken:
-                raise self.broken  # no acknowledgement
-            settled, retried = self.ledger.report(peer, outcomes)
-            self._record(settled, peer.name)
-            self.workers[peer.name].tasks += len(outcomes)
-            self.workers[peer.name].busy += busy
+            last, retried = self.ledger.report(peer, outcomes, peer.moved_at)
+            self._record(last, peer.name)
         self._restarts = 0
+        with self._counting:
+            host = self.hosts[peer.host]
+            host.runs += len(outcomes)
+            host.failed += sum([not ok for _, ok, _, _ in outcomes])
+            host.busy += busy
         for task in retried:
             self._log(f"task {task.id} is retried: {explain_outcome(task)} on {peer.name}, attempt {task.attempts}")
-        self._check_done()
 
-    def goodbye(self, peer: Peer) -> None:
+    def _take_result(self, peer: Peer, members: str) -> None:
+        """Record what a plain client returned for the oldest task that it took."""
+        task_id, taken_at = peer.taken.popleft()
+        seconds = time.monotonic() - taken_at
+        outcome = format_outcome(members, time.time() - seconds, seconds)
+        self._report(peer, [(task_id, outcome.startswith(RESULT), True, outcome)], seconds)
+
+    def _goodbye(self, peer: Peer) -> None:
         """A connection has ended: what it held is READY again, or given up."""
-        with self._recording:
-            again, given_up = self.ledger.drop(peer)
-            with contextlib.suppress(OSError):  # noted as the problem that ends the job
-                for task in given_up:
-                    times = "once" if task.losses == 1 else f"{task.losses} times"
-                    task.outcome = format_error("WorkerLost", f"its worker was lost {times}; it may have run")
-                self._record(given_up, peer.name)
-            last = peer.enlisted_at is not None and self._count_out(peer.name, peer.enlisted_at)
+        if peer.conn.problem and peer.taken:
+            self._log(f"closed the connection of {peer.name}: {peer.conn.problem}")
+            with contextlib.suppress(EOFError):
+                self._take_result(peer, format_error("TypeError", f"the result cannot be recorded: {peer.conn.problem}"))
+        again, given_up = self.ledger.drop(peer)
+        with self._counting:
+            self.peers.discard(peer)
+            if peer.joined_at is not None:
+                host = self.hosts[peer.host]
+                host.slots[peer.name] -= 1
+                host.connected += time.monotonic() - peer.joined_at
         if again:
             shown = ", ".join([f"{task.id} (attempt {task.attempts})" for task in again[:5]])
             more = f" and {len(again) - 5} more" if len(again) > 5 else ""
             self._log(f"redelivered since {peer.name} was lost: task {shown}{more}")
-        if last and not self._closing:
+        if peer.joined_at is not None and not host.slots[peer.name] and self.ledger.phase < Phase.DRAINING:
             self._log(f"worker {peer.name} disconnected")
-        self._check_done()
+        for task in given_up:
+            times = "once" if task.losses == 1 else f"{task.losses} times"
+            task.outcome = format_outcome(format_error("WorkerLost", f"its worker was lost {times}; it may have run"))
+        with self._recording, contextlib.suppress(EOFError):
+            self._record(given_up, peer.name)
 
-    def _count_out(self, name: str, since: float) -> bool:
-        """A slot of a worker has gone; returns whether it was the last. Called with the output's lock held."""
-        stats = self.workers[name]
-        stats.slots -= 1
-        stats.connected += time.monotonic() - since
-        return not stats.slots
-
-    def _record(self, settled: list[Task], name: str) -> None:
-        """Write records; called with the output's lock held."""
-        if not settled or self.broken:  # then a line may be torn, and nothing may follow it
+    def _record(self, tasks: list[Task], worker: str) -> None:
+        """Write records, then the tasks are DONE. Called with `_recording` held. Raises EOFError when that cannot be."""
+        if not tasks:
             return
-        for task in settled:
-            task.worker = name
-        self.guard(self._sink, settled)
-        self.recorded += len(settled)
-        for task in [task for task in settled if not task.ok]:
-            text = f"task {task.id} failed: {explain_outcome(task)} on {name}, attempt {task.attempts}"
-            self._log(text)
-            if len(self.failures) < 5:
-                self.failures.append(text)
-        if self._max_failures and self.ledger.failed >= self._max_failures and not self.problem:
-            self.problem = Failure(f"stopped: {self.ledger.failed} tasks have failed, as --max-failures allows", 1)
-            self.ledger.close()
+        if self.ledger.phase == Phase.FAILED:
+            raise EOFError  # nothing may be written behind a torn line
+        for task in tasks:
+            task.worker = worker
+        try:
+            self._sink(tasks)
+        except BaseException as error:
+            self.ledger.end(Phase.FAILED, error)
+            raise EOFError from error  # which is no acknowledgement
+        self.ledger.settle(tasks)
+        for task in tasks:
+            if not task.ok:
+                self._note_failure(task)
 
-    def _check_done(self) -> None:
-        if self.ledger.over():
-            self.done.set()
+    def _note_failure(self, task: Task) -> None:
+        """Say what is the first of its kind, count the others, and end the job when there are too many."""
+        text = explain_outcome(task)
+        kind = re.sub(r"'[^']*'|\"[^\"]*\"|[0-9]+", "...", text)[:200]
+        if kind not in self.failures and len(self.failures) >= KINDS_LIMIT:
+            kind = "others"
+        count = self.failures.setdefault(kind, [0, f"{text} (task {task.id}: {task.text[:60]}, on {task.worker or 'no worker'})"])
+        count[0] += 1
+        if count[0] == 1:
+            self._log(f"task {task.id} failed: {count[1]}, attempt {task.attempts}")
+        if self._max_failures and self.ledger.failed >= self._max_failures:
+            self.ledger.end(Phase.DRAINING, Failure(f"stopped, as --max-failures {self._max_failures} asks", 1))
+
+    def _limit_clients(self, closed: threading.Event) -> None:
+        """The time limit for plain clients, which could hold a task for ever."""
+        error = format_error("TimeoutError", f"no result within the time limit of {self.timeout:g} s")
+        while not closed.wait(LOOK_INTERVAL):
+            taken = [(peer, task_id, time.monotonic() - since) for peer in [*self.peers] for task_id, since in [*peer.taken]]
+            for peer, task_id, seconds in taken:
+                if seconds > self.timeout and task_id not in peer.expired:
+                    peer.expired.add(task_id)
+                    outcome = format_outcome(error, time.time() - seconds, seconds)
+                    with contextlib.suppress(EOFError):
+                        self._report(peer, [(task_id, False, False, outcome)], 0.0)
+
+
+def describe_function(what: dict[str, Any] | None) -> str:
+    """`--function mailer:send`, `--command ...`, or the demonstration."""
+    return next((f"--{name} {value}" for name, value in (what or {}).items() if value), "the demonstration (no --function)")
 
 
 def explain_outcome(task: Task) -> str:
     """The error of a task, for a person, on one line."""
-    try:
-        _, error, _ = load_outcome(task)
-        text = f"{error['type']}: {error['message']}"
-    except (KeyError, TypeError):
-        text = task.outcome
-    text = " ".join(text.split())
+    error = load_outcome(task.outcome)[1] or {}
+    text = " ".join(f"{error.get('type')}: {error.get('message')}".split())
     return text if len(text) < 200 else f"{text[:80]} ... {text[-110:]}"  # the reason is often in the end
 
 
@@ -1762,30 +1701,26 @@ def encode_tasks(tasks: Iterable[Any]) -> Iterator[list[str]]:
     yield texts
 
 
-def make_records(tasks: list[Task], first: int) -> Iterable[Record]:
-    """Settled tasks as Records, their ids counted from `first`: column by column, which takes half the time."""
-    columns = (
-        [task.id - first for task in tasks],
-        [value for value, _ in map(scan_json, [task.text for task in tasks], itertools.repeat(0))],
-        *(load_results(tasks) or zip(*map(load_outcome, tasks))),
-        [task.worker for task in tasks],
-        [task.attempts for task in tasks],
-    )
-    return map(functools.partial(tuple.__new__, Record), zip(*columns))
+def make_record(task: Task, first: int) -> Record:
+    """A task as a Record, its id counted from `first`."""
+    try:
+        outcome = load_outcome(task.outcome)
+    except ValueError as problem:  # the caller's stack may have less room for nested lists than ours
+        outcome = load_outcome(format_outcome(format_error("ValueError", f"the result cannot be read here: {problem}")))
+    return Record(task.id - first, json.loads(task.text), *outcome, task.worker, task.attempts)
 
 
-parse_seconds = functools.lru_cache(1000)(float)  # tiny tasks, of which there are most, take one of few times
-
-
-def load_results(tasks: list[Task]) -> tuple[Iterable[Any], ...] | None:
-    """The columns result, error and seconds, if all these tasks have results and times, as nearly always."""
-    texts = [task.outcome for task in tasks if task.ok]
-    with contextlib.suppress(ValueError, RecursionError):
-        read = [*map(scan_json, texts, itertools.repeat(len(RESULT)))]
-        seconds = [parse_seconds(text[end + len(SECONDS) :]) for text, (_, end) in zip(texts, read)]
-        if len(seconds) == len(tasks):
-            return [result for result, _ in read], itertools.repeat(None), seconds
-    return None
+def check_argument(name: str, value: Any, kind: Callable[[str], Any]) -> Any:
+    """An argument of TaskMaster, as the command line would read it. Raises Failure."""
+    if value is None and name in ("timeout", "max_failures", "tasks_per_process"):
+        return None
+    try:
+        read = kind(str(value))
+    except argparse.ArgumentTypeError as error:
+        raise Failure(f"{name}: {error}") from None
+    if isinstance(value, bool) or not isinstance(value, (int, float) if isinstance(read, float) else type(read)):
+        raise Failure(f"{name}: it takes a {type(read).__name__}, {value!r} is none")
+    return read
 
 
 def find_key(path: str | None = None) -> bytes:
@@ -1794,12 +1729,14 @@ def find_key(path: str | None = None) -> bytes:
         return read_key(path)
     except FileNotFoundError:
         path = os.path.expanduser(DEFAULT_KEY_FILE)
+    made = f"{path}.{random.getrandbits(64):x}"
     try:
-        with open(path, "x", opener=functools.partial(os.open, mode=0o600)) as file:
+        with open(made, "x", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
             file.write(os.urandom(32).hex() + "\n")
-        say(f"made the key file {path}: workers on other hosts need a copy")
-    except FileExistsError:  # another master was faster
-        pass
+        with contextlib.suppress(FileExistsError):  # another master was faster
+            os.link(made, path)  # whole or not at all
+            say(f"made the key file {path}: workers on other hosts need a copy")
+        os.unlink(made)
     except OSError as error:
         raise Failure(f"cannot make the key file {path}: {explain_error(error)}") from None
     return read_key(path)
@@ -1807,58 +1744,61 @@ def find_key(path: str | None = None) -> bytes:
 
 # ---- command line --------------------------------------------------------------------------------------------------
 
+NUMBER = bounded(int, 0, 1e9, "a number: it takes a whole number from 0")
+TYPES: dict[str, Callable[[str], Any]] = {  # of the options that are arguments of TaskMaster, too
+    "host": parse_host,
+    "port": bounded(int, 0, 65535, "a port: it takes 0 (any free one) to 65535"),
+    "workers": NUMBER,
+    "timeout": bounded(float, 0.001, 1e9, "a time: it takes seconds, at least 0.001"),
+    "retries": NUMBER,
+    "retry_delay": bounded(float, 0, 1e9, "a time: it takes seconds"),
+    "redeliveries": NUMBER,
+    "max_failures": COUNT,
+    "tasks_per_process": COUNT,
+}
+
 
 def make_parser() -> Parser:
-    port = bounded(int, 0, 65535, "a port: it takes 0 (any free one) to 65535")
-    count = bounded(int, 1, 1e9, "a count: it takes a whole number from 1")
-    number = bounded(int, 0, 1e9, "a number: it takes a whole number from 0")
-    seconds = bounded(float, 0.001, 1e9, "a time: it takes seconds, at least 0.001")
+    """The options of the master."""
     parser = Parser(
         prog="task_master",
         usage="%(prog)s [OPTION ...] [TASK ...]",
         description="Serve tasks to task_workers on this and other hosts, and collect the outcomes.",
-        epilog="examples:\n  task_master.py --workers 2\n  task_master.py --tasks mails.jsonl \\\n"
-        "    --results sent.jsonl --workers 4 \\\n    --function mailer:send\n",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="examples:\n  task_master.py --workers 2\n"
+        "  task_master.py --tasks mails.jsonl --results sent.jsonl --workers 4 --function mailer:send\n",
     )
-    parser.add_argument("--quiet", action="store_true", help="say nothing but errors, and where it listens")
-    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     group = parser.add_argument_group("tasks")
     group.add_argument("task", nargs="*", metavar="TASK", help="a JSON value (default: ten random integers)")
     group.add_argument("--tasks", metavar="FILE", help="JSON Lines, one task a line; - is standard input, read as it arrives")
     group.add_argument("--text", action="store_true", help="a task is a line of text, not of JSON")
+    group.add_argument("-0", "--null", action="store_true", help="a task is a text that ends with a zero byte (find -print0)")
+    parser._has_negative_number_optionals.clear()  # of -0; so that --port -1 is a bad port, and -5 a TASK
     group = parser.add_argument_group("results")
     group.add_argument("--results", metavar="FILE", help="append a record of each task; - is standard output")
     group.add_argument("--resume", action="store_true", help="carry on with the job of the results file")
-    group.add_argument("--ordered", action="store_true", help="in the order of the tasks")
-    group = parser.add_argument_group("workers on this host")
-    group.add_argument("--workers", type=count, default=0, metavar="N", help="start so many processes, too")
-    what = group.add_mutually_exclusive_group()
-    what.add_argument("--function", metavar="MODULE:NAME", help="called with each task (default: the square of a number)")
-    what.add_argument("--command", metavar="TEMPLATE", help="run in a shell for each task, {} replaced by the quoted task")
+    group.add_argument("--ordered", action="store_true", help="put the file in the order of the tasks in the end")
+    group = parser.add_argument_group("workers")
+    group.add_argument("--workers", type=TYPES["workers"], default=0, metavar="N", help="start so many processes here, too")
+    add_function_options(group)
     group = parser.add_argument_group("limits")
-    group.add_argument("--timeout", type=seconds, metavar="SECONDS", help="that a task may take (default: any)")
-    group.add_argument("--retries", type=number, default=0, metavar="N", help="of a task, after errors (default: %(default)s)")
-    group.add_argument(
-        "--redeliveries", type=number, default=2, metavar="N", help="of a task, after lost workers (default: %(default)s)"
-    )
-    group.add_argument("--max-failures", type=count, metavar="N", help="failed tasks that end the job (default: any)")
-    group.add_argument("--batch", type=count, metavar="N", help="tasks handed out at a time, at most (default: adaptive)")
+    text = "before the first retry, doubled for each further one (default: %(default)g)"
+    group.add_argument("--timeout", type=TYPES["timeout"], metavar="SECONDS", help="that a task may take (default: no limit)")
+    group.add_argument("--retries", type=NUMBER, default=0, metavar="N", help="of a task, after errors (default: %(default)s)")
+    group.add_argument("--retry-delay", type=TYPES["retry_delay"], default=0.0, metavar="SECONDS", help=text)
+    text = "of a task, after lost workers (default: %(default)s)"
+    group.add_argument("--redeliveries", type=NUMBER, default=2, metavar="N", help=text)
+    group.add_argument("--max-failures", type=COUNT, metavar="N", help="failed tasks that end the job (default: no limit)")
     group = parser.add_argument_group("where workers reach it")
-    group.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s; 0.0.0.0: any)")
-    group.add_argument("--port", type=port, default=5000, help="port to listen on (default: %(default)s; 0: a free one)")
-    group.add_argument("--authkey-file", metavar="FILE", help=f"the key (default: {DEFAULT_KEY_FILE}, made if missing)")
-    group.add_argument("--tls", action="store_true", help="encrypt with the key (Python 3.13 or newer on both ends)")
+    host_help = "address to listen on (default: %(default)s; 0.0.0.0: any)"
+    add_connection_options(group, 0, host_help, f"the key (default: {DEFAULT_KEY_FILE}, made if missing)")
     return parser
 
 
-def open_input(options: argparse.Namespace, results: ResultsFile | None) -> Iterator[list[str]]:
-    """The tasks as JSON texts, in batches, "" for those with a record in `results`. Raises Failure when there can be none."""
+def open_input(options: argparse.Namespace) -> Iterator[list[str]]:
+    """The tasks as JSON texts, in batches. Raises Failure when there can be none."""
     if options.task:
         try:
-            texts = [json.dumps(text) if options.text else check_json(text) for text in options.task]
-            texts = [text.replace("\n", " ").replace("\r", " ") for text in texts]  # JSON may have several lines
-            return iter([["" if results and results.has(task_id, text) else text for task_id, text in enumerate(texts)]])
+            return iter([[json.dumps(text) if options.text else check_json(text) for text in options.task]])
         except ValueError as error:
             raise Failure(f"TASK {' '.join(options.task)[:60]}: {error}") from None
     if options.tasks is None:
@@ -1867,34 +1807,18 @@ def open_input(options: argparse.Namespace, results: ResultsFile | None) -> Iter
         descriptor = os.dup(0) if options.tasks == "-" else os.open(options.tasks, os.O_RDONLY)
     except OSError as error:
         raise Failure(f"cannot read the tasks file {options.tasks}: {explain_error(error)} (is the path right?)") from None
-    return read_tasks(descriptor, "standard input" if options.tasks == "-" else options.tasks, options.text, results)
-
-
-def verify_tasks(options: argparse.Namespace, results: ResultsFile) -> None:
-    """Before a job is resumed: compare the tasks of a file with the records that are kept. Raises Failure when they differ.
-
-    A stream can be read only once, so there the comparison is made on the way.
-    """
-    if options.tasks and os.path.isfile(options.tasks):
-        number = 0
-        for texts in open_input(options, results):
-            number += len(texts)
-            if number >= len(results.kept):
-                break
-
-
-def print_records(tasks: list[Task]) -> None:
-    """The sink for --results -: UTF-8, whatever the terminal is set to."""
-    with console:
-        sys.stdout.buffer.write(format_records(tasks).encode("utf-8", "replace"))
-        sys.stdout.buffer.flush()
+    name = "standard input" if options.tasks == "-" else options.tasks
+    batches = read_tasks(descriptor, name, options.text or options.null, options.null)
+    if stat.S_ISREG(os.fstat(descriptor).st_mode):  # then a bad first line is known before anything is done
+        return itertools.chain([next(batches, [])], batches)
+    return batches
 
 
 def show_time(seconds: float) -> str:
-    """A time for a person: 7.5 s, 3:07, 12:40:00."""
+    """A time for a person: 0:07, 3:07, 12:40:00."""
     minutes, rest = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    return f"{seconds:.1f} s" if seconds < 60 else f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 def show_rate(rate: float) -> str:
@@ -1909,152 +1833,161 @@ class Job:
         self._options, self._argv = options, argv
         self._log: Callable[[str], None] = (lambda text: None) if options.quiet else say
         self._stopped_by = 0  # signal number
-        self._draining = False
-        self._began_at = time.monotonic()
-        self._history: collections.deque[tuple[float, int]] = collections.deque()  # times, and what was DONE by then
-        same = "host port workers function command timeout retries redeliveries max_failures batch tls quiet".split()
-        limits: dict[str, Any] = {name: getattr(options, name) for name in same}
+        self._began_at = self._shown_at = time.monotonic()
+        limits = {name: getattr(options, name) for name in [*TYPES, "function", "command", "tls", "quiet"]}
         self._master = TaskMaster(authkey=find_key(options.authkey_file), log=self._log, **limits)
         self._results: ResultsFile | None = None
+        self._kept = 0  # results of earlier runs
         self._batches, self._sink = self._connect_ends()
 
-    def _connect_ends(self) -> tuple[Iterator[list[str]], Sink]:
-        """Where tasks come from and where records go, with what stands between."""
-        batches = open_input(self._options, None)  # before a results file is made
-        kept: Sequence[int] = ()
-        sink: Sink
+    def _connect_ends(self) -> tuple[Iterable[list[str]], Sink]:
+        """Where tasks come from and where records go."""
+        batches = open_input(self._options)  # before a results file is made
         if self._options.results == "-":
-            sink = print_records
-        elif self._options.results:
-            results = self._results = ResultsFile(self._options.results, self._options.resume)
-            kept, sink = results.kept, results.write
-            if kept:
-                verify_tasks(self._options, results)
-                batches = open_input(self._options, results)
-        else:
+            return batches, lambda tasks: print_text(format_records(tasks))  # UTF-8, whatever the terminal is set to
+        if not self._options.results:
             printer = Printer()
-            batches, sink = printer.put(batches), printer.write
-        if self._options.ordered:
-            sink = Sequencer(self._master.ledger, sink, kept).write
-        return batches, sink
+            return printer.put(batches), printer.write
+        results = self._results = ResultsFile(self._options.results, self._options.resume)
+        self._kept = results.kept
+        if self._options.ordered and not results.regular:
+            raise Failure(f"--ordered sorts the results file in the end, and {self._options.results} is none: name a file")
+        if self._kept or results.repeated:
+            to_do = ""
+            options = self._options
+            if options.task or (options.tasks != "-" and os.path.isfile(options.tasks)):  # a stream is compared on the way
+                count = sum(map(len, skip_recorded(open_input(self._options), results)))
+                to_do = f", {count - self._kept} to do"
+            kept = f"{self._kept} done are kept, {results.repeated} failed are repeated"
+            self._log(f"resuming {self._options.results}: {kept}{to_do}")
+            batches = skip_recorded(batches, results)
+        return batches, results.write
 
     def run(self) -> int:
         """Run the job; returns the exit status. Raises Failure."""
         try:
-            for number in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(number, self._handle_signal)
+            catch_signals(self._handle_signal)
             with self._master as master:
                 say(f"listening on {show_address(master.address)}")
-                if not self._options.tls and not is_loopback(master.address[0]):
-                    say("whoever is on the path can read and alter tasks and results: use --tls, or an SSH tunnel and no --host")
-                master.begin(self._batches, self._sink, self._results.path if self._results else "standard output")
-                while not master.done.wait(LOOK_INTERVAL):
+                if self._options.tls is False and not is_loopback(master.address[0]):
+                    say(PLAIN_WARNING)
+                master.ledger.begin()
+                master._begin(self._batches, self._sink)
+                while not master.ledger.wait_over(LOOK_INTERVAL):
                     self._look()
         finally:
-            console.clear()
+            console.write(b"")
         master.ledger.audit()
         return self._conclude()
 
     def _look(self) -> None:
-        self._master.look()
-        if self._stopped_by and not self._draining:
-            self._draining = True
-            self._master.drain()
+        if self._stopped_by and self._master.ledger.phase < Phase.DRAINING:
+            self._master.ledger.end(Phase.DRAINING)
+            say("draining: waiting for the tasks that run (once more to leave at once)")
         if self._results:
-            with contextlib.suppress(OSError):  # noted by the master
-                self._master.guard(self._results.sync)
-        if not self._options.quiet:
+            try:
+                self._results.sync()
+            except Failure as failure:
+                self._master.ledger.end(Phase.FAILED, failure)
+        if not self._options.quiet and console.is_terminal:
             console.show(self._describe_progress())
+        elif not self._options.quiet and time.monotonic() - self._shown_at >= PROGRESS_INTERVAL:
+            self._shown_at = time.monotonic()
+            say(", ".join(self._describe_progress()))
 
     def _describe_progress(self) -> list[str]:
-        ledger, now = self._master.ledger, time.monotonic()
-        counts = ledger.counts()
-        done = counts[DONE]
-        if not self._history or self._history[-1][1] != done:
-            self._history.append((now, done))
-        while len(self._history) > 1 and now - self._history[1][0] > RATE_SPAN and done - self._history[1][1] >= RATE_TASKS:
-            self._history.popleft()
-        since, before = self._history[0]
-        rate = (done - before) / (now - since) if now > since else 0.0
-        total = ledger.submitted if ledger.ended else None
-        good = done - ledger.failed
-        parts = [f"{good} of {total} done" if total is not None else f"{good} done"]
-        if total is not None and rate:
-            parts.append(f"{show_time((total - done) / rate)} left")
-        running = min(counts[LEASED], counts["slots"])
-        return [
-            *parts,
-            f"{ledger.failed} failed",
-            f"{show_rate(rate)}/s",
-            f"{running} running",
-            count_things(self._master.count_workers(), "worker"),
-        ]
+        """What one wants to know, the most important part first."""
+        ledger, spent = self._master.ledger, time.monotonic() - self._began_at
+        done = self._kept + ledger.done
+        total = self._kept + ledger.submitted if ledger.phase in (Phase.ENDED, Phase.OVER) else None
+        rate = ledger.done / spent
+        share = done / total if total else 1.0
+        bar = f"[{'#' * int(20 * share):-<20}] {100 * share:3.0f} %"
+        parts = [f"{done} done" if total is None else f"{bar}  {done} of {total}"]
+        parts += [f"{ledger.failed} failed"] if ledger.failed else []
+        parts += [f"{show_rate(rate)}/s", show_time(spent)]
+        parts += [f"{show_time((total - done) / rate)} left"] if total and rate else []
+        slots = [count for host in [*self._master.hosts.values()] if (count := sum(host.slots.values()))]
+        if slots:
+            parts.append(f"{count_things(sum(slots), 'process')} on {count_things(len(slots), 'host')}")
+        else:
+            host, port = self._master.address
+            parts.insert(1, f"no worker is connected: python3 task_worker.py --host {host} --port {port}")
+        seconds, task = self._master._longest()
+        return [*parts, f"longest {show_time(seconds)} ({task})"] if seconds >= 1 else parts
 
     def _handle_signal(self, number: int, _frame: object) -> None:
-        """The first one drains (in `_look`: a handler must not take locks), the second leaves at once."""
+        """The first one drains (in `_look`: a handler must not wait for anything), the second leaves at once."""
         if self._stopped_by:
-            say("leaving at once")
-            if self._master.local:
-                self._master.local.kill()
+            write_last_line(f"task_master: leaving at once; {self._tell_resume()}")
             os._exit(128 + number)
         self._stopped_by = number
-        say("draining: waiting for the tasks that run (once more to leave at once)")
+
+    def _tell_resume(self) -> str:
+        """How to carry on."""
+        if not self._results:
+            return "what is not done is not remembered: use --results FILE to be able to resume"
+        argv = [sys.executable, *self._argv, *["--resume"] * (not self._options.resume)]
+        return f"to carry on: {shlex.join(argv)}"
 
     def _conclude(self) -> int:
         """Say how it went; returns the exit status. Raises Failure."""
-        master = self._master
+        ledger, problem = self._master.ledger, self._master.ledger.reason
         if self._results:
-            with contextlib.suppress(OSError):  # noted by the master
-                if self._options.ordered and self._options.resume:
-                    master.guard(self._results.sort)  # those that ran again stand behind those that were kept
-                master.guard(self._results.close)
-        elif master.broken:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python would try it again in the end, and complain
-        self._summarize()
-        if self._draining or (master.recorded and getattr(master.problem, "status", 0) == 1):
-            argv = [sys.executable, *self._argv, *["--resume"] * (not self._options.resume)]  # the input was good
-            lost = "what is not done is not remembered: use --results FILE to be able to resume"
-            say(f"stopped; to carry on: {shlex.join(argv)}" if self._results else f"stopped; {lost}")
-        if master.problem:
-            raise master.problem
-        if self._draining:
+            try:
+                self._results.finish(self._options.ordered)
+            except Failure as failure:
+                problem = problem or failure
+        if ledger.done or not problem:
+            self._summarize()
+        if self._stopped_by or (ledger.done and getattr(problem, "status", 0) == 1):
+            say(f"stopped; {self._tell_resume()}")
+        if problem:
+            raise problem
+        if self._stopped_by:
             return 128 + self._stopped_by
-        return 1 if master.ledger.failed else 0
+        return 1 if ledger.failed else 0
 
     def _summarize(self) -> None:
-        ledger, seconds = self._master.ledger, time.monotonic() - self._began_at
-        done = self._master.recorded
-        if self._master.problem and not done:
-            return
-        if self._master.failures:
-            self._log("the first failures:" if ledger.failed > len(self._master.failures) else "the failures:")
-        for text in self._master.failures:
-            self._log("  " + text)
-        if ledger.failed > len(self._master.failures):
-            self._log(f"and {ledger.failed - len(self._master.failures)} more failed, see the records with an error")
-        for name, stats in list(self._master.workers.items())[:20]:
-            self._log(f"worker {name}: {stats.describe()}")
+        """What failed, which hosts did the work, and how much there was."""
+        master, ledger, seconds = self._master, self._master.ledger, time.monotonic() - self._began_at
+        kinds = sorted(master.failures.values(), key=lambda kind: -kind[0])
+        if kinds:
+            self._log(f"{ledger.failed} failed:")
+        for count, example in kinds[:KINDS_SHOWN]:
+            self._log(f"{count:7} x {example}")
+        if more := sum([count for count, _ in kinds[KINDS_SHOWN:]]):
+            self._log(f"        and {more} of other kinds, see the records with an error")
+        for text, count in master.refused.items():
+            self._log(f"refused {count_things(count, 'connection')} from {text}")
+        for name, host in [*master.hosts.items()][:20]:
+            self._log(f"host {name}: {host.describe()}")
+        kept = f", {self._kept} kept from before" if self._kept else ""
         self._log(
-            f"{done - ledger.failed} done, {ledger.failed} failed, {ledger.retried} retried, {ledger.redelivered} redelivered, "
-            f"{show_time(seconds)}, {show_rate(done / seconds)} tasks/s"
+            f"{self._kept + ledger.done - ledger.failed} done, {ledger.failed} failed, {ledger.retried} retried, "
+            f"{ledger.redelivered} redelivered, {show_time(seconds)}, {show_rate(ledger.done / seconds)} tasks/s{kept}"
         )
 
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    closed = open_standard_streams()
+    prepare_process()
     parser = make_parser()
     options = parser.parse_args(argv)
-    if "stdout" in closed and options.results in (None, "-"):
+    if sys.stdout is None and options.results in (None, "-"):
         parser.error("standard output is closed, where the results should go: use --results FILE")
+    if sys.stdin is None and options.tasks == "-":
+        parser.error("standard input is closed, where the tasks should come from: use --tasks FILE")
     if options.task and options.tasks is not None:
         parser.error("TASK and --tasks: give one of them")
-    if (options.function or options.command) and not options.workers:
-        parser.error("--function and --command are for the local workers of --workers N; other workers have their own")
     if options.resume and options.results in (None, "-"):
         parser.error("--resume needs the --results FILE of the job to carry on")
-    raise_file_limit()
-    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # not every terminal knows every letter
+    if options.resume and not options.task and options.tasks is None:
+        parser.error("--resume needs the tasks again, as TASK or with --tasks FILE")
+    if options.ordered and options.results in (None, "-"):
+        parser.error("--ordered needs --results FILE: the file is put in order in the end")
+    gc.set_threshold(100_000, 50, 100)  # tasks come and go by the thousand, and make no cycles: a quarter less time
+    sys.setswitchinterval(0.0005)  # seconds; slots wait for the threads that answer them, not for the one that reads
     try:
         return Job(options, [sys.argv[0], *(sys.argv[1:] if argv is None else argv)]).run()
     except Failure as failure:

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Run tasks for a task_master: take them from its queue, call a function on each, report the outcomes.
 
-    task_master.py  <==TCP==>  slot (thread)  <--pipe-->  child (process, runs the function)
-                    <==TCP==>  slot (thread)  <--pipe-->  child (process, runs the function)
+    task_master.py  <==TCP==>  slot (thread)  <--pipe, memory-->  child (process, runs the function)
+                    <==TCP==>  slot (thread)  <--pipe, memory-->  child (process, runs the function)
 
 This file stands alone: copy it, and the key, to any host that has Python 3.9 or newer.
 
@@ -12,54 +12,75 @@ This file stands alone: copy it, and the key, to any host that has Python 3.9 or
 # Theory of operation.
 #
 # A slot leases tasks from the master, as many as make about LEASE_SECONDS of work, and hands them to its child in one
-# message. Before each task the child writes its position and the time into shared memory, so that the slot knows at
-# any moment which task runs and since when. Hence
-#  - a child that dies names the culprit: the task that it had started. That one gets the outcome, the others run again
-#    in a new child (those whose outcomes died with it, too);
-#  - a task that takes long need not hold up those leased with it: the slot revokes them (the child looks at a flag
-#    before it starts a task) and releases them to the master;
-#  - the time limit needs no help from the child, whose GIL may be held: the slot kills its process group.
-# The master is a BaseManager's server, but a worker sends it no pickles, and reads none: a message is a line of words, as
-# in `get_task_queue lease 100 30.0`, and a text behind it, here the lines of the tasks or the outcomes.
-# Outcomes come back in batches, and the report of an outcome to the master is its acknowledgement. When the connection
-# is lost, the master hands the leased tasks to others; the slot finishes the task that runs, connects again, and
-# reports what it has: the master takes it if nobody was faster.
-# The process that holds the connections never imports user code, so nothing a task does can cost it a lease.
+# message. In memory that both share the child writes which task it starts, and when, and the outcome of each task as soon
+# as there is one. The slot can read that at any time, also when the child has died. Hence
+#  - an outcome cannot be lost with the child, and does not wait for the task behind it;
+#  - a child that dies names the culprit: the task that has started and has no outcome. The others run in a new child;
+#  - the tasks behind a slow one can be revoked (the child looks at a flag before it starts a task) and released;
+#  - the time limit needs no help from the child, whose GIL may be held: the slot kills it with all that it started.
+# The process that holds the connections never imports user code, so nothing a task does can cost it a lease. It is itself
+# the child of a supervisor, which passes signals on, and kills what is left when the worker has ended.
+# The master is a BaseManager's server, but a worker sends and reads no pickles. This is the whole protocol, each call a
+# line of words with a text behind it, each answered by `#RETURN text`, `#RETURN json` or `#RETURN none`:
+#
+#   call                                          text            answer
+#   server accept_connection NAME                                 text: the id of the run (it ends the handshake)
+#   get_task_queue join PROTOCOL                  what it runs    json: protocol, run, timeout, refused
+#   get_task_queue lease LIMIT WAIT                               text: lines `ID TASK`; none: the job is over
+#   get_task_queue release                        ids             none
+#   get_task_queue beat                                           none
+#   get_result_queue report RUN BUSY              ids, outcomes   none: they are recorded, which is the acknowledgement
+#
+# When a connection is lost, the master gives its leased tasks to others. The slot finishes the task that runs, connects
+# again and reports it: the master takes it if nobody was faster.
 
 from __future__ import annotations
 
+import os
+import sys
+
+if __name__ == "__main__" and os.path.dirname(os.path.realpath(__file__)) in sys.path[:1]:
+    del sys.path[0]  # a file there could stand in for a module of the standard library
+
 import argparse
 import contextlib
+import errno
 import functools
-import itertools
+import importlib.util
+import io
 import json
+import math
+import mmap
 import multiprocessing
-import os
 import random
+import re
 import select
 import signal
 import socket
 import stat
 import struct
-import sys
+import tempfile
 import threading
 import time
-from multiprocessing import AuthenticationError, connection
+from multiprocessing import AuthenticationError, connection, reduction, resource_tracker
 from typing import TYPE_CHECKING, Any, Callable, NoReturn
 
 if TYPE_CHECKING:
     import ssl
 
-__version__ = "1.1.0"
+__version__ = "1.2.0"
 
-# ---- wire: the same text stands in both files, so that each can be copied alone ------------------------------------
+# ---- wire: what both programs need ---------------------------------------------------------------------------------
 
-PROTOCOL = 2  # of what the two queues expect and return; both ends state theirs
+PROTOCOL = 3  # of what the two queues expect and return; both ends state theirs
 MESSAGE_LIMIT = 64 << 20  # bytes; a longer message is refused before it is read
 TEXT_LIMIT = 60 << 20  # bytes of one task or one result as JSON text: a message has room for it
 HANDSHAKE_LIMIT = 10.0  # seconds for a new connection to prove that it knows the key
-SILENCE_LIMIT = 60.0  # seconds without a word after which a peer is given up
+SILENCE_LIMIT = 55.0  # seconds without a word after which a peer is given up
 DEFAULT_KEY_FILE = "~/.task_authkey"
+RESULT, ERROR = '"result": ', '"error": '  # how an outcome begins
+PLAIN_WARNING = "without TLS whoever is on the path can read and alter tasks and results"
+FINAL = ', "final": true'  # ends an error that another run could not change
 
 
 class Failure(Exception):
@@ -71,7 +92,7 @@ class Failure(Exception):
 
 
 def pack(words: str, text: str = "") -> bytes:
-    """A message: a line of words, and behind it text as it is, so that a batch of tasks or outcomes is encoded but once."""
+    """A message: a line of words, and behind it text as it is, so that a batch of tasks or outcomes is encoded only once."""
     return f"{words}\n{text}".encode("utf-8", "replace")
 
 
@@ -81,29 +102,55 @@ def unpack(message: bytes) -> tuple[list[str], str]:
     return words.split(" ", 4), text
 
 
-class PlainConnection:
-    """Messages over a socket, framed as `multiprocessing.connection` frames them.
+def format_outcome(members: str, started_at: float | None = None, seconds: float | None = None) -> str:
+    """An outcome: the members of a record that tell what running a task once gave, the first of them result or error."""
+    if started_at is None or seconds is None:
+        return f'{members}, "started_at": null, "seconds": null'
+    return members + format_times(int(started_at * 1e3), int(seconds * 1e6))
 
-    Whatever ends or spoils the connection (reset, silence, a message too long) is an EOFError.
-    """
+
+@functools.lru_cache(1000)
+def format_times(started_at: int, seconds: int) -> str:
+    """The end of an outcome, from milliseconds and microseconds; tiny tasks, of which there are most, begin and last alike."""
+    return f', "started_at": {started_at / 1e3:.3f}, "seconds": {seconds / 1e6:.6f}'
+
+
+def format_error(kind: str, message: str, trace: str = "", **more: Any) -> str:
+    """The member `"error"` of a record, as JSON text."""
+    if len(message) > ERROR_SIZE:
+        message = message[:ERROR_SIZE] + f" [... {len(message) - ERROR_SIZE} characters cut]"
+    if len(trace) > 2 * ERROR_SIZE:
+        trace = trace[:ERROR_SIZE] + "\n[...]\n" + trace[-ERROR_SIZE:]
+    return ERROR + json.dumps({"type": kind, "message": message, "traceback": trace, **more})
+
+
+class PlainConnection:
+    """Messages over a socket, framed as `multiprocessing.connection` does; whatever spoils the connection is an EOFError."""
 
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
-        self.deadline: float | None = time.monotonic() + HANDSHAKE_LIMIT  # for all reading, until it is set to None
+        self.deadline: float | None = time.monotonic() + HANDSHAKE_LIMIT  # for all reading, until the handshake is done
         self._buffer = bytearray()
         sock.settimeout(HANDSHAKE_LIMIT)
-        tune_socket(sock)
+        # Send at once, and notice a vanished peer: idle within 30 s (keepalive), with data on the way within SILENCE_LIMIT.
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        options = {"TCP_NODELAY": 1, "TCP_KEEPIDLE": 15, "TCP_KEEPALIVE": 15, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3}
+        for name, value in {**options, "TCP_USER_TIMEOUT": int(SILENCE_LIMIT * 1000)}.items():
+            with contextlib.suppress(OSError, AttributeError):  # not every system has each
+                sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
     def secure(self, context: ssl.SSLContext, server_side: bool = False) -> None:
-        """Put TLS in the place of the plain socket; blocks for the handshake. Raises OSError."""
-        self.sock = context.wrap_socket(self.sock, server_side=server_side)
+        """Encrypt from now on; blocks for the handshake of TLS. Raises OSError."""
+        self.sock = context.wrap_socket(self.sock, server_side=server_side, do_handshake_on_connect=False)
+        self.sock.do_handshake()  # not while wrapping: then nobody else could close the socket
 
-    def settle(self, silence_limit: float | None) -> None:
-        """End the handshake: from now on only `silence_limit` seconds without a byte end the connection."""
+    def end_handshake(self, silence_limit: float | None) -> None:
+        """From now on only `silence_limit` seconds without a byte end the connection (None: nothing but the system does)."""
         self.deadline = None
         self.sock.settimeout(silence_limit)
 
     def close(self) -> None:
+        """Close the socket; a thread that reads or writes there gets an EOFError."""
         with contextlib.suppress(OSError):
             self.sock.shutdown(socket.SHUT_RDWR)  # wakes a thread that reads; close alone would not
         self.sock.close()
@@ -119,13 +166,14 @@ class PlainConnection:
 
     def recv_bytes(self, maxlength: int = MESSAGE_LIMIT) -> bytes:
         """The next message; blocks until it is there, EOFError when the peer is silent for too long."""
-        (size,) = struct.unpack("!i", self._read(4))
-        if not 0 <= size <= min(maxlength, MESSAGE_LIMIT):
+        (size,) = struct.unpack("!i", self.read(4))
+        if not 0 <= size <= maxlength:
             self.close()
             raise EOFError("the peer announced a message that is too long")
-        return self._read(size)
+        return self.read(size)
 
-    def _read(self, size: int) -> bytes:
+    def read(self, size: int) -> bytes:
+        """The next `size` bytes; blocks as `recv_bytes` does."""
         while len(self._buffer) < size:
             try:
                 if self.deadline is not None:
@@ -141,46 +189,147 @@ class PlainConnection:
         return data
 
 
-def tune_socket(sock: socket.socket) -> None:
-    """Send at once, and notice a vanished peer within 30 s, idle (keepalive) or with data on the way (user timeout)."""
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    options = {"TCP_NODELAY": 1, "TCP_KEEPIDLE": 15, "TCP_KEEPALIVE": 15, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3}
-    for name, value in {**options, "TCP_USER_TIMEOUT": 30_000}.items():
-        if hasattr(socket, name):  # not every system has each
-            with contextlib.suppress(OSError):
-                sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
-
-
-def make_tls_context(authkey: bytes, server_side: bool) -> ssl.SSLContext:
-    """TLS 1.3 with the authkey as pre-shared key (RFC 8446, section 2.2), so that there are no certificates to make.
-
-    Raises Failure where Python cannot do that.
-    """
+def make_tls_context(authkey: bytes, host: str, server_side: bool) -> ssl.SSLContext:
+    """TLS 1.3 with the authkey as pre-shared key (RFC 8446, 2.2), without certificates. Raises Failure where Python cannot."""
     import hmac  # here, as they would take a tenth of the time to start
     import ssl
 
     if not getattr(ssl, "HAS_PSK", False):
+        problem = f"TLS, the default beyond loopback ({host}), needs Python 3.13 or newer, not {sys.version.split()[0]}"
         raise Failure(
-            f"--tls needs Python 3.13 or newer, this is {sys.version.split()[0]}: use an SSH tunnel instead (see README)"
+            f"{problem}: let workers come through an SSH tunnel (see README), or use --no-tls where nobody can listen in"
         )
     key = hmac.digest(authkey, b"task_master TLS 1.3 pre-shared key", "sha256")  # not the key that answers challenges
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if server_side else ssl.PROTOCOL_TLS_CLIENT)
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     if server_side:
         context.num_tickets = 0
-        context.set_psk_server_callback(lambda identity: key)
+        context.set_psk_server_callback(lambda identity: key)  # type: ignore[attr-defined,unused-ignore]
     else:
         context.check_hostname = False  # and CERT_REQUIRED stays: without a CA no certificate will do, only the key
-        context.set_psk_client_callback(lambda hint: ("task_worker", key))
+        context.set_psk_client_callback(lambda hint: ("task_worker", key))  # type: ignore[attr-defined,unused-ignore]
     return context
 
 
 def show_address(address: tuple[Any, ...]) -> str:
+    """`host:port`, or `[host]:port` for IPv6."""
     return f"[{address[0]}]:{address[1]}" if ":" in address[0] else f"{address[0]}:{address[1]}"
 
 
 def is_loopback(host: str) -> bool:
+    """Whether only this machine can be meant."""
     return host.startswith("127.") or host in ("::1", "localhost")
+
+
+def write_all(data: bytes, descriptor: int) -> None:
+    """Write all of it, however little the system takes at a time; blocks while it takes nothing. Raises OSError."""
+    view = memoryview(data)
+    while view:
+        try:
+            view = view[os.write(descriptor, view) :]
+        except BlockingIOError:  # somebody made the pipe non-blocking for all who write there
+            select.select([], [descriptor], [])
+
+
+def write_line(text: str, descriptor: int = 2) -> None:
+    """Write a line to standard error or output, at once and whole; nothing happens when nobody can read it."""
+    with contextlib.suppress(OSError):
+        write_all(f"{text}\n".encode("utf-8", "replace"), descriptor)
+
+
+def write_last_line(text: str) -> None:
+    """Write a line to standard error if that does not block: for those that leave at once."""
+    with contextlib.suppress(OSError, ValueError):
+        if os.name == "nt" or select.select([], [2], [], 0)[1]:
+            os.write(2, f"{text}\n".encode("utf-8", "replace"))
+
+
+def prepare_process() -> None:
+    """Open /dev/null on closed standard descriptors, so that no socket gets their numbers; raise the limit of files."""
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # takes the lowest number that is free
+    if hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored, as some parents leave it, it would hide exit statuses
+    with contextlib.suppress(ImportError, ValueError, OSError):
+        import resource
+
+        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def explain_error(error: BaseException) -> str:
+    """What the system says, without its number: `connection refused`."""
+    text = str(getattr(error, "strerror", None) or error or type(error).__name__)
+    return text[:1].lower() + text[1:]
+
+
+def explain_exit(status: int) -> str:
+    """`exit status 2`, `killed by signal 9 (SIGKILL)`."""
+    names = {number.value: f" ({number.name})" for number in signal.Signals}
+    return f"killed by signal {-status}{names.get(-status, '')}" if status < 0 else f"exit status {status}"
+
+
+STOP_SIGNALS = {getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)}
+
+
+def catch_signals(handler: Callable[[int, Any], None]) -> None:
+    """Call `handler` for the signals that stop a program, except SIGHUP where the parent ignores it, as `nohup` does."""
+    for number in STOP_SIGNALS:
+        if number in (signal.SIGINT, signal.SIGTERM) or signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, handler)
+
+
+# ---- key -----------------------------------------------------------------------------------------------------------
+
+
+def read_key(path: str | None) -> bytes:
+    """The key: TASK_AUTHKEY, the named file or ~/.task_authkey. Raises Failure; FileNotFoundError if only that is missing."""
+    if "TASK_AUTHKEY" in os.environ:  # taken out, so that nothing that is started later can see it
+        return check_key(os.fsencode(os.environ.pop("TASK_AUTHKEY")), "TASK_AUTHKEY")
+    source = os.path.expanduser(path or DEFAULT_KEY_FILE)
+    try:  # without waiting for whoever may write into a named pipe
+        with open(source, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0))) as file:
+            status = os.fstat(file.fileno())
+            key = file.read(4096) if stat.S_ISREG(status.st_mode) else b""
+    except OSError as error:
+        if path is None and isinstance(error, FileNotFoundError):
+            raise
+        raise Failure(f"cannot read the key file {source}: {explain_error(error)} (copy it from the master's host)") from None
+    if os.name == "posix" and status.st_uid not in (0, os.geteuid()):
+        raise Failure(f"the key file {source} belongs to another user: use one of your own")
+    if os.name == "posix" and stat.S_IMODE(status.st_mode) & (0o077 if status.st_uid else 0o037):  # a group may read root's
+        raise Failure(f"the key file {source} can be read by others: chmod 600 {source}")
+    return check_key(key, source)
+
+
+def check_key(key: bytes, source: str) -> bytes:
+    """The key without the white space around it. Raises Failure when it cannot be one."""
+    if not isinstance(key, bytes):
+        raise Failure(f"the {source} is a {type(key).__name__}: it takes bytes")
+    if not key.strip():
+        raise Failure(f"the key in {source} is empty, or it is no file: put at least 16 random bytes there")
+    if b"\0" in key:
+        raise Failure(f"the key in {source} has a zero byte, which no environment can carry: use letters and digits")
+    return key.strip()
+
+
+# ---- options that both programs have -------------------------------------------------------------------------------
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong with the command line in one line."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+        self.add_argument("--quiet", action="store_true", help="say nothing but errors, and where the master listens")
+        self.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+
+    def error(self, message: str) -> NoReturn:
+        hint = "a TASK that begins with - goes behind --" if re.search(r" -[0-9.]|-0/--null", message) else "--help tells more"
+        self.exit(2, f"{self.prog}: {message} ({hint})\n")
 
 
 def bounded(kind: Callable[[str], Any], low: float, high: float, noun: str) -> Callable[[str], Any]:
@@ -195,88 +344,39 @@ def bounded(kind: Callable[[str], Any], low: float, high: float, noun: str) -> C
     return parse
 
 
-class Parser(argparse.ArgumentParser):
-    """Says what is wrong with the command line in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message} (--help tells more)\n")
+COUNT = bounded(int, 1, 1e9, "a count: it takes a whole number from 1")
 
 
-def write_error(text: str, descriptor: int = 2) -> None:
-    """Write to standard error, at once and whole, also from a signal handler; nothing happens when nobody can read it."""
-    with contextlib.suppress(OSError):
-        os.write(descriptor, text.encode("utf-8", "replace"))
-
-
-def open_standard_streams() -> list[str]:
-    """Put the null device in the place of those that are closed, lest a connection or a file takes their numbers.
-
-    Returns the names of those.
-    """
-    closed = []
-    for descriptor, name in enumerate(["stdin", "stdout", "stderr"]):
-        try:
-            os.fstat(descriptor)
-        except OSError:
-            os.set_inheritable(os.open(os.devnull, os.O_WRONLY), True)  # takes the lowest number that is free
-            setattr(sys, name, open(descriptor, "w", closefd=False))  # noqa: SIM115
-            closed.append(name)
-    return closed
-
-
-def make_poll(file: Any) -> Callable[[float], object]:
-    """A function that waits some seconds for a socket or a pipe, and returns whether it is readable.
-
-    It is made once, where `Connection.poll` makes a selector in each call. Windows knows no `poll`, but pipes that have one.
-    """
-    if hasattr(select, "poll"):
-        selector = select.poll()
-        selector.register(file.fileno(), select.POLLIN)
-        return lambda timeout: selector.poll(timeout * 1000)
-    return getattr(file, "poll", None) or (lambda timeout: select.select([file], [], [], timeout)[0])
-
-
-def raise_file_limit() -> None:
-    """Allow as many open files as the system lets us: every slot needs some, at both ends."""
-    with contextlib.suppress(ImportError, ValueError, OSError):
-        import resource
-
-        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-
-
-def explain_error(error: BaseException) -> str:
-    """What the system says, without its number: `connection refused`."""
-    text = str(getattr(error, "strerror", None) or error or type(error).__name__)
-    return text[:1].lower() + text[1:]
-
-
-def read_key(path: str | None) -> bytes:
-    """The key: TASK_AUTHKEY, else the named file, else ~/.task_authkey. FileNotFoundError when only that is missing."""
-    if "TASK_AUTHKEY" in os.environ:
-        return check_key(os.fsencode(os.environ["TASK_AUTHKEY"]), "TASK_AUTHKEY")
-    source = os.path.expanduser(path or DEFAULT_KEY_FILE)
+def parse_host(text: str) -> str:
+    """A type for argparse: a host; the empty text is any address of this machine."""
     try:
-        with open(source, "rb") as file:
-            if os.name == "posix" and stat.S_IMODE(os.fstat(file.fileno()).st_mode) & 0o077:
-                raise Failure(f"the key file {source} can be read by others: chmod 600 {source}")
-            return check_key(file.read(4096), source)
-    except OSError as error:
-        if path is None and isinstance(error, FileNotFoundError):
-            raise
-        raise Failure(f"cannot read the key file {source}: {explain_error(error)} (copy it from the master's host)") from None
+        if not text.encode("idna").decode().isprintable() or " " in text:
+            raise UnicodeError
+    except UnicodeError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a host: it takes a name or an address") from None
+    return text or "0.0.0.0"
 
 
-def check_key(key: bytes, source: str) -> bytes:
-    """The key without the white space around it. Raises Failure when it cannot be one."""
-    if not key.strip():
-        raise Failure(f"the key in {source} is empty: put at least 16 random bytes there")
-    if b"\0" in key:
-        raise Failure(f"the key in {source} has a zero byte, which no environment can carry: use letters and digits")
-    return key.strip()
+def add_function_options(group: Any) -> None:
+    """What is run, and for how long in one process."""
+    what = group.add_mutually_exclusive_group()
+    what.add_argument("--function", metavar="MODULE:NAME", help="called with each task (default: the square of a number)")
+    what.add_argument("--command", metavar="TEMPLATE", help="run in a shell for each task; {} stands for the task")
+    group.add_argument("--tasks-per-process", type=COUNT, metavar="N", help="a fresh process after N tasks (default: no limit)")
 
 
-# ---- end of the wire -----------------------------------------------------------------------------------------------
+def add_connection_options(group: Any, lowest_port: int, host_help: str, key_help: str) -> None:
+    """How the two programs find and trust each other."""
+    port = bounded(int, lowest_port, 65535, f"a port: it takes {lowest_port} to 65535")
+    group.add_argument("--host", type=parse_host, default="127.0.0.1", help=host_help)
+    group.add_argument("--port", type=port, default=5000, help="(default: %(default)s)")
+    group.add_argument("--authkey-file", metavar="FILE", help=key_help)
+    tls = group.add_mutually_exclusive_group()
+    tls.add_argument("--tls", action="store_true", default=None, help="encrypt (default beyond loopback; Python 3.13 or newer)")
+    tls.add_argument("--no-tls", dest="tls", action="store_false", help="do not encrypt")
+
+
+# ---- end of what the master imports --------------------------------------------------------------------------------
 
 TASKS, RESULTS = "get_task_queue", "get_result_queue"  # what the tutorial calls them; also their ids on the wire
 LEASE_SECONDS = 0.4  # of work to lease at a time, when the master is near
@@ -284,32 +384,29 @@ LEASE_GROWTH = 8  # times as many tasks as asked for last, at most; what turns o
 MAX_LEASE_SECONDS = 10.0  # of work, however far the master
 ROUND_TRIP_SHARE = 0.05  # at most this part of a slot's time should go to round trips
 LEASE_WAIT = 30.0  # seconds that a request for tasks may wait at the master
-REPORT_INTERVAL = 0.5  # seconds between reports while a lease is worked on
+ANSWER_LIMIT = 45.0  # seconds to wait for an answer, at least; a request for tasks is answered within LEASE_WAIT
 SETTINGS_LIMIT = 10_000  # characters of an answer that is read as JSON
-REPORT_SIZE = 8 << 20  # characters of outcomes that are reported at once, whatever the time
-ANSWER_LIMIT = 44.0  # seconds to wait for an answer; with BEAT_INTERVAL that is less than SILENCE_LIMIT
+REPORT_INTERVAL = 0.3  # seconds between reports while a lease is worked on
 BEAT_INTERVAL = 15.0  # seconds after which a busy slot says that it lives
 SLOW_TASK = 0.5  # seconds after which the tasks behind a running one are released
-FLUSH_INTERVAL = 0.1  # seconds between batches of outcomes from a child
-START_ATTEMPTS = 3  # of a child that dies while it loads the function
+REMEDIES = {errno.EMFILE: "see ulimit -n", errno.EAGAIN: "see ulimit -u", errno.ENOMEM: "memory is short"}
+START_ATTEMPTS = 3  # of a child that dies before it could run a task
 START_POLL = 0.02  # seconds between looks around while a child loads the function
-POLL_INTERVAL = 0.5  # seconds after which a waiting slot looks around
+POLL_INTERVAL = 0.25  # seconds after which a slot looks around while its child works
 EXIT_GRACE = 5.0  # seconds for a child to leave by itself
 OUTPUT_LIMIT = 1 << 20  # bytes kept of each stream of a --command
 ERROR_SIZE = 8192  # characters kept of an error's message, and twice that of its traceback
-POSITION, STARTED_AT, REVOKED = range(3)  # the shared memory between a slot and its child
-
-Function = Callable[[Any], Any]
+MEMORY_SIZE = 1 << 20  # bytes that a child shares with its slot: some words, the first ones named here, then outcomes
+POSITION, STARTED_AT, REVOKED, LENGTH, TIME_LIMIT, HEADER = 0, 1, 2, 3, 4, 64
+STREAM_CHECK = 0.001  # seconds of tasks after which a child looks at its standard streams
+LOADING = "TASK_WORKER_LOADING"  # in the environment of a child while it loads the function
+MARK = "TASK_WORKER_MARK"  # in the environment of a child, and so of all that it starts
+WORKER_MARK = f"{os.getpid()}.{random.getrandbits(32):x}."  # how the value of MARK begins for all children of this worker
 
 
 def say(text: str) -> None:
     """One line on standard error."""
-    write_error(f"task_worker: {text}\n")
-
-
-def print_line(text: str) -> None:
-    """One line on standard output."""
-    write_error(text + "\n", 1)
+    write_line(f"task_worker: {text}")
 
 
 # ---- functions: what is done with a task ---------------------------------------------------------------------------
@@ -317,111 +414,133 @@ def print_line(text: str) -> None:
 
 def square(n: Any) -> str:
     """The demonstration: the square of a number, in words."""
+    if not isinstance(n, (int, float)):
+        raise TypeError("the demonstration squares numbers: name a function of yours with --function MODULE:NAME")
     print(f"run task {n} * {n}...")
     return f"{n} * {n} = {n * n}"
 
 
-def run_command(template: str, task: Any) -> dict[str, Any]:
-    """Run a shell command, `{}` in it replaced by the quoted task.
-
-    Returns exit status and output, each stream cut at OUTPUT_LIMIT. RuntimeError when the status is not 0.
-    """
-    import shlex
-    import subprocess
-
-    word = shlex.quote(task if isinstance(task, str) else json.dumps(task))
-    process = subprocess.Popen(
-        template.replace("{}", word), shell=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
-    assert process.stdout and process.stderr
-    kept: dict[str, str] = {}
-    reader = threading.Thread(target=lambda: kept.update(stderr=read_output(process.stderr)), daemon=True)
-    reader.start()
-    kept["stdout"] = read_output(process.stdout)
-    reader.join()
-    status = process.wait()
-    if status:
-        said = kept["stderr"].strip()[-ERROR_SIZE // 2 :]  # the reason usually comes last
-        how = f"exit status {status}" if status > 0 else f"killed by {name_signal(-status)}"
-        raise RuntimeError(f"{how}: {said or 'nothing on standard error'}")
-    return {"exit": 0, "stdout": kept["stdout"], "stderr": kept["stderr"]}
+STANDARD = getattr(sys, "stdlib_module_names", None) or {  # the names of the standard library's modules
+    *sys.builtin_module_names,
+    *[name.partition(".")[0] for name in os.listdir(os.path.dirname(os.__file__))],
+}
 
 
-def read_output(stream: Any) -> str:
-    """All of a stream as text, cut visibly after OUTPUT_LIMIT bytes; reads on to the end, so that nobody blocks."""
-    data: bytes = stream.read(OUTPUT_LIMIT)
-    cut = 0
-    while more := stream.read(1 << 16):
-        cut += len(more)
-    return data.decode("utf-8", "replace") + (f"\n[... {cut} bytes cut]" if cut else "")
-
-
-def load_function(spec: str) -> Function:
-    """The function that MODULE:NAME names, imported from the current directory or the path.
-
-    Raises Failure, with the reason, when there is no such function.
-    """
-    import importlib
-
-    module_name, colon, name = spec.partition(":")
-    if not (module_name and colon and name):
-        raise Failure(f"--function {spec}: it takes MODULE:NAME, as in mailer:send")
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    try:
+def load_function(spec: str) -> Callable[[Any], Any]:
+    """The function that MODULE:NAME names, imported from the current directory or the path. Raises Failure with the reason."""
+    module_name, name = check_spec(spec)
+    folder = os.getcwd()
+    try:  # search the user's folders behind the standard library, so that no file there stands in for a module of that
+        folders = [folder, os.path.dirname(os.path.realpath(__file__))]
+        for shadow in {name.partition(".")[0] for folder in folders for name in os.listdir(folder)} & STANDARD:
+            if not importlib.util.find_spec(shadow):  # it is one of other systems, which Python tries to import
+                sys.modules[shadow] = None  # type: ignore[assignment]
+        places = [index for index, entry in enumerate(sys.path) if entry.endswith(("site-packages", "dist-packages"))]
+        place = min(places, default=len(sys.path))
+        sys.path[place:place] = folders
         function = functools.reduce(getattr, name.split("."), importlib.import_module(module_name))
     except BaseException as error:  # the module's own code runs here, and may raise anything
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         if isinstance(error, ModuleNotFoundError):
-            reason += f" (looked in {os.getcwd()} and the path of {sys.executable})"
+            reason += f" (looked in {folder} and the path of {sys.executable})"
         raise Failure(f"--function {spec}: cannot import it on {socket.gethostname()}: {reason}") from None
     if not callable(function):
         raise Failure(f"--function {spec}: it is a {type(function).__name__}, not a function")
     return function
 
 
-# ---- child: the only process that runs the function ----------------------------------------------------------------
+def check_spec(spec: str) -> tuple[str, str]:
+    """The module and the name in it of --function MODULE:NAME. Raises Failure."""
+    module, _, name = spec.partition(":")
+    if module.endswith(".py") or "/" in module or os.sep in module:
+        stem = re.sub(r"\.py$", "", os.path.basename(module))
+        raise Failure(f"--function {spec}: it takes the name of a module, not of a file: say {stem}:{name or 'NAME'}")
+    if not (module and name):
+        raise Failure(f"--function {spec}: it takes MODULE:NAME, as in mailer:send")
+    if module in ("__main__", "__mp_main__"):
+        remedy = "put the function into a file of its own"
+        raise Failure(f"--function {spec}: workers do not have the script that was started: {remedy}")
+    top = module.partition(".")[0]
+    if top in STANDARD and (os.path.exists(top) or os.path.exists(f"{top}.py")):
+        raise Failure(f"--function {spec}: {top} is a module of Python's standard library: rename yours")
+    return module, name
 
 
-def run_child(pipe: Any, shared: Any, function_spec: str | None, command: str | None) -> None:
-    """The child's main: says whether the function could be loaded, then runs every message of tasks."""
-    leave_terminal()
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # so that nothing a task starts waits for the terminal
-    threading.Thread(target=die_with_parent, daemon=True).start()
-    function: Function = functools.partial(run_command, command) if command else square
-    try:
-        if function_spec:
-            function = load_function(function_spec)
-    except Failure as failure:
-        pipe.send_bytes(str(failure).encode("utf-8", "replace"))
-        return
-    pipe.send_bytes(b"")
-    runner = Runner(function, pipe, shared)
-    with contextlib.suppress(EOFError, OSError):  # the slot closed the pipe
-        while True:
-            runner.run(pipe.recv_bytes().decode().split("\n"))
+def parse_template(template: str) -> tuple[str, list[str]]:
+    """The script of a --command TEMPLATE, and the members of a task that it names. Raises Failure.
+
+    Only variables come into the script, never a task's text: a shell does not read what a variable holds as code.
+    """
+    if os.name != "posix":
+        raise Failure("--command needs a POSIX shell, which this system does not have: use --function MODULE:NAME")
+    shown = f"--command {' '.join(template.split())}"
+    names: list[str] = []
+    script = quote = previous = ""
+    for part in re.findall(r"\\.|['\"]|\{\w*\}|.", template, re.DOTALL):
+        if part in "'\"" and quote in ("", part):
+            quote = "" if quote else part
+        elif part == "{}" and quote:
+            raise Failure(f'{shown}: {{}} in quotes is not replaced: take the quotes away, or write "$TASK"')
+        elif part == "{}":
+            part = '"$TASK"'
+        elif part[0] == "{" and part[1:-1].isidentifier() and not quote and previous != "$":
+            names.append(part[1:-1])
+            part = f'"$TASK__{part[1:-1]}"'
+        script, previous = script + part, part
+    if "TASK" in script:
+        return script, names
+    if set(template) & set("|;&<>\n"):
+        raise Failure(f"{shown}: say with {{}} where the task goes")
+    return f'{script} "$TASK"', names
 
 
-def leave_terminal() -> None:
-    """A session of its own: Ctrl-C in the terminal reaches the parent alone, and a kill takes the whole group."""
-    if hasattr(os, "setsid"):
-        with contextlib.suppress(OSError):  # it has one
-            os.setsid()
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # forgets one that came in before
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    else:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+class CommandFailed(Exception):
+    """A command did not end with exit status 0; `members` are those of the error that its record shows."""
+
+    def __init__(self, members: dict[str, Any]) -> None:
+        said = members["stderr"].strip()[-ERROR_SIZE // 2 :]  # the reason usually comes last
+        super().__init__(f"{explain_exit(members['exit'])}: {said or 'nothing on standard error'}")
+        self.members = members
 
 
-def die_with_parent() -> NoReturn:
-    """Waits for the parent's end, however it comes, and takes the process group along."""
-    parent = multiprocessing.parent_process()
-    assert parent
-    connection.wait([parent.sentinel])
-    if hasattr(os, "killpg"):
-        os.killpg(os.getpgrp(), signal.SIGKILL)
-    os._exit(1)
+class Command:
+    """A function that runs a shell command with the task in its environment. Raises Failure for a bad template."""
+
+    def __init__(self, template: str) -> None:
+        self._script, self._names = parse_template(template)
+        self._environment = dict(os.environ)
+        self.task_id = ""  # of the task to come
+
+    def __call__(self, task: Any) -> dict[str, Any]:
+        """Exit status and output, each stream cut at OUTPUT_LIMIT. Raises CommandFailed, or what the system refuses."""
+        environment = {**self._environment, "TASK": to_text(task), "TASK_ID": self.task_id}
+        for name in self._names:
+            if not isinstance(task, dict) or name not in task:
+                raise ValueError(f"the command wants the member {name} of the task, which it does not have")
+            environment[f"TASK__{name}"] = to_text(task[name])
+        # Files, so that nothing waits for what the command left in the background.
+        with tempfile.TemporaryFile(buffering=0) as stdout, tempfile.TemporaryFile(buffering=0) as stderr:
+            actions = [(os.POSIX_SPAWN_DUP2, stdout.fileno(), 1), (os.POSIX_SPAWN_DUP2, stderr.fileno(), 2)]
+            defaults = [signal.SIGPIPE, signal.SIGXFSZ]  # Python ignores them
+            pid = os.posix_spawn("/bin/sh", ["sh", "-c", self._script], environment, file_actions=actions, setsigdef=defaults)
+            status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+            result = {"exit": status, "stdout": read_output(stdout), "stderr": read_output(stderr)}
+        if status:
+            raise CommandFailed(result)
+        return result
+
+
+def to_text(value: Any) -> str:
+    """A string as it is, any other value as JSON."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def read_output(file: Any) -> str:
+    """A file as text, cut visibly after OUTPUT_LIMIT bytes."""
+    cut = file.seek(0, os.SEEK_END) - OUTPUT_LIMIT
+    file.seek(0)
+    text: str = file.read(OUTPUT_LIMIT).decode("utf-8", "replace")
+    return text if cut <= 0 else f"{text}\n[... {cut} bytes cut]"
 
 
 # json.loads without what stands around it there, and json.dumps without NaN: a third of the time.
@@ -429,69 +548,200 @@ scan_json = json.JSONDecoder().scan_once  # type: ignore[attr-defined]
 encode_json = json.JSONEncoder(allow_nan=False).encode
 
 
-class Runner:
-    """Runs tasks (`ID TEXT`) and sends their outcomes, a message every FLUSH_INTERVAL and a last one.
+def encode_result(value: Any) -> str:
+    """A result as JSON text. Raises TypeError or ValueError, with the place in it that cannot be JSON."""
+    try:
+        text = encode_json(value)
+    except (TypeError, ValueError, RecursionError):  # a second look, slowly
+        try:
+            text = encode_json(make_plain(value, "result"))
+        except RecursionError:
+            raise ValueError("the result is nested too deeply, or contains itself") from None
+    if len(text) > TEXT_LIMIT:
+        raise ValueError(f"the result has {len(text)} bytes as JSON, more than {TEXT_LIMIT}: write it to a file")
+    return text
 
-    Outcomes are a line of ids, and for each a line of the members of a record that tell what came of it.
+
+def make_plain(value: Any, place: str) -> Any:
+    """A value as JSON has it: what has `tolist` converted, and None for NaN and the infinities. Raises TypeError."""
+    if hasattr(value, "tolist"):  # numpy, pandas, torch
+        return make_plain(value.tolist(), place)
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if value is None or isinstance(value, (str, int, float)):
+        return value
+    if isinstance(value, (list, tuple)):
+        return [make_plain(item, f"{place}[{index}]") for index, item in enumerate(value)]
+    strange = [key for key in value if not isinstance(key, (str, int, float, type(None)))] if isinstance(value, dict) else [value]
+    for item in strange:
+        kind = f"{type(item).__module__}.{type(item).__qualname__}".replace("builtins.", "")
+        raise TypeError(f"{place} {'has a key that ' if item is not value else ''}is a {kind}, which JSON does not have")
+    return {key: make_plain(item, f"{place}[{json.dumps(key)}]") for key, item in value.items()}
+
+
+# ---- child: the only process that runs the function ----------------------------------------------------------------
+
+
+def run_child(pipe: Any, memory: Memory, folder: str | None, function: str | None, command: str | None) -> None:
+    """The child's main: says whether the function could be loaded, and which text it has; then runs what it is fed."""
+    leave_terminal()
+    try:
+        threading.Thread(target=die_with_parent, daemon=True).start()
+        if folder:
+            os.chdir(folder)
+        os.environ[LOADING] = "1"
+        call = load_function(function) if function else Command(command) if command else square
+        del os.environ[LOADING]
+        pipe.send_bytes(b"+" + digest_module(function).encode())
+    except (Failure, OSError, RuntimeError) as failure:  # RuntimeError: there may be no more threads
+        pipe.send_bytes(b"!" if isinstance(failure, RuntimeError) else b"-" + str(failure).encode("utf-8", "replace"))
+        return
+    if hasattr(mmap, "MADV_DONTFORK"):  # a copy that a task makes by forking, and that comes back, ends when it writes there
+        memory.bytes.madvise(mmap.MADV_DONTFORK)
+    streams, fit = identify_streams(), True
+    with contextlib.suppress(EOFError, OSError):  # the slot closed the pipe
+        while fit:
+            fit = run_tasks(call, pipe.recv_bytes().decode().split("\n"), memory, pipe, streams)
+            pipe.send_bytes(b"." if fit else b"x")
+
+
+class Output(io.FileIO):
+    """Behind a standard stream of tasks: whatever one of them does to its descriptors, the others do not fail when they print."""
+
+    def write(self, data: Any) -> int:
+        """Write what can be written."""
+        with contextlib.suppress(OSError):
+            return super().write(data)
+        return len(data)
+
+
+def leave_terminal() -> None:
+    """Streams and a session of its own: Ctrl-C in the terminal reaches the parent alone, and a kill takes the whole group."""
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # so that nothing a task starts waits for the terminal
+    for name, descriptor in (("stdout", 1), ("stderr", 2)):
+        stream = io.BufferedWriter(Output(os.dup(descriptor), "w"))
+        setattr(sys, name, io.TextIOWrapper(stream, errors="backslashreplace", line_buffering=descriptor == 2 or os.isatty(1)))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # forgets one that came in before
+    if hasattr(os, "setsid"):
+        os.setsid()
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        for number in STOP_SIGNALS - {signal.SIGINT}:
+            signal.signal(number, signal.SIG_DFL)
+
+
+def die_with_parent() -> NoReturn:
+    """Waits for the parent's end, however it comes, and takes all that was started here along."""
+    parent, mark = multiprocessing.parent_process(), os.environ[MARK]
+    assert parent
+    connection.wait([parent.sentinel])
+    kill_started(mark)
+    os._exit(1)
+
+
+def digest_module(spec: str | None) -> str:
+    """SHA-256 of the text of the function's module; "" when it has none."""
+    path = getattr(sys.modules[spec.partition(":")[0]], "__file__", None) if spec else None
+    if not path or not path.endswith(".py"):
+        return ""
+    import hashlib
+
+    return hashlib.sha256(read_file(path)).hexdigest()
+
+
+class Memory:
+    """What a child shares with its slot: words (position, time and so on), and behind them outcomes, a line each.
+
+    Their length is written last, so that who reads no further sees whole lines. It is a memfd where there is one, since
+    a file on a full disk has holes, and to write into a hole is a SIGBUS.
     """
 
-    def __init__(self, function: Function, pipe: Any, shared: Any) -> None:
-        self._function, self._pipe, self._shared = function, pipe, shared
-        self._pid, self._streams = os.getpid(), identify_streams()
+    def __init__(self, source: Any = None) -> None:
+        """Make it, or open in the child what came with its start. Raises OSError."""
+        if hasattr(os, "memfd_create"):
+            self.source = source.detach() if source else os.memfd_create("task_worker")
+            os.ftruncate(self.source, MEMORY_SIZE)
+            self.bytes: Any = mmap.mmap(self.source, MEMORY_SIZE)
+        else:
+            self.source = source or Child.context.RawArray("b", MEMORY_SIZE)
+            self.bytes = memoryview(self.source).cast("B")
+        self.words = memoryview(self.bytes)[:HEADER].cast("d")
 
-    def run(self, lines: list[str]) -> None:
-        """Run tasks in this order, until one is slow and the others are revoked."""
-        clock, function, shared = time.perf_counter, self._function, self._shared
-        ids: list[str] = []
-        outcomes: list[str] = []
-        size, flushed_at = 0, clock()
-        for position, line in enumerate(lines):
-            task_id, _, text = line.partition(" ")
-            shared[STARTED_AT] = started_at = clock()
-            shared[POSITION] = position
-            if shared[REVOKED]:
-                break
-            try:
-                value = function(scan_json(text, 0)[0])
-                members = '"result": ' + (repr(value) if type(value) is int else encode_json(value))
-                if len(members) > TEXT_LIMIT:
-                    raise ValueError(f"the result has {len(members)} bytes as JSON, more than {TEXT_LIMIT}: write it to a file")
-            except BaseException as error:  # SystemExit and KeyboardInterrupt too: no task may end its child
-                members = describe_error(error)
-            now = clock()
-            ids.append(task_id)
-            outcomes.append(f'{members}, "seconds": {now - started_at:.6f}')
-            size += len(members)
-            if now - flushed_at > FLUSH_INTERVAL or size > 1 << 20 or sys.stdout.closed or os.getpid() != self._pid:
-                self._send(b"+", ids, outcomes)
-                ids, outcomes, size, flushed_at = [], [], 0, now
-        self._send(b".", ids, outcomes)
-
-    def _send(self, kind: bytes, ids: list[str], outcomes: list[str]) -> None:
-        """Hand outcomes to the slot, once all that their tasks printed has gone out.
-
-        If a task has closed the streams, the process ends: the slot then has each of these run alone, in a new child. So
-        does a copy of the process that a task has made by forking, and that came back, too: one is enough.
-        """
-        if os.getpid() != self._pid or identify_streams() != self._streams:
-            os._exit(0)
-        for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(Exception):  # a task may have closed or replaced it
-                stream.flush()
-        self._pipe.send_bytes(kind + "\n".join([" ".join(ids), *outcomes]).encode())
-        if sys.stdout.closed:
-            os._exit(0)  # the next task is to find what it expects, in a new child
+    def __reduce__(self) -> Any:
+        """For the start of the child, which inherits the descriptor."""
+        return Memory, (reduction.DupFd(self.source) if isinstance(self.source, int) else self.source,)
 
 
-def identify_streams() -> list[tuple[int, ...]]:
-    """What stands behind standard input, output and error; [] when one of them is closed."""
+def run_tasks(function: Callable[[Any], Any], lines: list[str], memory: Memory, pipe: Any, streams: Any) -> bool:
+    """Run tasks (`ID TEXT`) in this order, until the rest is revoked.
+
+    Returns whether this process is fit for more: not if a task took too long, or has damaged the standard streams.
+    """
+    clock, words, place, stdout = time.perf_counter, memory.words, memory.bytes, sys.stdout
+    command = function if isinstance(function, Command) else None
+    time_limit, began_at = words[TIME_LIMIT], time.time() - clock()
+    end, checked_at = HEADER, clock()
+    for position, line in enumerate(lines):
+        task_id, _, text = line.partition(" ")
+        words[STARTED_AT] = started_at = clock()
+        words[POSITION] = position
+        if words[REVOKED]:
+            break
+        if command:
+            command.task_id = task_id
+        members = run_task(function, text)
+        now = clock()
+        outcome = (format_outcome(members, began_at + started_at, now - started_at) + "\n").encode()
+        if end + len(outcome) <= MEMORY_SIZE:
+            place[end : end + len(outcome)] = outcome
+            end += len(outcome)
+            words[LENGTH] = end
+        else:  # this one and all behind it go through the pipe, so that they stay in order
+            end = MEMORY_SIZE
+            words[STARTED_AT] = now  # ends a forked copy before it says anything
+            pipe.send_bytes(outcome)
+        if now - started_at > time_limit:
+            return False  # it may be killed at any moment, and no other task with it
+        if now - checked_at > STREAM_CHECK or stdout.closed:
+            checked_at = now
+            if not flush_streams(streams):
+                return False
+    return flush_streams(streams)
+
+
+def run_task(function: Callable[[Any], Any], text: str) -> str:
+    """Call the function with a task. Returns the member `"result"` or `"error"` of a record."""
     try:
-        return [os.fstat(descriptor)[1:3] for descriptor in range(3)]
-    except OSError:
-        return []
+        value = function(scan_json(text, 0)[0])
+        if type(value) is not int and hasattr(value, "__await__"):  # of an `async def`
+            import asyncio
+
+            value = asyncio.run(value)
+    except BaseException as error:  # SystemExit and KeyboardInterrupt too: no task may end its child
+        return describe_error(error)
+    try:
+        return RESULT + (repr(value) if type(value) is int else encode_result(value))
+    except BaseException as error:  # another run would return the like
+        return describe_error(error, final=True)
 
 
-def describe_error(error: BaseException) -> str:
+def flush_streams(streams: Any) -> bool:
+    """Send out what tasks have printed. Returns whether the standard streams are still what they were."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(Exception):  # a task may have closed or replaced it
+            stream.flush()
+    return bool(identify_streams() == streams)
+
+
+def identify_streams() -> list[Any]:
+    """What stands behind standard input, output and error; [] when one of them is closed."""
+    with contextlib.suppress(OSError, AttributeError):
+        if not sys.stdout.closed and not sys.stderr.closed:
+            return [os.fstat(descriptor)[1:3] for descriptor in range(3)]
+    return []
+
+
+def describe_error(error: BaseException, **more: Any) -> str:
     """An exception as the member `"error"` of a record; its own `__str__` may be broken."""
     import traceback
 
@@ -499,165 +749,262 @@ def describe_error(error: BaseException) -> str:
         message = str(error)
     except BaseException:
         message = "(its __str__ raises)"
+    if isinstance(error, CommandFailed):
+        return format_error("CommandFailed", message, **error.members)
     frames = error.__traceback__ and error.__traceback__.tb_next  # the first one is ours
     try:
-        text = "".join(traceback.format_exception(type(error), error, frames))
+        trace = "".join(traceback.format_exception(type(error), error, frames))
     except BaseException:
-        text = ""
-    return format_error(type(error).__name__, message, text)
-
-
-def format_error(kind: str, message: str, trace: str = "") -> str:
-    """The member `"error"` of a record, as JSON text."""
-    if len(message) > ERROR_SIZE:
-        message = message[:ERROR_SIZE] + f" [... {len(message) - ERROR_SIZE} characters cut]"
-    if len(trace) > 2 * ERROR_SIZE:
-        trace = trace[:ERROR_SIZE] + "\n[...]\n" + trace[-ERROR_SIZE:]
-    return '"error": ' + json.dumps({"type": kind, "message": message, "traceback": trace})
+        trace = ""
+    return format_error(type(error).__name__, message, trace, **more)
 
 
 class ChildDied(Exception):
-    """The child process has ended, with this exit status (negative: killed by a signal; None: not known)."""
+    """The child process has ended, with this exit status (negative: killed by a signal), `seconds` after a task's start."""
 
-    def __init__(self, status: int | None) -> None:
-        if status is not None and status < 0:
-            super().__init__(f"the task's process was killed by {name_signal(-status)}")
-        else:
-            super().__init__(f"the task ended its process with exit status {status}")
-        self.status = status
+    def __init__(self, status: int, seconds: float) -> None:
+        super().__init__(f"the task's process ended: {explain_exit(status)}")
+        self.started_at, self.seconds = time.time() - seconds, seconds
 
 
 class Child:
-    """The process of one slot, and the pipe and the shared memory that lead to it."""
+    """The process of one slot, and the pipe and the memory that lead to it."""
 
     context = multiprocessing.get_context("spawn")
-    starting = threading.Lock()  # Process.start looks at the other children, which is not safe in two threads
-    closed = False  # no new one may start: the worker kills all there are and leaves
+    starting = threading.Lock()  # Process.start looks at the other children, and the environment is one for all
+    killing_all = False  # whether this process is about to end
 
-    def __init__(self, function: str | None, command: str | None) -> None:
-        self._arguments = (function, command)
-        self._shared = self.context.RawArray("d", 3)
-        self.overdue: int | None = None  # the position of the task for which it was killed
+    def __init__(self, worker: Worker) -> None:
+        """Start the process. Its first message is what `run_child` says about the function. Raises OSError."""
+        self._mark = f"{WORKER_MARK}{random.getrandbits(64):x}."
+        self._memory = Memory()
+        self._taken = HEADER  # up to where we have read the outcomes
+        self.overdue = False  # whether it was killed for the time limit
+        try:
+            self._pipe, theirs = self.context.Pipe()
+            with theirs, self.starting:
+                if sys.platform == "linux":
+                    resource_tracker.ensure_running()  # one for all children, so without the mark of any
+                os.environ[MARK] = self._mark
+                arguments = (theirs, self._memory, worker.folder)
+                self._process = self.context.Process(target=run_child, args=arguments, kwargs=worker.statement)
+                self._process.start()
+        finally:
+            if isinstance(self._memory.source, int):
+                os.close(self._memory.source)  # what is mapped stays
 
-    def start(self) -> None:
-        """Start the process. Its first message says why it cannot load the function, or nothing."""
-        self.overdue = None
-        ours, theirs = self.context.Pipe()
-        process = self.context.Process(target=run_child, args=(theirs, self._shared, *self._arguments))
-        with self.starting:
-            if self.closed:
-                raise ChildDied(None)
-            process.start()
-        theirs.close()
-        self._pipe, self._process, self._poll = ours, process, make_poll(ours)
-
-    def feed(self, lines: list[str]) -> None:
-        """Hand over tasks, to be run in this order; each message of outcomes comes back through `receive`."""
-        self._shared[POSITION], self._shared[REVOKED], self._shared[STARTED_AT] = -1, 0, time.perf_counter()
+    def feed(self, lines: list[str], time_limit: float) -> None:
+        """Hand over tasks, to be run in this order."""
+        words, self._taken = self._memory.words, HEADER
+        words[POSITION], words[REVOKED], words[LENGTH], words[TIME_LIMIT] = -1, 0, HEADER, time_limit
+        words[STARTED_AT] = time.perf_counter()
         with contextlib.suppress(OSError):  # it just died: `receive` finds out
             self._pipe.send_bytes("\n".join(lines).encode("utf-8", "replace"))
 
     def receive(self, timeout: float) -> bytes | None:
         """The next message, or None when there was none for `timeout` seconds. Raises ChildDied."""
-        alive = False
-        try:
-            if self._poll(timeout) or (not (alive := self._process.is_alive()) and self._poll(0)):
-                return self._pipe.recv_bytes()  # what it said before it died counts
-        except (EOFError, OSError):
-            pass
-        if alive:  # asked, since a process that it started may keep the pipe open
-            return None
+        with contextlib.suppress(EOFError, OSError):
+            if not self._pipe.poll(timeout) and self._process.is_alive():
+                return None  # asked, since a process that it started may keep the pipe open
+            if self._pipe.poll(0):  # what it said before it died counts
+                return self._pipe.recv_bytes()
+        seconds = self.running_for()
+        while self.killing_all:  # then the death is our own doing, and no outcome
+            time.sleep(EXIT_GRACE)
         self._process.join(EXIT_GRACE)
-        raise ChildDied(self._process.exitcode)
+        self.stop(0)
+        raise ChildDied(self._process.exitcode or 0, seconds)
+
+    def take_outcomes(self) -> str:
+        """The outcomes that came since the last call, each with its line end."""
+        begin, self._taken = self._taken, int(self._memory.words[LENGTH])
+        return bytes(self._memory.bytes[begin : self._taken]).decode()
 
     def position(self) -> int:
         """Of the task that was started last, in the list that was fed; -1 when none was."""
-        return int(self._shared[POSITION])
+        return int(self._memory.words[POSITION])
 
     def running_for(self) -> float:
         """Seconds since the last task was started, or since the tasks were fed."""
-        return time.perf_counter() - float(self._shared[STARTED_AT])
+        return time.perf_counter() - float(self._memory.words[STARTED_AT])
 
-    def revoke(self) -> None:
-        """Start no more of the tasks that were fed: the child ends with the one that runs."""
-        self._shared[REVOKED] = 1
+    def revoke(self) -> int:
+        """Start no more of the tasks that were fed. Returns the position of the one that runs."""
+        self._memory.words[REVOKED] = 1
+        time.sleep(0.001)  # until the child, which writes its position and then looks at the flag, must have seen it
+        return self.position()
 
     def kill(self) -> None:
-        """Kill the process and all that it started."""
+        """Kill the process and its process group."""
         with contextlib.suppress(OSError, AttributeError):
-            if hasattr(os, "killpg") and os.getpgid(self._process.pid or 0) == self._process.pid:
-                os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.kill()
+            has_group = hasattr(os, "killpg") and os.getpgid(self._process.pid or 0) == self._process.pid
+            self._process.kill()  # first, so that it does not see its command die
+            if has_group:
+                os.killpg(self._process.pid or 0, signal.SIGKILL)
 
-    def stop(self) -> None:
-        """Let the child leave; kill it after EXIT_GRACE seconds."""
-        if hasattr(self, "_process") and self._process.pid:
-            self._pipe.close()
-            self._process.join(EXIT_GRACE)
-            if self._process.is_alive():
-                self.kill()
-                self._process.join()
+    def stop(self, grace: float = EXIT_GRACE) -> None:
+        """Let the child leave for `grace` seconds, then kill it; and kill all that it has started and left."""
+        self._pipe.close()
+        self._process.join(grace)
+        self.kill()
+        self._process.join()
+        kill_started(self._mark)
 
 
-def name_signal(number: int) -> str:
-    try:
-        return f"signal {number} ({signal.Signals(number).name})"
-    except ValueError:
-        return f"signal {number}"
+def read_file(path: str) -> bytes:
+    """All that is in a file. Raises OSError."""
+    with open(path, "rb") as file:
+        return file.read()
+
+
+def find_started(mark: str, root: int | None) -> set[int]:
+    """What was started under a mark, or by the process `root`, with all that these have started; [] where there is no /proc."""
+    parents: dict[int, int] = {}
+    found = set()
+    for name in filter(str.isdigit, os.listdir("/proc") if sys.platform == "linux" else ()):
+        with contextlib.suppress(OSError):
+            state, parent = read_file(f"/proc/{name}/stat").rpartition(b")")[2].split()[:2]
+            environ = read_file(f"/proc/{name}/environ")
+            if state != b"Z":
+                parents[int(name)] = int(parent)
+                if int(name) == root or f"{MARK}={mark}".encode() in environ:
+                    found.add(int(name))
+    while more := {pid for pid, parent in parents.items() if parent in found} - found:
+        found |= more
+    return found
+
+
+def kill_started(mark: str, root: int | None = None) -> None:
+    """Kill what `find_started` finds but this process, again and again, since it may go on starting processes meanwhile."""
+    give_up_at = time.monotonic() + EXIT_GRACE
+    while (found := find_started(mark, root) - {os.getpid()}) and time.monotonic() < give_up_at:
+        for pid in found:
+            with contextlib.suppress(OSError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.002)
+
+
+# ---- supervisor: leaves nothing behind -----------------------------------------------------------------------------
+
+
+def supervise(leaving: threading.Event) -> None:
+    """Go on in a child of this process; `leaving` is set there when a signal comes here.
+
+    This process passes signals on, and kills all that is left when the worker has ended, however it did: a process whose
+    parent is gone becomes a child of the next "subreaper" (see prctl(2)).
+    """
+    theirs, ours = os.pipe()
+    worker = os.fork()
+    if not worker:
+        os.close(ours)
+        os.setpgid(0, 0)  # so that what kills the group of this process leaves one that sees it
+        for number in STOP_SIGNALS:
+            signal.signal(number, signal.SIG_IGN)  # they come through the pipe, so that each comes once
+        threading.Thread(target=listen, args=(theirs, leaving), daemon=True).start()
+        return
+    caught: list[int] = []  # `theirs` stays open, so that nothing fails when one comes after the worker's end
+
+    def pass_on(number: int, _frame: object) -> None:
+        caught.append(number)
+        if len(caught) > 1:
+            write_last_line("task_worker: leaving at once")
+            with contextlib.suppress(OSError):  # it may have ended
+                os.kill(worker, signal.SIGKILL)  # first, so that it does not report that its children die
+            leave_at_once(128 + number)
+        os.write(ours, bytes([number]))
+
+    def pause(_number: int, _frame: object) -> None:
+        with contextlib.suppress(OSError):
+            os.kill(worker, signal.SIGSTOP)
+            os.kill(os.getpid(), signal.SIGSTOP)  # here it waits to be continued
+            os.kill(worker, signal.SIGCONT)
+
+    catch_signals(pass_on)
+    signal.signal(signal.SIGTSTP, pause)
+    with contextlib.suppress(ImportError, OSError, AttributeError):
+        import ctypes
+
+        ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER
+    pid = status = 0
+    while pid != worker:
+        pid, status = os.wait()
+    code = os.waitstatus_to_exitcode(status)
+    leave_at_once(code if code >= 0 else 128 - code)
+
+
+def drain(number: int, leaving: threading.Event) -> None:
+    """What the first signal does; the second one leaves at once."""
+    if leaving.is_set():
+        write_last_line("task_worker: leaving at once")
+        leave_at_once(128 + number)
+    leaving.set()
+    say("draining: finishing what runs, releasing the rest (once more to leave at once)")
+
+
+def listen(descriptor: int, leaving: threading.Event) -> None:
+    """Drain when a signal's number comes from a pipe; leave at once when it ends, since whoever holds the other end has ended."""
+    with contextlib.suppress(OSError):
+        while number := os.read(descriptor, 1):
+            drain(number[0], leaving)
+    leave_at_once(1)
+
+
+def leave_at_once(status: int) -> NoReturn:
+    """End this process and all that it has started now."""
+    Child.killing_all = True
+    for process in multiprocessing.active_children():
+        process.kill()
+    kill_started(WORKER_MARK, root=os.getpid())
+    os._exit(status)
 
 
 # ---- worker: the connections, without user code --------------------------------------------------------------------
 
 
 class Link:
-    """One connection to the master, whose calls are those of a BaseManager's proxies.
+    """One connection to the master. OSError, EOFError and AuthenticationError say what went wrong. `close` it when done."""
 
-    Making one blocks for HANDSHAKE_LIMIT seconds at most, a call for ANSWER_LIMIT; OSError, EOFError and
-    AuthenticationError say what went wrong. `close` it when done.
-    """
+    def __init__(self, address: tuple[str, int], key: bytes, name: str, context: Any = None, limit: float | None = None) -> None:
+        """Connect, and prove to each other that both know the key; blocks for HANDSHAKE_LIMIT seconds at most.
 
-    def __init__(self, address: tuple[str, int], authkey: bytes, name: str, context: ssl.SSLContext | None = None) -> None:
+        A later call blocks for `limit` seconds (None: for as long as the connection lives).
+        """
         self._connection = PlainConnection(socket.create_connection(address, HANDSHAKE_LIMIT))
-        self.called_at = self.round_trip = 0.0  # the time of the last answer; seconds
+        self.called_at = 0.0  # the time of the last answer
+        self._answer_limit: float | None = HANDSHAKE_LIMIT
+        self.close = self._connection.close
         try:
             if context:
                 self._connection.secure(context)
-            connection.answer_challenge(self._connection, authkey)  # type: ignore[arg-type]
-            connection.deliver_challenge(self._connection, authkey)  # type: ignore[arg-type]
-            self.exchange(pack("server accept_connection", name))
+            connection.answer_challenge(self._connection, key)  # type: ignore[arg-type]
+            connection.deliver_challenge(self._connection, key)  # type: ignore[arg-type]
+            asked_at = time.monotonic()
+            self.run_id = self.call(pack("server accept_connection", name))
+            self.round_trip = self.called_at - asked_at  # seconds
         except BaseException as error:
-            self._connection.close()
+            self.close()
             if isinstance(error, AssertionError):  # how Python up to 3.11 says that this is no challenge
                 raise EOFError("another program answers there") from None
             if "timed out" in str(error) or "peer closed" in str(error):
-                raise EOFError("it took the connection and says nothing; does it listen with --tls?") from None
+                raise EOFError("it took the connection and says nothing; does it listen with TLS, and this side not?") from None
             raise
-        self._connection.settle(ANSWER_LIMIT)
-        self.close = self._connection.close
-        self._exchange_settings()
+        self._connection.end_handshake(limit)
+        self._answer_limit = limit
 
-    def _exchange_settings(self) -> None:
-        asked_at = time.monotonic()
-        settings = self.exchange(pack(f"{TASKS} settings {PROTOCOL}"))
-        self.round_trip = self.called_at - asked_at
-        try:
-            self.protocol, self.run_id = int(settings["protocol"]), str(settings["run"])
-            self.timeout = float("inf" if settings["timeout"] is None else settings["timeout"])
-        except (KeyError, TypeError, ValueError, OverflowError):
-            self.close()
-            raise EOFError("it does not state its settings") from None
+    def call(self, *messages: bytes, patient: bool = False) -> Any:
+        """Make one or two calls in one round trip; returns what the last one does. Only that one may wait at the master.
 
-    def exchange(self, *calls: bytes) -> Any:
-        """Make calls, packed as `QUEUE METHOD ARGUMENT ...` and a text, in one round trip; returns what the last one does.
-
-        Only that one may wait at the master.
+        With `patient` the answer may take its time, as long as the connection lives: the master's disk may be slow.
         """
         asked_at = time.monotonic()
-        self._connection.send_bytes(*calls)
+        try:
+            self._connection.sock.settimeout(None if patient else self._answer_limit)
+        except OSError as error:  # it is closed, since a call before this one was its end
+            raise EOFError(str(error)) from error
+        self._connection.send_bytes(*messages)
         value = self._receive()
-        if len(calls) > 1:  # then the first is a report, which waits for a disk at most
+        if len(messages) > 1:
             self.round_trip = min(time.monotonic() - asked_at, 1.25 * self.round_trip)
-        for _ in calls[1:]:
             value = self._receive()
         self.called_at = time.monotonic()
         return value
@@ -675,428 +1022,450 @@ class Link:
         raise EOFError("it answers with an error")
 
 
+def join_ids(lines: list[str]) -> str:
+    """The ids of tasks (`ID TEXT`)."""
+    return " ".join([line.partition(" ")[0] for line in lines])
+
+
 class Slot(threading.Thread):
     """A child, and the thread that feeds it from a connection of its own."""
 
     def __init__(self, worker: Worker) -> None:
         super().__init__(daemon=True)
         self._worker = worker
-        self.child = Child(worker.function, worker.command)
+        self._child: Child | None = None
+        self._digest = ""  # of the module that the child has loaded
+        self._left = 0  # tasks until the child is replaced
         self._link: Link | None = None
         self._run_id = ""  # of the master whose outcomes we hold
-        self._timeout = float("inf")  # seconds for a task
-        self._fed: list[str] = []  # what the child has, as `ID TEXT`
+        self._time_limit = math.inf  # seconds for a task
+        self._fed: list[str] = []  # what the child has, or is to have next, as `ID TEXT`
         self._done = 0  # how many of those have an outcome
-        self._outcomes: list[tuple[str, str]] = []  # ids and outcomes that came together, not yet reported
-        self._reported_at = 0.0
-        self._busy = 0.0  # seconds spent on leases since the last report
+        self._outcomes: list[str] = []  # that are not yet reported: a line of ids, and a line for each of them
+        self._reported_at = self._busy_from = 0.0
 
     def run(self) -> None:
         """Serve until the job is over, the worker drains, or something ends it; the worker is told which."""
         if hasattr(signal, "pthread_sigmask"):  # the main thread takes the signals; a new child must not, either
-            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+            signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         try:
             self._start_child()
             while not self._worker.leaving.is_set():
                 self._serve()
         except Failure as failure:
             self._worker.fail(failure)
-        except ChildDied as death:
-            self._worker.fail(Failure(f"a child ended before it could run a task: {death}", 2))
+        except OSError as error:
+            self._worker.lose_slot(error)
         except Exception as error:  # a defect of this program: the one case for a traceback
             self._worker.fail(Failure(f"internal error: {error!r}", 1))
             raise
         finally:
-            self.child.stop()
+            self._stop_child()
 
-    def _start_child(self) -> None:
-        """Start the child and wait until it has loaded the function, or the worker leaves. Raises Failure when it cannot."""
-        for attempt in range(START_ATTEMPTS):
-            with contextlib.suppress(*[ChildDied] * (attempt + 1 < START_ATTEMPTS)):
-                self.child.start()
-                while (problem := self.child.receive(START_POLL)) is None:
+    def _start_child(self) -> Child:
+        """Start the child and wait until it has loaded the function, or the worker leaves. Raises Failure, OSError."""
+        for _ in range(START_ATTEMPTS):
+            self._child = child = Child(self._worker)
+            self._left = self._worker.tasks_per_process
+            try:
+                while (answer := child.receive(START_POLL)) is None:
                     if self._worker.leaving.is_set():
-                        self.child.kill()  # it has nothing to finish
-                        return
+                        child.kill()  # it has nothing to finish
+                        return child
                     self._keep_in_touch()
-                if problem:
-                    raise Failure(problem.decode())
-                return
+            except ChildDied as died:
+                death = died
+                continue
+            if answer[:1] == b"-":
+                raise Failure(answer[1:].decode())
+            if answer == b"!":
+                raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+            self._digest = answer[1:].decode()
+            return child
+        raise Failure(f"a process ended before it could run a task: {death}")
+
+    def _stop_child(self) -> None:
+        if self._child:
+            self._child.stop()
+            self._child = None
+
+    def is_busy(self) -> bool:
+        """Whether it has tasks without an outcome."""
+        return self._done < len(self._fed)
+
+    # with the master
 
     def _serve(self) -> None:
         """Connect and work until the connection is lost or the job is over."""
         self._link = self._worker.connect()
-        if self._link is None:
-            return
-        if self._link.run_id != self._run_id:  # another master: what was finished for the last one is void
-            self._run_id, self._outcomes, self._busy = self._link.run_id, [], 0.0
-        self._timeout = self._link.timeout
         limit = 1
         try:
-            while self._link and not self._worker.leaving.is_set():
-                lease = self._trade(self._link, limit)
+            joined = self._link and self._join(self._link)
+            while joined and self._link and not self._worker.leaving.is_set():
+                lease = self._lease(self._link, limit)
                 if lease is None:
-                    self._worker.job_over(self._run_id)
+                    self._worker.end_job(self._run_id)
+                    self._stop_child()  # the next job begins with a fresh one
                     break
-                self._worker.served()
                 if lease:
                     limit = min(LEASE_GROWTH * limit, self._work(lease.split("\n")))
-            self._report()
-        except (OSError, EOFError) as error:
-            self._worker.lost(explain_error(error))
+        except EOFError as error:
+            self._lose_link(error)
         finally:
+            self._report()
             if self._link:
                 self._link.close()
 
-    def _trade(self, link: Link, limit: int) -> str | None:
-        """Report what is finished and lease anew, in one round trip. Returns what `lease` does."""
-        report, count = self._next_report()
-        lease = link.exchange(*report, pack(f"{TASKS} lease {limit} {LEASE_WAIT}"))
-        self._acknowledge(count)
+    def _join(self, link: Link) -> bool:
+        """State what we run. Returns whether to work for this master; if not, waits a little."""
+        if link.run_id == self._worker.finished:
+            self._worker.leaving.wait(random.uniform(0.5, 2.0))
+            return False
+        if self._child is None:
+            self._start_child()
+        statement = {**self._worker.statement, "digest": self._digest}
+        settings = link.call(pack(f"{TASKS} join {PROTOCOL}", json.dumps(statement)))
+        if not self._worker.accept(settings):
+            self._stop_child()  # the next job begins with a fresh one
+            return False
+        if settings["run"] != self._run_id:  # another master: what was finished for the last one is void
+            self._run_id, self._outcomes = settings["run"], []
+        self._time_limit = math.inf if settings["timeout"] is None else float(settings["timeout"])
+        return True
+
+    def _lease(self, link: Link, limit: int) -> str | None:
+        """Report what is finished and lease anew, in one round trip. Returns lines; None when the job is over."""
+        self._report(keep=1)
+        reports = [self._pack_report() for _ in self._outcomes]
+        lease = link.call(*reports, pack(f"{TASKS} lease {limit} {LEASE_WAIT}"), patient=bool(reports))
+        self._outcomes.clear()
+        self._worker.served_at = time.monotonic()
         if lease is not None and not isinstance(lease, str):
             raise EOFError("it leases what is no task")
         return lease
 
-    def _work(self, lines: list[str]) -> int:
-        """Run a lease to its end. Returns how many tasks would be worth the next round trip."""
-        leased, begun_at = len(lines), time.monotonic()
-        singly = 0  # tasks to be run one by one, since one of them ends its child without telling which
-        futile = 0  # children in a row that died before they got anywhere
-        while lines:
-            if self._worker.leaving.is_set() or self._link is None:
-                self._release(lines)
-                break
-            self._fed, self._done = lines[:1] if singly else lines, 0
-            rest = lines[len(self._fed) :]
-            try:
-                self._run()
-                lines, singly, futile = rest, max(0, singly - 1), 0
-            except ChildDied as death:
-                remaining = self._bury(death) + rest
-                futile = futile + 1 if len(remaining) == len(lines) and singly else 0
-                if futile == START_ATTEMPTS or Child.closed:
-                    raise
-                singly = len(remaining) if len(remaining) == len(lines) else singly
-                lines = remaining
-                self._report()
-                self._start_child()
-        spent = time.monotonic() - begun_at
-        self._busy += spent
-        wanted = min(MAX_LEASE_SECONDS, max(LEASE_SECONDS, self._link.round_trip / ROUND_TRIP_SHARE if self._link else 0.0))
-        return max(1, int(wanted * leased / max(spent, 1e-6)))
+    def _report(self, keep: int = 0) -> None:
+        """Hand outcomes to the master, all but `keep`. When the connection is lost meanwhile, the others are kept."""
+        self._reported_at = time.monotonic()
+        while len(self._outcomes) > keep and self._link and self._tell(self._pack_report(), patient=True):
+            del self._outcomes[0]
 
-    def _run(self) -> None:
-        """Run what is fed, until each task has an outcome or was released. Raises ChildDied."""
-        self.child.feed(self._fed)
-        while True:
-            self._shorten()
-            message = self.child.receive(min(POLL_INTERVAL, max(0.01, self._timeout - self.child.running_for())))
-            if message is not None:
-                self._done += self._keep(message[1:].decode())
-                if message[:1] == b".":
-                    break
-            self._enforce_timeout()
-            self._keep_in_touch()
-        self._release(self._fed[self._done :])  # revoked just before they were started
+    def _pack_report(self) -> bytes:
+        busy, self._busy_from = time.monotonic() - self._busy_from, time.monotonic()
+        return pack(f"{RESULTS} report {self._run_id} {busy:.6f}", self._outcomes[0])
 
-    def _shorten(self) -> None:
-        """Revoke and release what stands behind a slow task, or behind any when the worker leaves or the master is lost."""
-        slow = self.child.running_for() > SLOW_TASK
-        if len(self._fed) > 1 and (slow or self._worker.leaving.is_set() or self._link is None):
-            self.child.revoke()
-            started = self.child.position() + 1
-            self._release(self._fed[started:])
-            del self._fed[started:]
-
-    def _keep(self, outcomes: str) -> int:
-        """Keep a message of outcomes for the next report. Returns how many there are."""
-        ids, _, members = outcomes.partition("\n")
-        if ids:
-            self._outcomes.append((ids, members))
-        return outcomes.count("\n")
-
-    def _bury(self, death: ChildDied) -> list[str]:
-        """After the child's death: the outcome for the task that ran. Returns those that were fed and still have none."""
-        position, overdue = self.child.position(), self.child.overdue
-        kind, reason = "ProcessDied", str(death)
-        if overdue is not None:
-            kind, reason = "TimeoutError", f"no result within the time limit of {self._timeout:g} s"
-        nobody_ran = position < self._done or overdue not in (None, position)
-        doubtful = death.status == 0 and len(self._fed) - self._done > 1  # it left since one of them had damaged it
-        if nobody_ran or doubtful or Child.closed:
-            return self._fed[self._done :]
-        seconds = f', "seconds": {self.child.running_for():.6f}'
-        self._keep(f"{self._fed[position].partition(' ')[0]}\n{format_error(kind, reason)}{seconds}")
-        return self._fed[self._done : position] + self._fed[position + 1 :]
-
-    def _enforce_timeout(self) -> None:
-        position = self.child.position()
-        if position >= self._done and self.child.running_for() > self._timeout:
-            self.child.overdue = position
-            self.child.kill()
+    def _release(self, lines: list[str]) -> None:
+        if lines:
+            self._tell(pack(f"{TASKS} release", join_ids(lines)))
 
     def _keep_in_touch(self) -> None:
         """Report now and then, and let the master know that a busy slot lives."""
         now = time.monotonic()
-        size = sum([len(members) for _, members in self._outcomes])
-        if self._outcomes and (now - self._reported_at > REPORT_INTERVAL or size > REPORT_SIZE):
+        if self._outcomes and now - self._reported_at > REPORT_INTERVAL:
             self._report()
         elif self._link and now - self._link.called_at > BEAT_INTERVAL:
             self._tell(pack(f"{TASKS} beat"))
 
-    def _report(self) -> None:
-        """Hand all outcomes to the master; they are kept when the connection is lost meanwhile."""
-        while self._outcomes and self._link:
-            report, count = self._next_report()
-            if self._tell(*report):
-                self._acknowledge(count)
-
-    def _next_report(self) -> tuple[list[bytes], int]:
-        """The call that reports as many messages of outcomes as one report may hold, and how many; none if there are none."""
-        if not self._outcomes:
-            return [], 0
-        sizes = itertools.accumulate([len(outcomes) for _, outcomes in self._outcomes])
-        count = max(1, sum([size < REPORT_SIZE for size in sizes]))
-        ids, outcomes = zip(*self._outcomes[:count])
-        return [pack(f"{RESULTS} report {self._run_id} {self._busy:.6f}", "\n".join([" ".join(ids), *outcomes]))], count
-
-    def _acknowledge(self, count: int) -> None:
-        """The first `count` messages of outcomes are recorded."""
-        del self._outcomes[:count]
-        self._busy, self._reported_at = 0.0, time.monotonic()
-
-    def _release(self, lines: list[str]) -> None:
-        if lines:
-            self._tell(pack(f"{TASKS} release", " ".join([line.partition(" ")[0] for line in lines])))
-
-    def _tell(self, call: bytes) -> bool:
-        """Call the master if it can be reached. False when it cannot: the link is gone then."""
+    def _tell(self, message: bytes, patient: bool = False) -> bool:
+        """Call the master if it can be reached. Returns False when it cannot: the link is gone then."""
         try:
             if self._link:
-                self._link.exchange(call)
-        except (OSError, EOFError) as error:
-            assert self._link
-            self._link.close()
-            self._link = None
-            self._worker.lost(explain_error(error))
+                self._link.call(message, patient=patient)
+                self._worker.served_at = time.monotonic()
+        except EOFError as error:
+            self._lose_link(error)
         return self._link is not None
+
+    def _lose_link(self, error: EOFError) -> None:
+        if self._link:
+            self._link.close()
+        self._link = None
+        self._worker.miss(error)
+
+    # with the child
+
+    def _work(self, lines: list[str]) -> int:
+        """Run a lease to its end. Returns how many tasks would be worth the next round trip."""
+        leased, begun_at = len(lines), time.monotonic()
+        self._busy_from = begun_at
+        self._fed, self._done = lines, 0
+        deaths = 0  # of children in a row that died before they began a task
+        try:
+            while self._done < len(self._fed) and self._link and not self._worker.leaving.is_set():
+                self._fed, self._done = self._fed[self._done :], 0
+                try:
+                    self._run(self._child or self._start_child())
+                except ChildDied as death:
+                    self._bury(death)
+                    deaths = 0 if self._done else deaths + 1
+                    if deaths == START_ATTEMPTS:
+                        raise Failure(f"a process ended before it could run a task: {death}") from None
+        finally:
+            self._release(self._fed[self._done :])
+            del self._fed[self._done :]
+        spent = time.monotonic() - begun_at
+        wanted = max(LEASE_SECONDS, self._link.round_trip / ROUND_TRIP_SHARE if self._link else 0.0)
+        return max(1, int(min(MAX_LEASE_SECONDS, wanted) * leased / max(spent, 1e-6)))
+
+    def _run(self, child: Child) -> None:
+        """Feed tasks to the child until it is done with them. Raises ChildDied."""
+        child.feed(self._fed[: self._left], self._time_limit)
+        message = b""
+        while message not in (b".", b"x"):
+            self._shorten(child)
+            self._keep_in_touch()
+            message = child.receive(min(POLL_INTERVAL, max(0.01, self._time_limit - child.running_for()))) or b""
+            self._collect(child, message)
+            if child.position() >= self._done and child.running_for() > self._time_limit:
+                child.overdue = True
+                child.kill()
+        self._left -= self._done
+        if message == b"x" or self._left <= 0:
+            self._stop_child()
+
+    def _collect(self, child: Child, message: bytes = b"") -> None:
+        """Keep the outcomes that the child has written into the memory, or sent, if it does not fit there."""
+        lines = child.take_outcomes()
+        if len(message) > 1:
+            lines += message.decode()
+        if lines:
+            self._keep(lines[:-1])
+
+    def _keep(self, outcomes: str) -> None:
+        """Note outcomes, a line each, of the first tasks without one."""
+        before, self._done = self._done, self._done + outcomes.count("\n") + 1
+        self._outcomes.append(f"{join_ids(self._fed[before : self._done])}\n{outcomes}")
+
+    def _shorten(self, child: Child) -> None:
+        """Release what stands behind a slow task, or behind any when the worker leaves or the master is lost."""
+        unwanted = child.running_for() > SLOW_TASK or self._worker.leaving.is_set() or self._link is None
+        if unwanted and len(self._fed) - self._done > 1:
+            started = max(self._done, child.revoke() + 1)
+            self._release(self._fed[started:])
+            del self._fed[started:]
+
+    def _bury(self, death: ChildDied) -> None:
+        """After the child's death: keep the outcomes that it left, and note one for the task that ran."""
+        child, self._child = self._child, None
+        assert child
+        self._collect(child)
+        if child.position() >= self._done:
+            members = format_error("ProcessDied", str(death))
+            if child.overdue:
+                members = format_error("TimeoutError", f"no result within the time limit of {self._time_limit:g} s")
+            self._keep(format_outcome(members, death.started_at, death.seconds))
+        self._report()
 
 
 class Worker:
     """The slots of this host, and what they share: the way to the master and the reasons to leave."""
 
-    def __init__(self, options: argparse.Namespace, authkey: bytes) -> None:
-        self.function, self.command = options.function, options.command
-        self.leaving = threading.Event()
+    def __init__(self, options: argparse.Namespace, authkey: bytes, leaving: threading.Event) -> None:
+        self.statement = {"function": options.function, "command": options.command}
+        self.tasks_per_process = options.tasks_per_process or sys.maxsize
+        self.leaving = leaving
         self._address, self._authkey = (options.host, options.port), authkey
-        self.place = show_address(self._address)
-        self._name = f"{socket.gethostname()}/{os.getpid()}"
-        self._context = make_tls_context(authkey, server_side=False) if options.tls else None
+        self._place = show_address(self._address)
         self._quiet = options.quiet
-        self._log: Callable[[str], None] = (lambda text: None) if options.quiet else say
-        self._wait = options.wait  # seconds to look for the master; 0: for ever
+        pid = os.getppid() if sys.platform == "linux" else os.getpid()  # which is the one that was started
+        self._name = f"{os.environ.pop('TASK_HOST', '') or socket.gethostname()}/{pid}"
+        self._only_run = os.environ.pop("TASK_RUN", "")  # the run that it was started for, by the master itself
+        encrypt = options.tls if options.tls is not None else not is_loopback(options.host)
+        self._context = make_tls_context(authkey, options.host, server_side=False) if encrypt else None
+        if not encrypt and not is_loopback(options.host):
+            say(PLAIN_WARNING)
+        self._stays = options.wait == 0 and not self._only_run
+        self._patience = math.inf if self._only_run else options.wait or math.inf  # seconds to look for the master
+        self._answer_limit = None if self._patience == math.inf else max(ANSWER_LIMIT, self._patience)
         self._lock = threading.Lock()
-        self._announced = False
-        self._connected: bool | None = None  # None: never yet
-        self._lost_at: float | None = time.monotonic()  # None while the master serves us
-        self._finished = ""  # id of the last run that is over
+        self._state = ""  # then "new", "connected", "waiting" or, after a job, "idle"
+        self.served_at = time.monotonic()  # when the master last answered
+        self.finished = ""  # id of the last run that is over
         self._failure: Failure | None = None
         self._slots = [Slot(self) for _ in range(options.processes)]
+        self._slots_left = options.processes
+        self.folder: str | None = None  # where the children load the function: None when it was deleted
+        with contextlib.suppress(OSError):
+            self.folder = os.getcwd()
+        os.chdir(os.path.abspath(os.sep))  # since a new Python looks for modules in the current folder first
 
     def run(self) -> None:
-        """Serve until the job is over, or this worker drained. Raises Failure."""
+        """Serve until the job is over, or this worker drained. A failure of it ends this process."""
         for slot in self._slots:
-            slot.start()
+            try:
+                slot.start()
+            except RuntimeError:  # there may be no more threads
+                self.lose_slot(OSError(errno.EAGAIN, os.strerror(errno.EAGAIN)))
         for slot in self._slots:
             while slot.is_alive() and not self._failure:
-                slot.join(POLL_INTERVAL)  # with a timeout, so that Ctrl-C comes through on Windows
+                slot.join(1.0)  # with a timeout, so that Ctrl-C comes through on Windows
         if self._failure:
-            with Child.starting:
-                Child.closed = True
-            for slot in self._slots:
-                slot.child.kill()
-            for slot in self._slots:  # one that starts a child flushes our streams: the interpreter must not end in between
-                slot.join(EXIT_GRACE / len(self._slots))
-            raise self._failure
+            say(str(self._failure))
+            leave_at_once(self._failure.status)
 
     def connect(self) -> Link | None:
         """A link to the master, tried until --wait has passed (then Failure) or the worker leaves (then None)."""
         with self._lock:
-            if not self._announced and not self._quiet:
-                print_line(f"Connect to server {self._address[0]}...")
-            self._announced = True
+            if not self._state and not self._quiet:
+                write_line(f"Connect to server {self._address[0]}...", 1)
+            self._state = self._state or "new"
         delay = 0.05
         while not self.leaving.is_set():
             try:
-                link = Link(self._address, self._authkey, self._name, self._context)
-                if self._accept(link):
-                    return link
+                return Link(self._address, self._authkey, self._name, self._context, self._answer_limit)
             except (OSError, EOFError, AuthenticationError) as error:
-                self._refuse_hopeless(error)
-                self._check_patience(error)
+                if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE):
+                    raise
+                self.miss(error)
             delay = min(2.0, delay * 2)
             self.leaving.wait(delay * random.uniform(0.5, 1.0))
         return None
 
-    def _accept(self, link: Link) -> bool:
-        """Whether to work over this link: not for a master whose job is over. Raises Failure for one that is too strange."""
-        if link.protocol != PROTOCOL:
-            link.close()
-            raise Failure(
-                f"the master at {self.place} speaks protocol {link.protocol}, this worker {PROTOCOL}: "
-                "copy the task_worker.py of the master's host here",
-                3,
-            )
-        with self._lock:
-            if link.run_id == self._finished:
-                link.close()
-                return False
-            first, self._connected = not self._connected, True
-        if first:
-            self._log(f"connected to {self.place}")
+    def accept(self, settings: Any) -> bool:
+        """Whether to work for a master with these settings: not when its job is over. Raises Failure when it never can be."""
+        types: dict[str, Any] = {"protocol": int, "run": str, "timeout": (int, float, type(None)), "refused": (str, type(None))}
+        if not isinstance(settings, dict) or not all(isinstance(settings.get(name, ...), types[name]) for name in types):
+            raise EOFError("it does not state its settings")
+        if settings["protocol"] != PROTOCOL:
+            problem = f"the master at {self._place} speaks protocol {settings['protocol']}, this worker {PROTOCOL}"
+            raise Failure(f"{problem}: copy the task_worker.py of the master's host here", 3)
+        if self._only_run not in ("", settings["run"]):
+            raise Failure(f"at {self._place} there is another master than the one that started this worker", 3)
+        if settings["refused"]:
+            if not self._stays:
+                raise Failure(f"the master at {self._place} refused this worker: {settings['refused']}", 3)
+            self.end_job(settings["run"], f"not this one's job ({settings['refused']})")
+        if settings["run"] == self.finished:
+            return False
+        self.served_at = time.monotonic()
+        self._change("connected", f"connected to {self._place}")
         return True
 
-    def _refuse_hopeless(self, error: BaseException) -> None:
-        """Raises Failure when the master is there, and will not have us however long we try."""
-        reason = getattr(error, "reason", None)  # of an SSLError
-        if reason in ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE"):
-            raise Failure(f"the master at {self.place} does not speak TLS: start it with --tls, or this without", 3)
-        if reason == "CERTIFICATE_VERIFY_FAILED":
-            raise Failure(f"what answers at {self.place} shows a certificate and not the key: it is not our master", 3)
-        if isinstance(error, AuthenticationError) or "ALERT" in str(reason):
-            raise Failure(f"the master at {self.place} refused the key: copy its key file to this host", 3)
-
-    def _check_patience(self, error: BaseException) -> None:
-        """Say once that we wait. Raises Failure when we waited enough, or when waiting cannot help."""
-        reason = explain_error(error)
-        with self._lock:
-            first, self._connected = self._connected is None, False
-            self._lost_at = self._lost_at or time.monotonic()
-            waited = time.monotonic() - self._lost_at
-        unknown = isinstance(error, socket.gaierror) and error.errno == socket.EAI_NONAME and first
-        if self._wait and (unknown or waited >= self._wait):
+    def miss(self, error: BaseException) -> None:
+        """The master cannot be reached, or was lost: say so once. Raises Failure if it will not have us, or is away too long."""
+        trouble = getattr(error, "reason", None)  # of an SSLError
+        if trouble in ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE"):
+            raise Failure(f"the master at {self._place} does not speak TLS: start both with --tls or both with --no-tls", 3)
+        if trouble == "CERTIFICATE_VERIFY_FAILED":
+            raise Failure(f"what answers at {self._place} shows a certificate and not the key: it is not our master", 3)
+        if isinstance(error, AuthenticationError) or "ALERT" in str(trouble):
+            raise Failure(f"the master at {self._place} refused the key: copy its key file to this host", 3)
+        reason, before = explain_error(error), self._state
+        waited = time.monotonic() - self.served_at
+        unknown = isinstance(error, socket.gaierror) and error.errno == socket.EAI_NONAME and before == "new"
+        busy = any(slot.is_busy() for slot in self._slots)  # then an outage must not cost its work
+        if (waited >= self._patience and not busy) or (unknown and self._patience < math.inf):
             near = is_loopback(self._address[0])
             hint = "is it running? is --port right?" if near else "is it running, with --host 0.0.0.0? is --host right here?"
-            raise Failure(f"cannot reach the master at {self.place}: {reason} ({hint})", 3)
-        if first:
-            self._log(f"waiting for the master at {self.place} ({reason})")
-
-    def served(self) -> None:
-        """The master answers a slot's request for tasks: the time to wait for it starts anew when it is lost."""
-        self._lost_at = None
-
-    def lost(self, reason: str) -> None:
-        """A slot lost its connection. Raises Failure when the master has not served us for too long."""
-        with self._lock:
-            first, self._connected = bool(self._connected), False
-            self._lost_at = self._lost_at or time.monotonic()
-            waited = time.monotonic() - self._lost_at
-        if first and not self.leaving.is_set():
-            self._log(f"lost the master at {self.place} ({reason})")
-        if self._wait and waited >= self._wait:
-            raise Failure(f"gave up the master at {self.place}: {reason}", 3)
+            raise Failure(f"cannot reach the master at {self._place}: {reason} ({hint})", 3)
+        if before != "idle" and not self.leaving.is_set():
+            verb = "lost" if before == "connected" else "waiting for"
+            self._change("waiting", f"{verb} the master at {self._place} ({reason})")
         self.leaving.wait(0.1)  # it may take connections only to end them
 
-    def job_over(self, run_id: str) -> None:
-        """A slot heard that the job is over: leave, or with --wait 0 look for the next master."""
-        if self._wait:
+    def end_job(self, run_id: str, reason: str = "the job is over") -> None:
+        """A slot heard that there is nothing more to do here: leave, or with --wait 0 look for the next master."""
+        if not self._stays:
             self.leaving.set()
             return
         with self._lock:
-            first, self._finished, self._connected = self._finished != run_id, run_id, False
+            first, self.finished = self.finished != run_id, run_id
         if first:
-            self._log("the job is over; waiting for the next master")
+            self._change("idle", f"{reason}; waiting for the next master")
+
+    def lose_slot(self, error: OSError) -> None:
+        """A slot cannot have what it needs: go on with the others, if there are any."""
+        with self._lock:
+            first, self._slots_left = self._slots_left == len(self._slots), self._slots_left - 1
+        remedy = REMEDIES.get(error.errno or 0, "the system refused")
+        text = f"cannot start all of {len(self._slots)} processes: {explain_error(error)} ({remedy}, or use fewer --processes)"
+        if not self._slots_left:
+            self.fail(Failure(text))
+        elif first:
+            say(f"{text}; going on with those that run")
 
     def fail(self, failure: Failure) -> None:
+        """End the worker with this failure, if it is the first."""
         with self._lock:
             self._failure = self._failure or failure
         self.leaving.set()
 
-    def handle_signal(self, number: int, _frame: object) -> None:
-        """The first one drains, the second leaves at once."""
-        if self.leaving.is_set():
-            say("leaving at once")
-            Child.closed = True  # so that no slot reports a task that is killed here
-            for slot in self._slots:
-                slot.child.kill()
-            os._exit(128 + number)
-        self.leaving.set()
-        say("draining: finishing what runs, releasing the rest (once more to leave at once)")
+    def _change(self, state: str, text: str) -> None:
+        """Be in another state, and say so once."""
+        with self._lock:
+            is_new, self._state = self._state != state, state
+        if is_new and not self._quiet:
+            say(text)
 
 
 # ---- command line --------------------------------------------------------------------------------------------------
 
+CPUS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # that we may use
+
 
 def make_parser() -> Parser:
-    port = bounded(int, 1, 65535, "a port: it takes 1 to 65535")
-    count = bounded(int, 1, 4096, "a count: it takes 1 to 4096")
-    seconds = bounded(float, 0, 1e9, "a time: it takes seconds, 0 for ever")
+    """The options of the worker."""
     parser = Parser(
         prog="task_worker",
         usage="%(prog)s [OPTION ...]",
         description="Run tasks for a task_master: call a function on each, report the outcomes.",
-        epilog="examples:\n  task_worker.py\n  task_worker.py --host 10.0.0.5 \\\n    --function mailer:send --wait 0\n",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="examples:\n  task_worker.py\n  task_worker.py --host 10.0.0.5 --function mailer:send --wait 0\n",
     )
-    parser.add_argument("--quiet", action="store_true", help="say nothing but errors")
-    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     group = parser.add_argument_group("what to run")
-    what = group.add_mutually_exclusive_group()
-    what.add_argument("--function", metavar="MODULE:NAME", help="called with each task (default: the square of a number)")
-    what.add_argument("--command", metavar="TEMPLATE", help="run in a shell for each task, {} replaced by the quoted task")
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # that we may use
-    group.add_argument(
-        "--processes", type=count, default=cpus, metavar="N", help=f"tasks at a time (default: one per CPU, {cpus} here)"
-    )
+    add_function_options(group)
+    count = bounded(int, 1, 4096, "a count: it takes 1 to 4096")
+    text = f"how many at a time (default: the CPUs, {CPUS} here)"
+    group.add_argument("--processes", type=count, default=CPUS, metavar="N", help=text)
     group = parser.add_argument_group("where the master is")
-    group.add_argument("--host", default="127.0.0.1", help="its name or address (default: %(default)s)")
-    group.add_argument("--port", type=port, default=5000, help="its port (default: %(default)s)")
-    group.add_argument("--authkey-file", metavar="FILE", help=f"a copy of its key (default: {DEFAULT_KEY_FILE})")
-    group.add_argument("--tls", action="store_true", help="encrypt, as the master does (Python 3.13 or newer)")
-    group.add_argument(
-        "--wait",
-        type=seconds,
-        default=60.0,
-        metavar="SECONDS",
-        help="how long to look for it (default: %(default)g; 0: for ever, and again after each job)",
-    )
+    add_connection_options(group, 1, "its name or address (default: %(default)s)", f"its key (default: {DEFAULT_KEY_FILE})")
+    seconds = bounded(float, 0, 1e9, "a time: it takes seconds, 0 for ever")
+    text = "how long to look for it (default: %(default)g; 0: for ever, and again after each job)"
+    group.add_argument("--wait", type=seconds, default=60.0, metavar="S", help=text)
     return parser
 
 
-def find_key(options: argparse.Namespace) -> bytes:
-    """The key, waited for when the master, which makes it, will be started on this host."""
+def find_key(options: argparse.Namespace, leaving: threading.Event) -> bytes:
+    """The key, waited for when the master, which makes it, will be started on this host. Raises Failure."""
     give_up_at = time.monotonic() + options.wait
     told = False
+    path = os.path.expanduser(DEFAULT_KEY_FILE)
+    missing = f"there is no key in {path}: copy that file from the master's host"
     while True:
-        try:
-            return read_key(options.authkey_file)
-        except FileNotFoundError:
-            missing = f"there is no key in {os.path.expanduser(DEFAULT_KEY_FILE)}: copy that file from the master's host"
+        with contextlib.suppress(FileNotFoundError):
+            if options.authkey_file or "TASK_AUTHKEY" in os.environ or os.stat(path).st_size or not os.path.isfile(path):
+                return read_key(options.authkey_file)
         if not is_loopback(options.host) or (options.wait and time.monotonic() > give_up_at):
             raise Failure(missing)
         if not told:
             say(f"{missing}, or start the master on this one (waiting for it)")
             told = True
-        time.sleep(0.1)
+        if leaving.wait(0.1):
+            raise SystemExit(0)
 
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    open_standard_streams()
+    prepare_process()
     options = make_parser().parse_args(argv)
-    raise_file_limit()
     try:
-        worker = Worker(options, find_key(options))
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, worker.handle_signal)
-        worker.run()
+        if options.function:
+            check_spec(options.function)
+        if options.command:
+            parse_template(options.command)
+        leaving = threading.Event()
+        if sys.platform == "linux":
+            supervise(leaving)  # from here on in a process of its own
+        else:
+            catch_signals(lambda number, frame: drain(number, leaving))
+        if "TASK_RUN" in os.environ:  # a master has started this worker, which must not outlive it
+            threading.Thread(target=listen, args=(0, leaving), daemon=True).start()
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, CPUS // options.processes)))
+        Worker(options, find_key(options, leaving), leaving).run()
     except Failure as failure:
         say(str(failure))
         return failure.status
-    except KeyboardInterrupt:  # before there was anything to drain
-        return 128 + signal.SIGINT
     if not options.quiet:
-        print_line("worker exit.")
+        write_line("worker exit.", 1)
     return 0
 
 

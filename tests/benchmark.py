@@ -1,26 +1,30 @@
 #!/usr/bin/env python3
-"""Measures how fast the farm is, beside what a user might install instead. Run by hand:
+"""Measures the farm beside what one might use instead, or beside another version of itself. Run by hand:
 
-    python tests/benchmark.py [--only NAME ...] [--runs N] [--quick]
+    python tests/benchmark.py                                       all rows but the night: some hours
+    python tests/benchmark.py throughput command --runs 9           these rows alone
+    python tests/benchmark.py latency --product . --product ../old  two versions, in turn
+    python tests/benchmark.py memory --scale 0.1                    a tenth of the work
+    python tests/benchmark.py night --minutes 60
 
-One function a figure; each prints what it measures and gives rows of the table that ends the run. Every number is the
-median of N runs, in which those that are compared take turns. Linux only: memory and CPU time are read from /proc.
-execnet and dask.distributed take part when they are installed.
+Each row is one function below, which names contenders. They take turns in each round. The table gives the median over the
+rounds, and the ratio of each product to each contender: the median of the ratios within a round, since the speed of a machine
+drifts. A contender that fails (execnet is not installed, say) is skipped with its reason. Linux only: it reads /proc.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib.util
+import functools
+import itertools
 import json
 import os
-import queue
 import random
 import re
 import secrets
+import shlex
 import socket
-import ssl
 import statistics
 import subprocess
 import sys
@@ -31,41 +35,49 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Callable, NamedTuple
 
-ROOT = Path(__file__).resolve().parent.parent
-MASTER, WORKER = str(ROOT / "task_master.py"), str(ROOT / "task_worker.py")
+import psutil
 
-# What the workers run. The naps return the process that slept, so that one can tell the slots apart.
-FUNCTIONS = """
-import os, time
+MB = 1 << 20
+Values = dict[str, float]  # what a contender gave in a round, by figure; the name of a figure is its unit
+Contenders = dict[str, Callable[[], Values]]
+
+PROGRAMS = {
+    # What the farm runs. A number with a point is a nap; the file that it leaves tells that this process takes part.
+    "functions": """
+import os, sys, time
 
 def square(n):
     return n * n
 
-def nap(seconds):
-    time.sleep(seconds)
-    return os.getpid()
-"""
+def work(task):
+    if not isinstance(task, float):
+        return task
+    mark = f"joined/{os.getpid()}"
+    if not os.path.exists(mark):
+        open(mark, "w").close()
+    time.sleep(task)
 
-# The contenders for throughput, each a program that takes the number of tasks and does them.
-
-POOL = """
+def dream(task):
+    kind, value = task
+    kinds = {"nap": time.sleep, "print": print, "big": "x".__mul__, "fail": int, "exit": sys.exit, "die": os._exit}
+    return kinds[kind](value)
+""",
+    "pool": """
 import json, multiprocessing, os, sys, time
 
 def work(numbered_line):
     number, line = numbered_line
     task = json.loads(line)
     started_at = time.perf_counter()
-    result = task * task
-    seconds = round(time.perf_counter() - started_at, 6)
-    return json.dumps({"id": number, "task": task, "result": result, "seconds": seconds, "worker": name, "attempts": 1}) + "\\n"
+    record = {"id": number, "task": task, "result": task * task, "seconds": round(time.perf_counter() - started_at, 6)}
+    return json.dumps({**record, "worker": name, "attempts": 1}) + "\\n"
 
 name = f"host/{os.getpid()}"
 if __name__ == "__main__":
     with open(sys.argv[1]) as tasks, open(sys.argv[2], "w") as results, multiprocessing.Pool(2) as pool:
         results.writelines(pool.imap_unordered(work, enumerate(tasks), int(sys.argv[3])))
-"""
-
-RUN = """
+""",
+    "run": """
 import sys
 sys.path.insert(0, sys.argv[1])
 from task_master import TaskMaster
@@ -74,110 +86,89 @@ if __name__ == "__main__":
     with TaskMaster(port=0, workers=2, function="functions:square") as master:
         for record in master.run(range(int(sys.argv[2]))):
             assert record.result == record.task * record.task
-"""
-
-TUTORIAL = """
+""",
+    "tutorial": """
 import multiprocessing, queue, sys, time
 from multiprocessing.managers import BaseManager
 
 tasks, results = queue.Queue(), queue.Queue()
 class QueueManager(BaseManager): pass
+QueueManager.register("get_task_queue", callable=lambda: tasks)
+QueueManager.register("get_result_queue", callable=lambda: results)
 
 def work(address):
-    QueueManager.register("get_task_queue")
-    QueueManager.register("get_result_queue")
     manager = QueueManager(address, b"abc")
     manager.connect()
     tasks, results = manager.get_task_queue(), manager.get_result_queue()
-    while (n := tasks.get()) is not None:
+    while True:
+        n = tasks.get()
         results.put(n * n)
 
-def run(count, workers, use):
-    QueueManager.register("get_task_queue", callable=lambda: tasks)
-    QueueManager.register("get_result_queue", callable=lambda: results)
-    with QueueManager(("127.0.0.1", 0), b"abc", ctx=multiprocessing.get_context("fork")) as manager:
-        for _ in range(workers):
-            multiprocessing.Process(target=work, args=(manager.address,), daemon=True).start()
-        use(manager.get_task_queue(), manager.get_result_queue(), count)
-
-def throughput(tasks, results, count):
+def use(tasks, results, count, pause):
     for n in range(count):
-        tasks.put(n)
-    for n in range(count):
-        results.get()
-
-def latency(tasks, results, count):
-    for n in range(count + 20):
-        time.sleep(0.005)
+        time.sleep(pause)
         asked_at = time.perf_counter()
         tasks.put(n)
-        results.get()
-        if n >= 20:
+        if pause:
+            results.get()
             print(time.perf_counter() - asked_at)
+    for n in range(0 if pause else count):
+        results.get()
 
 if __name__ == "__main__":
-    run(int(sys.argv[2]), 2, {"throughput": throughput, "latency": latency}[sys.argv[1]])
-"""
-
-# The hops that a task makes in the farm, and nothing else: standard input, a thread for the connection, TCP, a slot, a
-# pipe to its child, and all the way back. What this takes is the machine's.
-CHAIN = """
-import multiprocessing, os, socket, sys, threading
+    with QueueManager(("127.0.0.1", 0), b"abc", ctx=multiprocessing.get_context("fork")) as manager:
+        for _ in range(2):
+            multiprocessing.Process(target=work, args=(manager.address,), daemon=True).start()
+        use(manager.get_task_queue(), manager.get_result_queue(), int(sys.argv[1]), float(sys.argv[2]))
+""",
+    # The hops that a task makes in the farm, and nothing else: standard input, a thread for the connection, TCP, a slot,
+    # a pipe to its child, and all the way back. What this takes is the machine's.
+    "hops": """
+import multiprocessing, os, queue, socket, threading
 
 def run_child(pipe):
     while True:
         pipe.send_bytes(pipe.recv_bytes())
 
-def run_slot(port):
-    sock = socket.create_connection(("127.0.0.1", port))
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+def run_slot(address):
+    sock = socket.create_connection(address)
     ours, theirs = multiprocessing.Pipe()
-    multiprocessing.Process(target=run_child, args=(theirs,), daemon=True).start()
-    while data := sock.recv(65536):
-        ours.send_bytes(data)
+    multiprocessing.Process(target=run_child, args=(theirs,)).start()
+    while True:
+        ours.send_bytes(sock.recv(65536))
         sock.send(ours.recv_bytes())
 
-def serve(sock, arrived, lines):
+def serve(sock, lines):
     while True:
-        with arrived:
-            arrived.wait_for(lambda: lines)
-            data = lines.pop()
-        sock.send(data)
+        sock.send(lines.get())
         os.write(1, sock.recv(65536))
 
 if __name__ == "__main__":
-    listener = socket.create_server(("127.0.0.1", 0))
-    multiprocessing.Process(target=run_slot, args=(listener.getsockname()[1],)).start()
-    sock = listener.accept()[0]
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    arrived, lines = threading.Condition(), []
-    threading.Thread(target=serve, args=(sock, arrived, lines), daemon=True).start()
-    while data := os.read(0, 65536):
-        with arrived:
-            lines.append(data)
-            arrived.notify()
-    sock.shutdown(socket.SHUT_RDWR)
-"""
-
-EXECNET = """
+    listener, lines = socket.create_server(("127.0.0.1", 0)), queue.Queue()
+    multiprocessing.Process(target=run_slot, args=(listener.getsockname(),)).start()
+    threading.Thread(target=serve, args=(listener.accept()[0], lines), daemon=True).start()
+    while True:
+        lines.put(os.read(0, 65536))
+""",
+    "execnet_pair": """
 import sys, threading, execnet
 
 def work(channel):
     for n in channel:
         channel.send(n * n)
 
-count = int(sys.argv[1])
-channels = [execnet.makegateway().remote_exec(work) for _ in range(2)]
 def feed():
     for n in range(count):
         channels[n % 2].send(n)
+
+count = int(sys.argv[1])
+channels = [execnet.makegateway().remote_exec(work) for _ in range(2)]
 threading.Thread(target=feed).start()
 for n in range(count):
     channels[n % 2].receive()
 execnet.default_group.terminate(1)
-"""
-
-DASK = """
+""",
+    "dask_pair": """
 import sys
 from distributed import Client, as_completed
 
@@ -185,325 +176,341 @@ if __name__ == "__main__":
     with Client(n_workers=2, threads_per_worker=1, dashboard_address=None) as client:
         for future in as_completed(client.map(lambda n: n * n, range(int(sys.argv[1])))):
             future.result()
-"""
-
-# Sleeps that begin when standard input says so.
-SLEEPER = """
+""",
+    "sleeper": """
 import sys, time
-count, seconds = int(sys.argv[1]), float(sys.argv[2])
 print("ready", flush=True)
 sys.stdin.readline()
-for _ in range(count):
-    time.sleep(seconds)
+for _ in range(int(sys.argv[1])):
+    time.sleep(float(sys.argv[2]))
 print("done", flush=True)
-"""
+""",
+    "echo": """
+import socket
+listener = socket.create_server(("127.0.0.1", 0))
+print(listener.getsockname()[1], flush=True)
+sock = listener.accept()[0]
+while data := sock.recv(1 << 20):
+    sock.sendall(data)
+""",
+    # Forwards connections to a port, each byte some seconds late, as many on the way as there are.
+    "relay": """
+import asyncio, sys
+target, delay, port = int(sys.argv[1]), float(sys.argv[2]), int(sys.argv[3])
 
-# Slots without a child: each thread leases and reports as task_worker's slots do, and runs nothing.
-CLIENTS = """
-import os, random, sys, threading, time
-sys.path.insert(0, sys.argv[1])
-from task_worker import RESULTS, TASKS, Link, pack
-
-def connect(address, key):
-    for attempt in range(8):
+async def forward(reader, writer):
+    data = b"first"
+    while data:
         try:
-            return Link(address, key, f"light/{os.getpid()}")
-        except (OSError, EOFError):  # too many at once: again, as a worker does
-            time.sleep(random.uniform(0.5, 1.0) * min(2.0, 0.1 * 2**attempt))
-    os._exit(1)
+            data = await reader.read(1 << 16)
+        except OSError:
+            data = b""
+        asyncio.get_running_loop().call_later(delay, *((writer.write, data) if data else (writer.close,)))
 
-def serve(address, key):
-    link = connect(address, key)
-    os.write(1, b"connected\\n")  # at once, unlike print
-    limit = 1
-    while (lease := link.exchange(pack(f"{TASKS} lease {limit} 40.0"))) is not None:
-        if lease:
-            began_at = time.monotonic()
-            lines = lease.split("\\n")
-            ids = " ".join([line.partition(" ")[0] for line in lines])
-            text = "\\n".join([ids, *['"result": null, "seconds": 0.000001'] * len(lines)])
-            spent = time.monotonic() - began_at
-            link.exchange(pack(f"{RESULTS} report {link.run_id} {spent}", text))
-            limit = max(1, min(8 * limit, int(0.2 * len(lines) / max(spent, 1e-6))))
+async def relay(reader, writer):
+    try:
+        far_reader, far_writer = await asyncio.open_connection("127.0.0.1", target)
+        await asyncio.gather(forward(reader, far_writer), forward(far_reader, writer))
+    except OSError:
+        writer.close()
 
-threading.stack_size(256 << 10)
-address, key = ("127.0.0.1", int(sys.argv[2])), os.environ["TASK_AUTHKEY"].encode()
-threads = [threading.Thread(target=serve, args=(address, key)) for _ in range(int(sys.argv[3]))]
-for thread in threads:
-    thread.start()
-for thread in threads:
-    thread.join()
-"""
+async def main():
+    server = await asyncio.start_server(relay, "127.0.0.1", port, backlog=1024)
+    print(server.sockets[0].getsockname()[1], flush=True)
+    await server.serve_forever()
 
-PROGRAMS = {"functions": FUNCTIONS, "pool": POOL, "run": RUN, "tutorial": TUTORIAL, "chain": CHAIN, "execnet_one": EXECNET,
-            "dask_one": DASK, "sleeper": SLEEPER, "clients": CLIENTS}  # fmt: skip
+asyncio.run(main())
+""",
+    # Runs a program on a disk whose every fsync takes 50 ms longer; or lets it fork its children instead of spawning them, so
+    # that a thousand start in seconds. (Where a product makes its children in another way, they are as heavy as always.)
+    "altered": """
+import multiprocessing.context, multiprocessing.popen_fork, os, runpy, sys, time, warnings
+fsync = os.fsync
+if sys.argv[1] == "slow_fsync":
+    os.fsync = os.fdatasync = lambda fd: time.sleep(0.05) or fsync(fd)
+else:
+    warnings.simplefilter("ignore", DeprecationWarning)  # of forks beside threads
+    multiprocessing.context.SpawnProcess._Popen = multiprocessing.popen_fork.Popen
+del sys.argv[:2]
+sys.path[0] = os.path.dirname(sys.argv[0])
+runpy.run_path(sys.argv[0], run_name="__main__")
+""",
+}
 
-
-class Row(NamedTuple):
-    """A line of the table. The ratio is that of the measured value to what the goal names."""
-
-    figure: str
-    measured: str
-    goal: str
-    ratio: float | None = None
-    met: bool | None = None  # None: there is no goal, the number is only stated
+# ---- helpers -------------------------------------------------------------------------------------------------------
 
 
-class Bench(NamedTuple):
-    """What every figure needs: how much to do, and a folder with the programs in it."""
+class Skip(Exception):
+    """A contender cannot take part, for this reason."""
 
-    runs: int
-    quick: bool
+
+class Product(NamedTuple):
+    """A version of the two files, used through its command line."""
+
+    name: str
     folder: Path
-    env: dict[str, str]
 
-    def path(self, name: str) -> str:
-        return str(self.folder / name)
+    def master(self, *options: object) -> list[str]:
+        return [sys.executable, str(self.folder / "task_master.py"), "--port", "0", *map(str, options)]
+
+    def worker(self, port: int, processes: int, function: str = "functions:work") -> list[str]:
+        options = ["--quiet", "--port", port, "--processes", processes, "--function", function]
+        return [sys.executable, str(self.folder / "task_worker.py"), *map(str, options)]
+
+
+class Lab:
+    """What every row needs: the products, how much to do, and a folder in which all programs run."""
+
+    def __init__(self, folder: Path, products: list[Product], scale: float, minutes: float) -> None:
+        self.folder, self.products, self.scale, self.minutes = folder, products, scale, minutes
+        self.results, self._joined = folder / "results.jsonl", folder / "joined"
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith(("TASK_", "PYTHON"))}
+        self._env = {**inherited, "HOME": str(folder), "TASK_AUTHKEY": secrets.token_hex(16)}
+        self._joined.mkdir()
+        for name, text in PROGRAMS.items():
+            (folder / f"{name}.py").write_text(text)
+
+    def count(self, number: int, least: int = 20) -> int:
+        """This number, scaled as the user asks."""
+        return max(least, int(number * self.scale))
+
+    def ours(self, measure: Callable[[Product], Values], variant: str = "") -> Contenders:
+        """A contender for each product."""
+        return {product.name + variant: functools.partial(measure, product) for product in self.products}
 
     def program(self, name: str, *arguments: object) -> list[str]:
-        return [sys.executable, self.path(f"{name}.py"), *map(str, arguments)]
+        return [sys.executable, f"{name}.py", *map(str, arguments)]
 
-    def start(self, argv: list[str], **options: Any) -> subprocess.Popen[bytes]:
-        return subprocess.Popen(argv, cwd=self.folder, env=self.env, **options)
+    def numbers(self, count: int) -> Path:
+        """A file of so many tasks."""
+        path = self.folder / f"{count}.jsonl"
+        if not path.exists():
+            path.write_text("".join([f"{n}\n" for n in range(count)]))
+        return path
 
-    def time_program(self, argv: list[str]) -> float:
-        """Seconds from the command to its exit, which must be a success."""
-        began_at = time.perf_counter()
-        with self.start(argv, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
-            assert process.stderr
-            errors = process.stderr.read()
-        if process.returncode:
-            raise SystemExit(f"benchmark: {argv} ended with status {process.returncode}: {errors.decode()}")
-        return time.perf_counter() - began_at
+    def job(self, product: Product, count: int, *options: object) -> list[str]:
+        """A command that takes tasks from a file, on two processes, and makes a results file anew."""
+        self.results.unlink(missing_ok=True)
+        what = options if "--command" in options else ("--function", "functions:square", *options)
+        return product.master("--tasks", self.numbers(count), "--workers", 2, "--results", self.results, *what)
 
-    def interleave(self, contenders: dict[str, Callable[[], float]], runs: int | None = None) -> dict[str, float]:
-        """The median that each contender gives in some runs, in which they take turns."""
-        values: dict[str, list[float]] = {name: [] for name in contenders}
-        for _ in range(runs or self.runs):
-            for name, measure in contenders.items():
-                values[name].append(measure())
-        for name, got in values.items():
-            print(f"  {name}: {', '.join(f'{value:.4g}' for value in got)}", flush=True)
-        return {name: statistics.median(got) for name, got in values.items()}
+    def start(self, argv: list[str], **options: Any) -> psutil.Popen:
+        try:
+            return psutil.Popen(argv, cwd=self.folder, env=self._env, **options)
+        except FileNotFoundError:
+            raise Skip(f"there is no {argv[0]}") from None
+
+    @contextlib.contextmanager
+    def running(self, argv: list[str], **options: Any) -> Iterator[psutil.Popen]:
+        """A process that is killed at the end of the `with`, and all below it."""
+        process = self.start(argv, **{"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, **options})
+        try:
+            yield process
+        finally:
+            kill_tree(process)
+
+    @contextlib.contextmanager
+    def farm(self, product: Product, *options: object) -> Iterator[Farm]:
+        """A master that reads tasks from its standard input and writes records to its standard output."""
+        argv, pipe = product.master("--tasks", "-", "--results", "-", *options), subprocess.PIPE
+        with self.running(argv, stdin=pipe, stdout=pipe, stderr=pipe, bufsize=MB) as process:
+            line = said = b""
+            while b"listening on" not in line:
+                said, line = line, process.stderr.readline()
+                if not line:
+                    raise Skip(f"the master ended: {said.decode().strip()}")
+            threading.Thread(target=process.stderr.read, daemon=True).start()  # so that the pipe never fills
+            yield Farm(process, int(line.rpartition(b":")[2]), process.stdin, process.stdout)
+
+    @contextlib.contextmanager
+    def relay(self, target: int, delay: float = 0.0, port: int = 0) -> Iterator[int]:
+        """A relay to the master that holds each byte back; gives the port to connect to."""
+        with self.running(self.program("relay", target, delay, port), stdout=subprocess.PIPE) as process:
+            yield int(read_line(process.stdout))
+
+    def forget_joined(self) -> None:
+        for mark in self._joined.iterdir():
+            mark.unlink()
+
+    def joined(self) -> int:
+        """How many processes have run a nap (of functions:work) since that was forgotten."""
+        return len(os.listdir(self._joined))
+
+    def wait_for(self, farm: Farm, count: int) -> None:
+        """Block until so many processes have joined a farm."""
+        self.forget_joined()
+        while self.joined() < count:
+            farm.seconds([b"0.1\n" * (4 * count)], 4 * count)
+
+    def seconds(self, argv: list[str]) -> float:
+        """From the command to its exit."""
+        return self.watch(argv)["s until over"]
+
+    def watch(self, argv: list[str], interval: float | None = None) -> Values:
+        """Seconds until the command is over; where there is an interval, also until it listens, and its peak memory."""
+        errors, peak, listening = self.folder / "errors", 0.0, 0.0
+        with errors.open("wb") as file:
+            began_at = time.perf_counter()
+            process = self.start(argv, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=file)
+        while interval and process.poll() is None:
+            peak = max(peak, peak_memory(process.pid))
+            if not listening and b"listening on" in errors.read_bytes():
+                listening = time.perf_counter() - began_at
+            time.sleep(interval)
+        status = process.wait()
+        spent = time.perf_counter() - began_at
+        if status:
+            raise Skip(f"exit status {status}: {' '.join(errors.read_text().splitlines()[-1:])}")
+        return {"s until listening": listening, "s until over": spent, "MB of the master at most": peak}
+
+    def rate(self, command: Callable[[int], list[str]], count: int) -> Values:
+        """Tasks a second, without the start-up: the time that the same command takes with ten tasks."""
+        count, start_up = max(count, 20), self.seconds(command(10))
+        spent = self.seconds(command(count)) - start_up
+        if spent <= 0:
+            raise Skip(f"{count} tasks take no longer than ten: use a larger --scale")
+        return {"tasks/s": (count - 10) / spent}
+
+    def square_rate(self, product: Product, *options: object) -> Values:
+        return self.rate(lambda count: self.job(product, count, *options), self.count(1_000_000))
 
 
-class Farm:
-    """A master whose standard input we write and whose records we read; stops at the end of the `with`."""
+class Farm(NamedTuple):
+    """A master whose standard input we write and whose records we read."""
 
-    def __init__(self, bench: Bench, *options: object, wrap: tuple[str, ...] = ()) -> None:
-        argv = [*wrap, sys.executable, MASTER, "--port", "0", "--tasks", "-", "--results", "-", *map(str, options)]
-        pipe = subprocess.PIPE
-        self.process = bench.start(argv, stdin=pipe, stdout=pipe, stderr=pipe, bufsize=0)
-        assert self.process.stdin and self.process.stdout and self.process.stderr
-        self.input, self._output, errors = self.process.stdin, self.process.stdout.fileno(), self.process.stderr
-        self._rest = b""
-        self.port = 0
-        while not self.port:
-            line = errors.readline().decode()
-            if not line:
-                raise SystemExit("benchmark: the master did not start")
-            if match := re.search(r"listening on .*:(\d+)$", line):
-                self.port = int(match.group(1))
-        threading.Thread(target=errors.read, daemon=True).start()  # lest the pipe fills
+    process: psutil.Popen
+    port: int
+    input: Any
+    output: Any
 
-    def __enter__(self) -> Farm:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        if exception[0]:
-            self.process.kill()
-        self.input.close()
-        while os.read(self._output, 1 << 20):
-            pass
-        self.process.wait()
+    def write(self, line: bytes) -> None:
+        self.input.write(line)
+        self.input.flush()
 
     def send(self, chunks: Iterable[bytes]) -> None:
         """Write tasks, in a thread, since the master stops reading when it has enough."""
 
-        def write() -> None:
-            with contextlib.suppress(OSError):
+        def write_all() -> None:
+            with contextlib.suppress(OSError):  # the master is gone
                 for chunk in chunks:
-                    data = memoryview(chunk)
-                    while data:
-                        data = data[self.input.write(data) :]
+                    self.write(chunk)
 
-        threading.Thread(target=write, daemon=True).start()
+        threading.Thread(target=write_all, daemon=True).start()
 
-    def records(self, count: int) -> list[bytes]:
-        """The next records, as lines; blocks until they are there."""
-        lines: list[bytes] = []
-        while len(lines) < count:
-            chunk = os.read(self._output, 1 << 20)
-            if not chunk:
-                raise SystemExit("benchmark: the master ended too soon")
-            *whole, self._rest = (self._rest + chunk).split(b"\n")
-            lines += whole
-        self._rest = b"\n".join([*lines[count:], self._rest])
-        return lines[:count]
+    def skip_records(self, count: int) -> None:
+        """Block until so many records are there."""
+        for _ in range(count):
+            read_line(self.output)
 
-    def time_tasks(self, lines: list[str]) -> tuple[float, list[bytes]]:
-        """Seconds from the first task in to the last record out, and the records."""
+    def seconds(self, chunks: Iterable[bytes], count: int) -> float:
+        """From the first task in to the last record out."""
         began_at = time.perf_counter()
-        self.send(["".join(f"{line}\n" for line in lines).encode()])
-        records = self.records(len(lines))
-        return time.perf_counter() - began_at, records
-
-    def wait_for_slots(self, count: int) -> None:
-        """Block until so many slots have run a task: naps, until as many processes have slept."""
-        seen: set[int] = set()
-        while len(seen) < count:
-            seen.update(json.loads(record)["result"] for record in self.time_tasks(["0.1"] * count)[1])
-
-    def memory(self, field: str) -> float:
-        """A field of /proc/PID/status (VmRSS, VmHWM), in MB."""
-        status = Path(f"/proc/{self.process.pid}/status").read_text()
-        match = re.search(rf"{field}:\s+(\d+) kB", status)
-        assert match
-        return int(match.group(1)) / 1024
-
-    def cpu_seconds(self) -> float:
-        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+        self.send(chunks)
+        self.skip_records(count)
+        return time.perf_counter() - began_at
 
 
-# ---- figure 1 ------------------------------------------------------------------------------------------------------
+def read_line(stream: Any) -> bytes:
+    if not (line := stream.readline()):
+        raise Skip("a program ended too soon")
+    return line
 
 
-def measure_throughput(bench: Bench) -> list[Row]:
-    """Tasks a second of `n * n`, JSON Lines in and out, two processes.
+def kill_tree(process: psutil.Popen) -> None:
+    """Kill a process and all below it; blocks until they are gone."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        tree = [process, *process.children(recursive=True)]
+        for member in tree:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                member.kill()
+        psutil.wait_procs(tree, timeout=10)
 
-    The slow ones get fewer tasks. Tutorial, execnet and dask work on numbers in memory, which spares them the JSON.
+
+def peak_memory(pid: int) -> float:
+    """MB that a process has occupied at most; 0 when it is gone."""
+    with contextlib.suppress(OSError):
+        if match := re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text()):
+            return int(match.group(1)) / 1024
+    return 0.0
+
+
+def cpu_seconds(process: psutil.Popen) -> float:
+    """What a process has used, without its children."""
+    return sum(process.cpu_times()[:2])
+
+
+# ---- rows: each takes the lab and names its contenders -------------------------------------------------------------
+
+
+def measure_throughput(lab: Lab) -> Contenders:
+    """Tasks of `n * n`, JSON Lines in and out, two processes.
+
+    The slow rivals get fewer tasks. Tutorial, execnet and dask work on numbers in memory, which spares them the JSON.
     """
-    count = write_numbers(bench)
-    programs: dict[str, tuple[int, Callable[[int], list[str]]]] = {
-        "command line": (count, lambda n: command_line(bench, n)),
-        **{
-            f"Pool, chunks of {size}": (count, lambda n, size=size: pool_command(bench, n, size))  # type: ignore[misc]
-            for size in (1000, 5000, 20_000)
-        },
-        "tutorial": (count // 50, lambda n: bench.program("tutorial", "throughput", n)),
+    count = lab.count(1_000_000)
+
+    def pool(size: int) -> float:
+        return lab.rate(lambda n: lab.program("pool", lab.numbers(n), "pool.jsonl", size), count)["tasks/s"]
+
+    return {
+        **lab.ours(lab.square_rate),
+        "Pool, best of three chunk sizes": lambda: {"tasks/s": max(map(pool, (1000, 5000, 20_000)))},
+        "the tutorial's pair": lambda: lab.rate(lambda n: lab.program("tutorial", n, 0), count // 50),
+        "execnet": lambda: lab.rate(lambda n: lab.program("execnet_pair", n), count // 10),
+        "dask": lambda: lab.rate(lambda n: lab.program("dask_pair", n), count // 250),
     }
-    if importlib.util.find_spec("execnet"):
-        programs["execnet"] = (count // 10, lambda n: bench.program("execnet_one", n))
-    if importlib.util.find_spec("distributed"):
-        programs["dask"] = (count // 250, lambda n: bench.program("dask_one", n))
-
-    rates = bench.interleave({name: (lambda given=given: measure_rate(bench, *given)) for name, given in programs.items()})  # type: ignore[misc]
-    ours = rates.pop("command line")
-    pool = max((name for name in rates if name.startswith("Pool")), key=rates.__getitem__)
-    goals = {pool: 1.0, "tutorial": 20.0, "execnet": 3.0, "dask": None}
-    rows = [Row("1 throughput", f"{ours:,.0f} tasks/s", "", None, None)]
-    for name, goal in goals.items():
-        if name in rates:
-            text = f"{goal or ''} x {name} ({rates[name]:,.0f})" if goal else f"({name}: {rates[name]:,.0f})"
-            ratio = ours / rates[name]
-            rows.append(Row("", "", f"at least {text}" if goal else text, ratio, ratio >= goal if goal else None))
-    return rows
 
 
-def measure_python(bench: Bench) -> list[Row]:
-    """`TaskMaster.run` beside the command line, in turn, since the speed of the machine drifts."""
-    count = write_numbers(bench)
-    contenders = {
-        "command line": lambda: measure_rate(bench, count, lambda n: command_line(bench, n)),
-        "TaskMaster.run": lambda: measure_rate(bench, count, lambda n: bench.program("run", ROOT, n)),
-    }
-    ours, ran = bench.interleave(contenders, max(7, bench.runs)).values()
-    goal = f"at least 0.8 x command line ({ours:,.0f})"
-    return [Row("1 TaskMaster.run", f"{ran:,.0f} tasks/s", goal, ran / ours, ran >= 0.8 * ours)]
+def measure_python(lab: Lab) -> Contenders:
+    """`TaskMaster.run` beside the command line."""
+
+    def run(product: Product) -> Values:
+        return lab.rate(lambda n: lab.program("run", product.folder, n), lab.count(1_000_000))
+
+    return {**lab.ours(run), **lab.ours(lab.square_rate, ", command line")}
 
 
-def write_numbers(bench: Bench) -> int:
-    """Write files of ten and of many tasks; returns how many these are."""
-    count = 200_000 if bench.quick else 1_000_000
-    for number in (10, count):
-        (bench.folder / f"{number}.jsonl").write_text("".join(f"{n}\n" for n in range(number)))
-    return count
+def measure_tls(lab: Lab) -> Contenders:
+    """Throughput and latency with `--tls`, beside without."""
+
+    def measure(product: Product, *options: str) -> Values:
+        return {**lab.square_rate(product, *options), **time_single_tasks(lab, product, *options)}
+
+    return {**lab.ours(lambda product: measure(product, "--tls")), **lab.ours(measure, ", plain")}
 
 
-def measure_rate(bench: Bench, count: int, command: Callable[[int], list[str]]) -> float:
-    """Tasks a second, without the start-up: the time that the same command takes with ten tasks."""
-    start_up = bench.time_program(command(10))
-    return (count - 10) / (bench.time_program(command(count)) - start_up)
+def measure_stalls(lab: Lab) -> Contenders:
+    """Throughput on a disk whose every fsync takes 50 ms more, beside without."""
+
+    def measure(product: Product) -> Values:
+        return lab.rate(lambda n: lab.program("altered", "slow_fsync", *lab.job(product, n)[1:]), lab.count(1_000_000))
+
+    return {**lab.ours(measure), **lab.ours(lab.square_rate, ", the disk as it is")}
 
 
-def command_line(bench: Bench, count: int) -> list[str]:
-    results = Path(bench.path("results.jsonl"))
-    results.unlink(missing_ok=True)
-    options = ["--port", "0", "--workers", "2", "--function", "functions:square", "--results", str(results)]
-    return [sys.executable, MASTER, "--tasks", bench.path(f"{count}.jsonl"), *options]
+def measure_latency(lab: Lab) -> Contenders:
+    """From a line in to its record out, one task at a time through two idle processes."""
+
+    def tutorial() -> Values:
+        with lab.running(lab.program("tutorial", lab.count(400) + 20, 0.005), stdout=subprocess.PIPE) as process:
+            return {"ms": statistics.median(map(float, process.stdout.read().split()[20:])) * 1000}
+
+    def hops() -> Values:
+        with lab.running(lab.program("hops"), stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0) as process:
+            output = process.stdout
+            return time_lines(process.stdin.write, lambda: read_line(output), lab.count(400))
+
+    return {**lab.ours(lambda product: time_single_tasks(lab, product)), "the tutorial's pair": tutorial, "its hops alone": hops}
 
 
-def pool_command(bench: Bench, count: int, chunk_size: int) -> list[str]:
-    return bench.program("pool", bench.path(f"{count}.jsonl"), bench.path("pool_results.jsonl"), chunk_size)
+def time_single_tasks(lab: Lab, product: Product, *options: str) -> Values:
+    with lab.farm(product, "--workers", 2, "--function", "functions:square", *options) as farm:
+        farm.seconds([b"0\n" * 100], 100)
+        return time_lines(farm.write, lambda: farm.skip_records(1), lab.count(400))
 
 
-# ---- figure 2 ------------------------------------------------------------------------------------------------------
-
-
-def measure_latency(bench: Bench) -> list[Row]:
-    """Milliseconds from a line in to its record out, one task at a time through two idle slots."""
-    count = 100 if bench.quick else 400
-
-    def tutorial() -> float:
-        argv = bench.program("tutorial", "latency", count)
-        output = subprocess.run(argv, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL).stdout
-        return statistics.median(map(float, output.split())) * 1000
-
-    def chain() -> float:
-        pipe = subprocess.PIPE
-        with bench.start(bench.program("chain"), stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, bufsize=0) as process:
-            assert process.stdin and process.stdout
-            times = time_lines(process.stdin.write, lambda: process.stdout.read(100), count)  # type: ignore[union-attr]
-            process.stdin.close()
-        return times
-
-    times = bench.interleave({"master": lambda: time_round_trips(bench, count), "tutorial": tutorial, "chain": chain})
-    ours, theirs = times["master"], times["tutorial"]
-    return [
-        Row("2 latency", f"{ours:.2f} ms", "at most 0.6 ms", ours / 0.6, ours <= 0.6),
-        Row("", "", f"at most 4.0 x tutorial ({theirs:.2f})", ours / theirs, ours <= 4 * theirs),
-        Row("", "", f"(its hops alone: {times['chain']:.2f})", ours / times["chain"]),
-    ]
-
-
-def measure_tls(bench: Bench) -> list[Row]:
-    """What `--tls` costs in throughput and in latency; needs a Python that has it."""
-    if not getattr(ssl, "HAS_PSK", False):
-        return [Row("tls", "needs Python 3.13", "", None, None)]
-    count, trips = (200_000, 100) if bench.quick else (1_000_000, 400)
-    Path(bench.path(f"{count}.jsonl")).write_text("".join(f"{n}\n" for n in range(count)))
-    plain = command_line(bench, count)
-    contenders = {"plain": plain, "--tls": [*plain, "--tls"]}
-
-    def run(argv: list[str]) -> float:
-        command_line(bench, count)  # removes the results of the last run
-        return count / bench.time_program(argv)
-
-    rates = bench.interleave({name: (lambda argv=argv: run(argv)) for name, argv in contenders.items()})  # type: ignore[misc]
-    times = bench.interleave(
-        {"plain": lambda: time_round_trips(bench, trips), "--tls": lambda: time_round_trips(bench, trips, "--tls")}
-    )
-    return [
-        Row(
-            "tls, throughput",
-            f"{rates['--tls']:,.0f} tasks/s",
-            f"(plain: {rates['plain']:,.0f})",
-            rates["--tls"] / rates["plain"],
-            None,
-        ),
-        Row("tls, latency", f"{times['--tls']:.2f} ms", f"(plain: {times['plain']:.2f})", times["--tls"] / times["plain"], None),
-    ]
-
-
-def time_round_trips(bench: Bench, count: int, *options: str) -> float:
-    """The median for one task, in milliseconds."""
-    with Farm(bench, "--workers", 2, "--function", "functions:square", *options) as farm:
-        return time_lines(farm.input.write, lambda: farm.records(1), count)
-
-
-def time_lines(write: Callable[[bytes], object], read: Callable[[], object], count: int) -> float:
-    """The median time from a line that is written to what is read then, in milliseconds."""
+def time_lines(write: Callable[[bytes], object], read: Callable[[], object], count: int) -> Values:
+    """The median time from a line that is written to what is read then."""
     times = []
     for n in range(count + 20):
         time.sleep(0.005)  # all is idle again
@@ -511,292 +518,336 @@ def time_lines(write: Callable[[bytes], object], read: Callable[[], object], cou
         write(b"%d\n" % n)
         read()
         times.append(time.perf_counter() - began_at)
-    return statistics.median(times[20:]) * 1000
+    return {"ms": statistics.median(times[20:]) * 1000}
 
 
-# ---- figure 3 ------------------------------------------------------------------------------------------------------
+def measure_sleeps(lab: Lab) -> Contenders:
+    """2,000 tasks of 5 ms on four processes."""
+    naps = [0.005] * lab.count(2000)
+    return {**lab.ours(lambda product: time_naps(lab, product, 4, naps)), "bare processes": lambda: time_bare_naps(lab, 4, naps)}
 
 
-def measure_overhead(bench: Bench) -> list[Row]:
-    """Seconds for short sleeps on four slots that are connected, and for sleeps of mixed lengths."""
-    count = 500 if bench.quick else 2000
-    with Farm(bench, "--workers", 4, "--function", "functions:nap") as farm:
-        farm.wait_for_slots(4)
-        sleeps = {
-            "farm": lambda: farm.time_tasks(["0.005"] * count)[0],
-            "bare": lambda: time_bare_sleeps(bench, count // 4, 0.005),
-        }
-        seconds = bench.interleave(sleeps, max(5, bench.runs))
-        ours, bare = seconds["farm"], seconds["bare"]
-        rng = random.Random(1)
-        naps = [rng.uniform(0.001, 1.0) for _ in range(40 if bench.quick else 200)]
-        mixed = bench.interleave({"mixed": lambda: farm.time_tasks([f"{nap:.6f}" for nap in naps])[0]}, min(2, bench.runs))[
-            "mixed"
-        ]
-    best = max(sum(naps) / 4, max(naps))
-    return [
-        Row(f"3 {count} x 5 ms", f"{ours:.3f} s", f"at most 1.02 x bare ({bare:.3f})", ours / bare, ours <= 1.02 * bare),
-        Row(f"3 {len(naps)} mixed", f"{mixed:.2f} s", f"at most 1.1 x best ({best:.2f})", mixed / best, mixed <= 1.1 * best),
-    ]
+def measure_distance(lab: Lab) -> Contenders:
+    """Tasks of 5 ms on two processes, the master 50 ms away."""
+    naps = [0.005] * lab.count(6000)
+    far = lab.ours(lambda product: time_naps(lab, product, 2, naps, 0.025))
+    return {**far, "bare processes": lambda: time_bare_naps(lab, 2, naps)}
 
 
-def time_bare_sleeps(bench: Bench, count: int, seconds: float) -> float:
-    """Of four processes that do nothing else, from the word to the last."""
-    pipe = subprocess.PIPE
-    sleepers = [bench.start(bench.program("sleeper", count, seconds), stdin=pipe, stdout=pipe, bufsize=0) for _ in range(4)]
-    for sleeper in sleepers:
-        assert sleeper.stdout and sleeper.stdout.readline() == b"ready\n"
-    began_at = time.perf_counter()
-    for sleeper in sleepers:
-        assert sleeper.stdin
-        sleeper.stdin.write(b"go\n")
-    for sleeper in sleepers:
-        assert sleeper.stdout and sleeper.stdout.readline() == b"done\n"
-    spent = time.perf_counter() - began_at
-    for sleeper in sleepers:
-        sleeper.communicate()
-    return spent
+def measure_mixed(lab: Lab) -> Contenders:
+    """200 tasks of 1 ms to 1 s on four processes."""
+    rng = random.Random(1)
+    naps = [rng.uniform(0.001, 1.0) for _ in range(lab.count(200))]
+    best = {"s": max(sum(naps) / 4, max(naps))}
+    return {**lab.ours(lambda product: time_naps(lab, product, 4, naps)), "the best schedule": lambda: best}
 
 
-# ---- figure 4 ------------------------------------------------------------------------------------------------------
+def time_naps(lab: Lab, product: Product, processes: int, naps: list[float], delay: float | None = None) -> Values:
+    """From the first task in to the last record out, on processes that have joined."""
+    with lab.farm(product) as farm, contextlib.ExitStack() as stack:
+        port = farm.port if delay is None else stack.enter_context(lab.relay(farm.port, delay))
+        stack.enter_context(lab.running(product.worker(port, processes)))
+        lab.wait_for(farm, processes)
+        return {"s": farm.seconds([b"%.6f\n" % nap for nap in naps], len(naps))}
 
 
-def measure_distance(bench: Bench) -> list[Row]:
-    """The share of two slots' time that goes to tasks of 5 ms, the master 50 ms away, from the first task to the last record."""
-    count, naps = (1000, 2) if bench.quick else (6000, 2)
-    shares = []
-    for _ in range(1 if bench.quick else min(2, bench.runs)):
-        with contextlib.ExitStack() as stack:
-            path = find_path(bench, stack)
-            farm = stack.enter_context(Farm(bench, "--host", path.listen))
-            port = path.open(farm.port)
-            options = ["--processes", str(naps), "--function", "functions:nap", "--host", path.host, "--port", str(port)]
-            worker = bench.start(
-                [*path.wrap, sys.executable, WORKER, *options], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-            )
-            stack.callback(worker.wait)
-            farm.wait_for_slots(naps)
-            spent, records = farm.time_tasks(["0.005"] * count)
-            shares.append(sum(json.loads(record)["seconds"] for record in records) / (spent * naps))
-            farm.input.close()
-    share = statistics.median(shares)
-    print(f"  share by {path.name}: {', '.join(f'{value:.3f}' for value in shares)}")
-    return [Row(f"4 distance, {path.name}", f"{share:.1%} in tasks", "at least 90 %", share / 0.9, share >= 0.9)]
+def time_bare_naps(lab: Lab, processes: int, naps: list[float]) -> Values:
+    """The same in processes that do nothing else, from the word to the last."""
+    argv, pipe = lab.program("sleeper", len(naps) // processes, naps[0]), subprocess.PIPE
+    with contextlib.ExitStack() as stack:
+        sleepers = [stack.enter_context(lab.running(argv, stdin=pipe, stdout=pipe, bufsize=0)) for _ in range(processes)]
+        for sleeper in sleepers:
+            read_line(sleeper.stdout)
+        began_at = time.perf_counter()
+        for sleeper in sleepers:
+            sleeper.stdin.write(b"go\n")
+        for sleeper in sleepers:
+            read_line(sleeper.stdout)
+        return {"s": time.perf_counter() - began_at}
 
 
-class Path50(NamedTuple):
-    """A way from a worker to the master that takes 50 ms there and back."""
+def measure_slots(lab: Lab) -> Contenders:
+    """A thousand connected processes beside two, and what they cost the master when idle."""
+    count, many = lab.count(500_000), lab.count(250, 2)
 
-    name: str
-    listen: str  # where the master listens
-    host: str  # what the worker connects to
-    wrap: tuple[str, ...]  # what the worker's command begins with
-    open: Callable[[int], int]  # from the master's port to the worker's
+    def measure(product: Product, workers: int, processes: int) -> Values:
+        with lab.farm(product) as farm, contextlib.ExitStack() as stack:
+            worker = lab.program("altered", "fork", *product.worker(farm.port, processes)[1:])
+            before = farm.process.memory_info().rss
+            for _ in range(workers):
+                stack.enter_context(lab.running(worker))
+            lab.wait_for(farm, workers * processes)
+            grown, used = farm.process.memory_info().rss - before, cpu_seconds(farm.process)
+            time.sleep(10)
+            idle = 10 * (cpu_seconds(farm.process) - used)
+            rate = count / farm.seconds([b"%d\n" % n for n in range(count)], count)
+        return {"tasks/s": rate, "% of a core, idle": idle, "KB a process": grown / 1024 / workers / processes}
 
-
-def find_path(bench: Bench, stack: contextlib.ExitStack) -> Path50:
-    """`tc netem` on a link into a network namespace where that can be made, else a relay that holds everything back."""
-    name = f"bench{os.getpid()}"
-    link = f"v{os.getpid()}"
-    commands = f"""ip netns add {name}
-ip link add {link} type veth peer name {link}p netns {name}
-ip addr add 10.213.7.1/30 dev {link}
-ip link set {link} up
-ip -n {name} addr add 10.213.7.2/30 dev {link}p
-ip -n {name} link set {link}p up
-tc qdisc add dev {link} root netem delay 25ms limit 10000
-tc -n {name} qdisc add dev {link}p root netem delay 25ms limit 10000"""
-    undo = contextlib.ExitStack()
-    undo.callback(subprocess.run, ["ip", "netns", "del", name], capture_output=True)  # takes the link along
-    try:
-        for command in commands.splitlines():
-            subprocess.run(command.split(), check=True, capture_output=True)
-    except (OSError, subprocess.CalledProcessError):
-        with contextlib.suppress(OSError):
-            undo.close()
-        relay = Relay(0.025)
-        return Path50("relay", "127.0.0.1", "127.0.0.1", (), relay.start)
-    stack.push(undo)
-    return Path50("netem", "10.213.7.1", "10.213.7.1", ("ip", "netns", "exec", name), lambda port: port)
+    return {**lab.ours(lambda product: measure(product, 4, many)), **lab.ours(lambda product: measure(product, 1, 2), ", two")}
 
 
-class Relay:
-    """Forwards connections, each byte `delay` seconds late, as many on the way as there are."""
+def measure_memory(lab: Lab) -> Contenders:
+    """The master's peak memory while ten million tasks pass through: after a tenth of them, and at the end."""
+    step = lab.count(1_000_000)
 
-    def __init__(self, delay: float) -> None:
-        self._delay = delay
+    def measure(product: Product) -> Values:
+        with lab.farm(product, "--workers", 2, "--function", "functions:square") as farm:
+            farm.send("".join([f"{n}\n" for n in range(start, start + step)]).encode() for start in range(0, 10 * step, step))
+            farm.skip_records(step)
+            early = peak_memory(farm.process.pid)
+            farm.skip_records(9 * step)
+            return {"MB at most, first tenth": early, "MB at most": peak_memory(farm.process.pid)}
 
-    def start(self, port: int) -> int:
-        """Relay to this port of this host; returns the port to connect to."""
-        listener = socket.create_server(("127.0.0.1", 0))
-        threading.Thread(target=self._accept, args=(listener, port), daemon=True).start()
-        taken: int = listener.getsockname()[1]
-        return taken
-
-    def _accept(self, listener: socket.socket, port: int) -> None:
-        while True:
-            near = listener.accept()[0]
-            far = socket.create_connection(("127.0.0.1", port))
-            for source, target in ((near, far), (far, near)):
-                target.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                held: queue.SimpleQueue[tuple[float, bytes]] = queue.SimpleQueue()
-                threading.Thread(target=self._take, args=(source, held), daemon=True).start()
-                threading.Thread(target=self._give, args=(held, target), daemon=True).start()
-
-    def _take(self, source: socket.socket, held: queue.SimpleQueue[tuple[float, bytes]]) -> None:
-        data = b"first"
-        while data:
-            try:
-                data = source.recv(1 << 16)
-            except OSError:
-                data = b""
-            held.put((time.monotonic() + self._delay, data))
-
-    def _give(self, held: queue.SimpleQueue[tuple[float, bytes]], target: socket.socket) -> None:
-        with contextlib.suppress(OSError):
-            while True:
-                due_at, data = held.get()
-                time.sleep(max(0.0, due_at - time.monotonic()))
-                if not data:
-                    break
-                target.sendall(data)
-        with contextlib.suppress(OSError):
-            target.shutdown(socket.SHUT_WR)
+    return lab.ours(measure)
 
 
-# ---- figure 5 ------------------------------------------------------------------------------------------------------
+def measure_cold(lab: Lab) -> Contenders:
+    """From the command to its exit, the demonstration with two processes; the median of five in each round."""
 
+    def measure(argv: list[str]) -> Values:
+        return {"s": statistics.median(lab.seconds(argv) for _ in range(5))}
 
-def measure_scale(bench: Bench) -> list[Row]:
-    """A thousand connected slots against two, what they cost when idle, and the memory for a long job."""
-    count = 100_000 if bench.quick else 500_000
-    tasks = [str(n) for n in range(count)]
-    with Farm(bench) as few, Farm(bench) as many:
-        before = many.memory("VmRSS")
-        stop_few, stop_many = start_clients(bench, few, 1, 2), start_clients(bench, many, 4, 250)
-        memory = (many.memory("VmRSS") - before) * 1024 / 1000
-        spent = many.cpu_seconds()
-        time.sleep(10)
-        spent = many.cpu_seconds() - spent
-        print(f"  the master of 1,000 idle slots: {spent:.2f} s of CPU in 10 s, {many.memory('VmRSS'):.1f} MB")
-        rates = bench.interleave({
-            "2 slots": lambda: count / few.time_tasks(tasks)[0], "1,000 slots": lambda: count / many.time_tasks(tasks)[0],
-        })  # fmt: skip
-    stop_few()
-    stop_many()
-    ratio = rates["1,000 slots"] / rates["2 slots"]
-    streamed, first, last = stream_many(bench, 2_000_000 if bench.quick else 10_000_000)
-    return [
-        Row("5 1,000 slots", f"{rates['1,000 slots']:,.0f} tasks/s",
-            f"at least 0.5 x 2 slots ({rates['2 slots']:,.0f})", ratio, ratio >= 0.5),
-        Row("5 idle slots", f"{spent:.2f} s CPU in 10 s", "at most 0.1 s", spent / 0.1, spent <= 0.1),
-        Row("5 a connection", f"{memory:.0f} KB", ""),
-        Row(f"5 memory, {streamed // 1_000_000} M tasks", f"{last:.1f} MB", "at most 80 MB", last / 80, last <= 80),
-        Row("", "", f"at most 1.1 x after 1 M ({first:.1f})", last / first, last <= 1.1 * first),
-    ]  # fmt: skip
-
-
-def start_clients(bench: Bench, farm: Farm, processes: int, threads: int) -> Callable[[], None]:
-    """Connect light clients; returns when all are in. What it returns waits for their end."""
-    argv = bench.program("clients", ROOT, farm.port, threads)
-    clients = [bench.start(argv, stdout=subprocess.PIPE) for _ in range(processes)]
-    began_at = time.perf_counter()
-    for client in clients:
-        for _ in range(threads):
-            assert client.stdout and client.stdout.readline() == b"connected\n"
-    print(f"  {processes * threads} slots connected in {time.perf_counter() - began_at:.1f} s")
-
-    def stop() -> None:
-        for client in clients:
-            client.communicate()
-
-    return stop
-
-
-def stream_many(bench: Bench, count: int) -> tuple[int, float, float]:
-    """The number of tasks, and the master's peak memory in MB after the first million and at the end."""
-    step = 100_000
-
-    def chunks() -> Iterator[bytes]:
-        for start in range(0, count, step):
-            yield "".join([f"{n}\n" for n in range(start, start + step)]).encode()
-
-    with Farm(bench, "--workers", 2, "--function", "functions:square") as farm:
-        peaks = []
-        farm.send(chunks())
-        for _ in range(0, count, step):
-            farm.records(step)
-            peaks.append(farm.memory("VmHWM"))
-    print(f"  peak memory by million, MB: {', '.join(f'{peak:.1f}' for peak in peaks[9::10])}")
-    return count, peaks[9], peaks[-1]
-
-
-# ---- figure 6 ------------------------------------------------------------------------------------------------------
-
-
-def measure_cold_start(bench: Bench) -> list[Row]:
-    """Seconds from the command to its exit with ten results."""
-    argv = [sys.executable, MASTER, "--port", "0", "--workers", "2"]
     empty = [sys.executable, "-c", "pass"]
-    runs = 5 if bench.quick else 5 * bench.runs
-    seconds = bench.interleave(
-        {"command": lambda: bench.time_program(argv), "an empty Python": lambda: bench.time_program(empty)}, runs
-    )
-    ours = seconds["command"]
-    return [
-        Row("6 cold start", f"{ours:.3f} s", "at most 0.6 s", ours / 0.6, ours <= 0.6),
-        Row("", "", f"(an empty Python: {seconds['an empty Python']:.3f})", ours / seconds["an empty Python"]),
-    ]
+    return {**lab.ours(lambda product: measure(product.master("--workers", 2))), "an empty Python": lambda: measure(empty)}
 
 
-# ---- command line --------------------------------------------------------------------------------------------------
+def measure_command(lab: Lab) -> Contenders:
+    """5,000 shell commands that do nothing, on two processes, without the start-up."""
+    count = lab.count(5000, 200)
 
-FIGURES: dict[str, Callable[[Bench], list[Row]]] = {
-    "throughput": measure_throughput,
-    "python": measure_python,
-    "latency": measure_latency,
-    "overhead": measure_overhead,
-    "distance": measure_distance,
-    "scale": measure_scale,
-    "cold-start": measure_cold_start,
-    "tls": measure_tls,
+    def rival(command: str, share: int) -> Callable[[], Values]:
+        return lambda: lab.rate(lambda n: shlex.split(command.format(lab.numbers(n))), count // share)
+
+    return {
+        **lab.ours(lambda product: lab.rate(lambda n: lab.job(product, n, "--command", "true {}"), count)),
+        "xargs -P2 -n1 sh -c": rival("xargs -a {} -P2 -n1 sh -c true", 1),
+        "GNU parallel": rival("parallel -j2 -a {} true", 2),
+        "HyperShell": rival("hyper-shell cluster {} --no-db -N2 -t 'true {{}}'", 5),
+    }
+
+
+def measure_big(lab: Lab) -> Contenders:
+    """200 tasks and results of 10 MiB, through one master."""
+    count, line = lab.count(200, 4), b'"%s"\n' % (b"x" * (10 * MB))
+
+    def measure(product: Product) -> Values:
+        with lab.farm(product, "--workers", 2, "--function", "functions:work") as farm:
+            lab.wait_for(farm, 2)
+            rate = 10 * count / farm.seconds(itertools.repeat(line, count), count)
+            peak, *others = [peak_memory(process.pid) for process in (farm.process, *farm.process.children(recursive=True))]
+            return {"MB/s": rate, "MB of the master at most": peak, "MB of another process": max(others)}
+
+    def bare() -> Values:
+        with lab.running(lab.program("echo"), stdout=subprocess.PIPE) as process:
+            sock = socket.create_connection(("127.0.0.1", int(read_line(process.stdout))))
+            began_at = time.perf_counter()
+            threading.Thread(target=lambda: [sock.sendall(line) for _ in range(count)], daemon=True).start()
+            missing = count * len(line)
+            while missing:
+                missing -= len(sock.recv(MB))
+            return {"MB/s": 10 * count / (time.perf_counter() - began_at)}
+
+    return {**lab.ours(measure), "a bare socket, there and back": bare}
+
+
+def measure_resume(lab: Lab) -> Contenders:
+    """Resuming a job of 2,000,000 tasks, a thousandth of which had failed."""
+    count, failed = lab.count(2_000_000, 2000), '"error": {"type": "ValueError", "message": "no", "traceback": ""}'
+
+    def measure(product: Product) -> Values:
+        lab.seconds(lab.job(product, 10))
+        rest = lab.results.read_text().partition('"task": 7, "result": 49')[2].partition("\n")[0]  # as this version writes it
+        argv = lab.job(product, count, "--resume")
+        with lab.results.open("w") as file:
+            for n in range(count):
+                outcome = f'"result": {n * n}' if n % 1000 else failed
+                file.write(f'{{"id": {n}, "task": {n}, {outcome}{rest}\n')
+        return lab.watch(argv, 0.01)
+
+    return lab.ours(measure)
+
+
+def measure_ordered(lab: Lab) -> Contenders:
+    """A million records with `--ordered`, beside without."""
+
+    def measure(product: Product, *options: str) -> Values:
+        values = lab.watch(lab.job(product, lab.count(1_000_000), *options), 0.01)
+        return {figure: values[figure] for figure in ("s until over", "MB of the master at most")}
+
+    return {**lab.ours(lambda product: measure(product, "--ordered")), **lab.ours(measure, ", as they come")}
+
+
+def measure_rehearsal(lab: Lab) -> Contenders:
+    """64 workers of 4 processes, 20 ms away; half of them are killed and replaced, then the master is killed and resumed."""
+    workers, tasks = lab.count(64, 2), lab.folder / "naps.jsonl"
+    tasks.write_text("0.05\n" * 1_000_000)
+
+    def wait_for_all() -> float:
+        """Seconds until every process of every worker has begun a task."""
+        lab.forget_joined()
+        began_at = time.perf_counter()
+        while lab.joined() < 4 * workers:
+            if time.perf_counter() - began_at > 300:
+                raise Skip(f"after 300 s only {lab.joined()} of {4 * workers} processes had joined")
+            time.sleep(0.02)
+        return time.perf_counter() - began_at
+
+    def measure_cpu(master: psutil.Popen) -> float:
+        used, written = cpu_seconds(master), lab.results.read_bytes().count(b"\n")
+        time.sleep(10)
+        return (cpu_seconds(master) - used) * 1e6 / (lab.results.read_bytes().count(b"\n") - written)
+
+    def measure(product: Product) -> Values:
+        lab.results.unlink(missing_ok=True)
+        with lab.relay(1) as port:  # one that will be free
+            pass
+        argv = product.master("--tasks", tasks, "--results", lab.results, "--port", port)
+        with contextlib.ExitStack() as stack, lab.running(argv) as master, lab.relay(port, 0.01) as near:
+            worker = lab.program("altered", "fork", *product.worker(near, 4)[1:])
+            started = [stack.enter_context(lab.running(worker)) for _ in range(workers)]
+            values = {"s until all have joined": wait_for_all(), "us of the master a task": measure_cpu(master)}
+            for process in started[::2]:
+                kill_tree(process)
+            for _ in started[::2]:
+                stack.enter_context(lab.running(worker))
+            values["s until the killed are replaced"] = wait_for_all()
+            kill_tree(master)
+            time.sleep(1)  # what was leased is over
+            with lab.running([*argv, "--resume"]):
+                values["s until all have joined the next master"] = wait_for_all()
+        return values
+
+    return lab.ours(measure)
+
+
+def measure_night(lab: Lab) -> Contenders:
+    """What a master and a worker hold at the end of a night of failures, kills and reconnections, beside early in it."""
+    contenders: Contenders = {}
+    for product in lab.products:
+        samples = sample_night(lab, product)
+        for variant, part in (("", samples[-10:]), (", early", samples[5:15])):
+            middle = {figure: statistics.median(sample[figure] for sample in part) for figure in samples[0]}
+            contenders[product.name + variant] = functools.partial(dict, middle)
+    return contenders
+
+
+def sample_night(lab: Lab, product: Product) -> list[Values]:
+    """60 samples of a master and of a worker whose connection is cut after each, as another worker is killed."""
+    kinds = [("nap", 0.0)] * 800 + [("nap", 0.02)] * 100 + [("print", 1)] * 50 + [("fail", "no")] * 40
+    kinds += [("big", 100_000)] * 5 + [("exit", 1)] * 4 + [("die", 1)] * 2 + [("nap", 9.0)]
+
+    def make_tasks() -> Iterator[bytes]:
+        while True:
+            yield "".join([json.dumps(task) + "\n" for task in random.choices(kinds, k=50)]).encode()
+            time.sleep(0.2)
+
+    def look_at(process: psutil.Popen, name: str) -> Values:
+        return {
+            f"MB of the {name}": process.memory_info().rss / MB, f"descriptors of the {name}": process.num_fds(),
+            f"threads of the {name}": process.num_threads(), f"children of the {name}": len(process.children(recursive=True)),
+        }  # fmt: skip
+
+    lab.results.unlink(missing_ok=True)
+    options, samples = ("--results", lab.results, "--timeout", 2, "--retries", 1), []
+    with lab.farm(product, *options) as farm, contextlib.ExitStack() as stack, contextlib.ExitStack() as relay:
+        near = relay.enter_context(lab.relay(farm.port))
+        worker = stack.enter_context(lab.running(product.worker(near, 2, "functions:dream")))
+        farm.send(make_tasks())
+        for _ in range(60):
+            with lab.running(product.worker(farm.port, 2, "functions:dream")):
+                time.sleep(lab.minutes)  # a sixtieth of the night
+                samples.append({**look_at(farm.process, "master"), **look_at(worker, "worker")})
+            relay.close()
+            relay.enter_context(lab.relay(farm.port, port=near))
+            print(f"  {lab.results.stat().st_size / MB:.0f} MB of records; {samples[-1]}", file=sys.stderr, flush=True)
+    return samples
+
+
+ROWS: dict[str, Callable[[Lab], Contenders]] = {
+    name.partition("_")[2]: row for name, row in list(globals().items()) if name.startswith("measure_")
 }
 
+# ---- rounds and table ----------------------------------------------------------------------------------------------
 
-def print_table(rows: list[Row]) -> None:
-    met = {True: "yes", False: "NO", None: ""}
-    cells = [("figure", "measured", "goal", "ratio", "met")]
-    for row in rows:
-        ratio = "" if row.ratio is None else f"{row.ratio:.2f}"
-        cells.append((row.figure, row.measured, row.goal, ratio, met[row.met]))
-    widths = [max(map(len, column)) for column in zip(*cells)]
-    cells.insert(1, tuple("-" * width for width in widths))  # type: ignore[arg-type]
-    print()
-    for line in cells:
+
+def take_turns(contenders: Contenders, runs: int) -> tuple[list[dict[str, Values]], dict[str, str]]:
+    """What each contender gave in each round, and the reasons of those that cannot take part."""
+    rounds: list[dict[str, Values]] = [{} for _ in range(runs)]
+    skipped: dict[str, str] = {}
+    for number, got in enumerate(rounds, 1):
+        for name in [name for name in contenders if name not in skipped]:
+            try:
+                got[name] = contenders[name]()
+            except Skip as reason:
+                skipped[name] = str(reason)
+            shown = skipped.get(name) or ", ".join(f"{value:.4g} {figure}" for figure, value in got[name].items())
+            print(f"  {number} {name}: {shown}", file=sys.stderr, flush=True)
+    return [{name: got[name] for name in got if name not in skipped} for got in rounds], skipped
+
+
+def make_lines(row: str, rounds: list[dict[str, Values]], products: list[str]) -> Iterator[list[str]]:
+    """The lines of the table for a row: one for each figure and contender."""
+    first = rounds[0]
+    for figure in dict.fromkeys(figure for values in first.values() for figure in values):
+        for name in [name for name in first if figure in first[name]]:
+            median = statistics.median(got[name][figure] for got in rounds)
+            ratios = [compare(rounds, figure, product, name, products) for product in products]
+            yield [row, figure, name, f"{median:,.0f}" if median >= 100 else f"{median:.3g}", *ratios]
+
+
+def compare(rounds: list[dict[str, Values]], figure: str, product: str, name: str, products: list[str]) -> str:
+    """The ratio of a product to a contender; empty when that is itself, zero, or the variant of another product."""
+    others_variant = name not in products and name.partition(", ")[0] in products and not name.startswith(f"{product}, ")
+    if product == name or product not in rounds[0] or others_variant or not all(got[name][figure] for got in rounds):
+        return ""
+    return f"{statistics.median(got[product][figure] / got[name][figure] for got in rounds):.2f}"
+
+
+def print_table(lines: list[list[str]]) -> None:
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    lines.insert(1, ["-" * width for width in widths])
+    for line in lines:
         print("| " + " | ".join(text.ljust(width) for text, width in zip(line, widths)) + " |")
+
+
+def name_products(folders: list[Path]) -> list[Product]:
+    """The products by the names of their folders, or by their paths where that is not clear."""
+    names = [folder.name for folder in folders]
+    return [Product(name if names.count(name) == 1 else str(folder), folder) for name, folder in zip(names, folders)]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="benchmark", description="Measure how fast the farm is.")
-    parser.add_argument("--only", nargs="+", choices=FIGURES, metavar="NAME", help=f"of {', '.join(FIGURES)}")
-    parser.add_argument("--runs", type=int, default=3, metavar="N", help="give the median of N runs (default: %(default)s)")
-    parser.add_argument("--quick", action="store_true", help="do less, to see that it works")
+    parser.add_argument("rows", nargs="*", metavar="ROW", help=f"of {', '.join(ROWS)} (default: all but night)")
+    parser.add_argument("--product", type=Path, action="append", metavar="DIR", help="a version to measure (default: this one)")
+    parser.add_argument("--runs", type=int, default=5, metavar="N", help="rounds (default: %(default)s)")
+    parser.add_argument("--scale", type=float, default=1.0, metavar="F", help="do F times as much (default: %(default)g)")
+    parser.add_argument("--minutes", type=float, default=60.0, metavar="N", help="length of the night (default: %(default)g)")
     options = parser.parse_args()
-    rows: list[Row] = []
-    with tempfile.TemporaryDirectory(prefix="benchmark-") as name:
-        folder = Path(name)
-        for program, text in PROGRAMS.items():
-            (folder / f"{program}.py").write_text(text)
-        inherited = {key: value for key, value in os.environ.items() if not key.startswith(("TASK_", "PYTHON"))}
-        env = {**inherited, "HOME": name, "TASK_AUTHKEY": secrets.token_hex(16)}
-        bench = Bench(options.runs, options.quick, folder, env)
-        for figure in options.only or FIGURES:
-            print(f"{figure}...", flush=True)
-            rows += FIGURES[figure](bench)
+    if unknown := set(options.rows) - set(ROWS):
+        parser.error(f"no such row: {', '.join(sorted(unknown))}")
+    products = name_products([folder.resolve() for folder in options.product or [Path(__file__).parent.parent]])
+    names = [product.name for product in products]
+    missing, table = [], [["row", "figure", "contender", "median", *[f"{name} / it" for name in names]]]
+    with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
+        lab = Lab(Path(folder), products, options.scale, options.minutes)
+        try:
+            for row in options.rows or [name for name in ROWS if name != "night"]:
+                print(f"{row}...", file=sys.stderr, flush=True)
+                rounds, skipped = take_turns(ROWS[row](lab), 1 if row == "night" else options.runs)
+                table += make_lines(row, rounds, names)
+                missing += [f"Not measured: {row}, {name}: {reason}" for name, reason in skipped.items()]
+        except KeyboardInterrupt:
+            print("stopped", file=sys.stderr)
+        finally:
+            for child in psutil.Process().children(recursive=True):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    child.kill()
     cpus = len(os.sched_getaffinity(0))
-    print(f"\nPython {sys.version.split()[0]}, {cpus} CPUs, {sys.platform}, median of {options.runs}")
-    print_table(rows)
-    return 0 if all(row.met is not False for row in rows) else 1
+    print(f"Python {sys.version.split()[0]}, {cpus} CPUs, {sys.platform}, medians of {options.runs}, scale {options.scale:g}\n")
+    print_table(table)
+    print("", *missing, sep="\n")
+    return 0
 
 
 if __name__ == "__main__":

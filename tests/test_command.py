@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
-from conftest import PATIENCE, Farm, Program
+from lab import MEGABYTE, Farm, Program, is_alive, wait_until
 
 pytestmark = pytest.mark.skipif(os.name != "posix" or not shutil.which("sh"), reason="the commands are for a POSIX shell")
-
-MEBIBYTE = 1 << 20
 
 
 def run_command(farm: Farm, template: str, tasks: list[Any], *options: object) -> tuple[dict[int, dict[str, Any]], Program]:
@@ -67,12 +66,9 @@ def test_a_file_name_that_is_not_utf_8_finds_its_file(farm: Farm) -> None:
     assert farm.records()[0]["result"]["stdout"] == "found"
 
 
-def test_every_pair_of_braces_is_replaced_and_none_is_needed(farm: Farm) -> None:
+def test_every_pair_of_braces_is_replaced(farm: Farm) -> None:
     records, _ = run_command(farm, "printf '%s,' {} {}.mp3", ["a b"])
     assert records[0]["result"]["stdout"] == "a b,a b.mp3,"
-    (farm.folder / "results.jsonl").unlink()
-    records, _ = run_command(farm, "echo the same", ["a", "b"])
-    assert [records[number]["result"]["stdout"] for number in (0, 1)] == ["the same\n"] * 2
 
 
 def test_success_gives_exit_status_and_both_streams(farm: Farm) -> None:
@@ -85,26 +81,21 @@ def test_another_exit_status_is_an_error_that_names_it(farm: Farm) -> None:
     assert master.wait() == 1
     assert records[0]["result"]["exit"] == 0
     for number, status in ((1, 1), (2, 3), (3, 255)):
-        message = records[number]["error"]["message"]
-        assert f"exit status {status}" in message
-        assert "trouble" in message
+        assert re.search(f"exit status {status}.*trouble", records[number]["error"]["message"], re.DOTALL)
         assert "result" not in records[number]
 
 
-def test_a_command_that_does_not_exist_is_an_error_that_says_so(farm: Farm) -> None:
-    records, _ = run_command(farm, "no-such-program {}", [1])
-    assert "exit status 127" in records[0]["error"]["message"]
-    assert "not found" in records[0]["error"]["message"]
-
-
-def test_a_command_that_is_killed_is_an_error_that_names_the_signal(farm: Farm) -> None:
-    records, _ = run_command(farm, "kill -9 $$", [1])
-    assert "SIGKILL" in records[0]["error"]["message"]
+@pytest.mark.parametrize(
+    ("template", "words"), [("no-such-program {}", "exit status 127.*not found"), ("kill -9 $$; {}", "SIGKILL")]
+)
+def test_a_command_that_ends_badly_is_an_error_that_says_how(farm: Farm, template: str, words: str) -> None:
+    records, _ = run_command(farm, template, [1])
+    assert re.search(words, records[0]["error"]["message"], re.DOTALL)
 
 
 def test_the_reason_that_a_talkative_command_gives_last_is_seen(farm: Farm) -> None:
     banner = "i=0; while [ $i -lt 1000 ]; do echo 'built with every option there is' >&2; i=$((i+1)); done; "
-    records, master = run_command(farm, banner + "echo 'no such codec' >&2; exit 1", [1])
+    records, master = run_command(farm, banner + "echo 'no such codec' >&2; exit {}", [1])
     assert "no such codec" in records[0]["error"]["message"]
     assert any("no such codec" in line for line in master.stderr if "task 0 failed" in line)
 
@@ -116,20 +107,18 @@ def test_a_task_that_cannot_be_an_argument_fails_alone(farm: Farm) -> None:
 
 
 @pytest.mark.parametrize(("stream", "redirection"), [("stdout", ""), ("stderr", ">&2")])
-def test_output_is_kept_up_to_one_mebibyte_and_cut_visibly(farm: Farm, stream: str, redirection: str) -> None:
-    sizes = [MEBIBYTE, MEBIBYTE + 1, 3 * MEBIBYTE]
+def test_output_is_kept_up_to_one_megabyte_and_cut_visibly(farm: Farm, stream: str, redirection: str) -> None:
+    sizes = [MEGABYTE, MEGABYTE + 1, 3 * MEGABYTE]
     records, _ = run_command(farm, f"head -c {{}} /dev/zero | tr '\\0' x {redirection}", sizes)
-    outputs = [records[number]["result"][stream] for number in range(3)]
-    assert outputs[0] == "x" * MEBIBYTE
-    for size, output in zip(sizes[1:], outputs[1:]):
-        assert output[:MEBIBYTE] == "x" * MEBIBYTE
-        assert str(size - MEBIBYTE) in output[MEBIBYTE:]
-        assert "cut" in output[MEBIBYTE:]
-        assert len(output) < MEBIBYTE + 100
+    for number, size in enumerate(sizes):
+        output = records[number]["result"][stream]
+        assert output[:MEGABYTE] == "x" * MEGABYTE
+        assert re.fullmatch(rf".*\b{size - MEGABYTE}\b.*cut.*" if size > MEGABYTE else "", output[MEGABYTE:], re.DOTALL)
+        assert len(output) < MEGABYTE + 100
 
 
 def test_output_that_is_not_utf_8_is_shown_with_replacements(farm: Farm) -> None:
-    records, master = run_command(farm, "printf 'a\\377b'; printf '\\303' >&2", [1])
+    records, master = run_command(farm, "printf 'a\\377b'; printf '\\303' >&2; : {}", [1])
     assert records[0]["result"] == {"exit": 0, "stdout": "a\ufffdb", "stderr": "\ufffd"}
     assert master.wait() == 0
 
@@ -142,8 +131,7 @@ def test_the_time_limit_kills_the_whole_command_with_what_it_left_in_the_backgro
     assert "result" in records[1]
     pids = [int(line) for line in (farm.folder / "pids").read_text().split()]
     assert len(pids) == 3
-    _, alive = psutil.wait_procs([psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)], timeout=PATIENCE / 10)
-    assert [process for process in alive if process.status() != psutil.STATUS_ZOMBIE] == []
+    wait_until(lambda: not [pid for pid in pids if psutil.pid_exists(pid) and is_alive(psutil.Process(pid))])
     assert master.wait() == 1
 
 

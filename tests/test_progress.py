@@ -5,23 +5,25 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import socket
 import struct
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from conftest import PATIENCE, ROOT, Farm, Program
+from lab import PATIENCE, ROOT, Farm, Program, make_patched
+
+from task_worker import PROTOCOL
 
 pty = pytest.importorskip("pty", reason="terminals are of POSIX")
 fcntl = pytest.importorskip("fcntl")
 termios = pytest.importorskip("termios")
 
 JOB = """
-import os, time
+import time
+from functions import note, stay
 
 def steps(n):
     '''A step of a job of a second; every fifth one fails.'''
@@ -30,38 +32,27 @@ def steps(n):
         raise ValueError(f"{n} is an unlucky number")
     return n
 
-def wait(n):
-    print("waits", flush=True)
-    while not os.path.exists("go"):
-        time.sleep(0.01)
-    return n
+def fail(task):
+    kind, number = task
+    raise [ValueError, OSError, TypeError][kind % 3](f"no {'abcdefghijklmnop'[kind]} in '{number}' or {number}")
 
-def moody(kind):
-    '''Fails always or the first time, waits the first time for its worker to be killed, or waits for another one.'''
-    first = not os.path.exists(f"seen-{kind}")
-    open(f"seen-{kind}", "w").close()
-    if kind == "fails" or (kind == "fails first" and first):
-        raise ValueError("no luck")
-    if kind == "waits" and first:
-        print("waits", flush=True)
-        time.sleep(300)
-    while kind in ("left", "right") and not (os.path.exists("seen-left") and os.path.exists("seen-right")):
-        time.sleep(0.01)
-    return kind
-"""
-PATCHED = """
-import sys, task_master
-task_master.PROGRESS_INTERVAL = 0.3  # in the place of 30
-task_master.RATE_SPAN = 0.2  # in the place of 10
-task_master.console.__init__()
-sys.exit(task_master.main())
+def moody(n):
+    '''The first task fails always, the second the first time.'''
+    note(n)
+    with open("started.log") as file:
+        if n == 0 or (n == 1 and file.read().split().count("1") == 1):
+            raise ValueError("no luck")
+    time.sleep(1)
+    return n
 """
 # Makes standard input the terminal that Ctrl-C is pressed on, and goes on as another program
 TAKE_TERMINAL = "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.argv[1], sys.argv[1:])"
+BAR = r"\[#*-*\] +\d+ %  "
+FILE = ["--results", "results.jsonl"]
 
 
 class Screen:
-    """As much of a terminal as a line of progress needs: rows that wrap, carriage returns, and erasing to the end."""
+    """As much of a terminal as a line of progress needs: rows that wrap, and carriage returns."""
 
     def __init__(self, columns: int) -> None:
         self.columns = columns
@@ -70,18 +61,14 @@ class Screen:
         self._column = 0
 
     def feed(self, text: str) -> None:
-        for part in re.findall(r"\x1b\[[0-9;]*[A-Za-z]|.", text, re.DOTALL):
-            if part == "\r":
+        for letter in text:
+            assert letter != "\x1b", "a sequence that not every terminal has"
+            if letter == "\r":
                 self._column = 0
-            elif part == "\n":
+            elif letter == "\n":
                 self._next_row(wrapped=False)
-            elif part in ("\x1b[K", "\x1b[0K"):
-                self.rows[-1] = self.rows[-1][: self._column]
-            elif part == "\x1b[2K":
-                self.rows[-1] = ""
             else:
-                assert len(part) == 1, f"a sequence that no test knows: {part!r}"
-                self._put(part)
+                self._put(letter)
 
     def _put(self, letter: str) -> None:
         if self._column == self.columns:
@@ -172,99 +159,101 @@ class Terminal:
 
 
 @pytest.fixture
-def open_terminal(farm: Farm) -> Iterator[Any]:
-    (farm.folder / "job.py").write_text(JOB)
-    opened: list[Terminal] = []
-
-    def open_it(columns: int, *argv: object, **options: Any) -> Terminal:
-        opened.append(Terminal(farm, columns, *argv, **options))
-        return opened[-1]
-
-    yield open_it
-    for terminal in opened:
-        terminal.close()
+def open_terminal(farm: Farm) -> Any:
+    """Opens a Terminal that is closed with the farm."""
+    farm.write("job.py", JOB)
+    return lambda columns, *argv, **options: farm.closing(Terminal(farm, columns, *argv, **options))
 
 
 JOB_OPTIONS = ["--workers", 2, "--function", "job:steps"]
 STEPS = list(range(20))
+STAY = ["--workers", 1, "--function", "job:stay", 1]
 
 
 # ---- on a terminal -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("columns", "results"), [(80, ["--results", "results.jsonl"]), (40, [])], ids=["80", "40"])
-def test_one_line_redraws_and_leaves_no_trace(farm: Farm, open_terminal: Any, columns: int, results: list[str]) -> None:
-    terminal = open_terminal(columns, *results, *JOB_OPTIONS, *STEPS)
+@pytest.mark.parametrize(
+    ("columns", "results", "stdout"),
+    [(100, FILE, None), (45, [], None), (45, ["--results", "-"], subprocess.DEVNULL), (30, FILE, None)],
+    ids=["wide", "lines between", "standard output elsewhere", "narrow"],
+)
+def test_one_line_redraws_and_leaves_no_trace(open_terminal: Any, columns: int, results: list[str], stdout: int | None) -> None:
+    terminal = open_terminal(columns, *results, *JOB_OPTIONS, *STEPS, stdout=stdout)
     assert terminal.wait() == 1
     shown = terminal.progress()
     assert len(set(shown)) >= 3, shown
-    assert all(re.match(r"\d+ of 20 done", text) for text in shown), shown
+    first = BAR + r"\d+ of 20" if columns > 40 else r"\d+ %  \d+ of 20"
+    assert [text for text in shown if not re.match(first, text)] == []
     assert max(map(len, shown)) < columns
     terminal.check_lines()
     lines = terminal.screen().lines()
-    assert len([line for line in lines if re.search(r"task \d+ failed", line)]) >= 4
-    assert not [line for line in lines if " of 20 done" in line]
+    assert [line for line in lines if re.search(r"task \d+ failed", line)]
+    assert not [line for line in lines if re.search(BAR, line)]
 
 
-def test_the_line_tells_what_one_wants_to_know(farm: Farm, open_terminal: Any) -> None:
-    terminal = open_terminal(80, "--results", "results.jsonl", *JOB_OPTIONS, *STEPS)
-    terminal.wait_text(r"\r[1-9]\d* of 20 done, [\d.]+ s left, \d+ failed, [\d.]+/s, 2 running, 1 workers?")
-
-
-def test_a_narrow_terminal_shows_the_most_important_part(farm: Farm, open_terminal: Any) -> None:
-    terminal = open_terminal(12, "--results", "results.jsonl", *JOB_OPTIONS, *STEPS)
+def test_the_line_tells_what_one_wants_to_know(open_terminal: Any) -> None:
+    terminal = open_terminal(150, *FILE, *JOB_OPTIONS, *STEPS)
+    done = r"\[#+-+\] +\d+ %  [1-9]\d* of 20, \d+ failed, [\d.]+/s, \d:\d\d, \d:\d\d left, 2 processes on 1 host"
+    terminal.wait_text(done)
     terminal.wait()
-    shown = terminal.progress()
-    assert shown
-    assert max(map(len, shown)) < 12
-    assert all(re.match(r"\d+ of 20", text) for text in shown), shown
-    terminal.check_lines()
+    bars = re.findall(r"\[(#*)(-*)\] +(\d+) %  (\d+) of 20", terminal.raw)
+    assert all((len(full), len(full + empty), int(part)) == (int(done), 20, 5 * int(done)) for full, empty, part, done in bars)
 
 
-def test_the_width_is_that_of_the_terminal_when_standard_output_is_elsewhere(farm: Farm, open_terminal: Any) -> None:
-    terminal = open_terminal(40, "--results", "-", *JOB_OPTIONS, *STEPS, stdout=subprocess.DEVNULL)
-    terminal.wait()
-    assert max(map(len, terminal.progress())) < 40
-    terminal.check_lines()
+def test_what_has_run_longest_is_named(farm: Farm, open_terminal: Any) -> None:
+    terminal = open_terminal(150, *FILE, *STAY)
+    terminal.wait_text(rf"1 process on 1 host, longest 0:0[1-9] \(task 0 on {re.escape(socket.gethostname())}\)")
+    farm.let_go()
+    assert terminal.wait() == 0
+
+
+def test_when_nobody_is_connected_the_line_says_what_to_do(farm: Farm, open_terminal: Any) -> None:
+    terminal = open_terminal(150, *FILE, 1, 2)
+    terminal.wait_text(BAR + r"0 of 2, no worker is connected: python3 task_worker.py --host 127.0.0.1 --port \d+, ")
+    assert re.search(r"--port (\d+), ", terminal.raw)[1] == re.search(r"listening on \S+:(\d+)", terminal.raw)[1]
+    farm.worker(int(re.findall(r"--port (\d+)", terminal.raw)[0]), "--function", "functions:stay")
+    terminal.wait_text("0 of 2, [^n]*1 process on 1 host")
+    farm.let_go()
+    assert terminal.wait() == 0
 
 
 def test_the_line_follows_a_terminal_that_becomes_narrower(farm: Farm, open_terminal: Any) -> None:
-    terminal = open_terminal(90, "--results", "results.jsonl", "--workers", 1, "--function", "job:wait", 1)
-    terminal.wait_text(r"1 running, 1 workers?")
-    terminal.resize(30)
+    terminal = open_terminal(150, *FILE, *STAY)
+    terminal.wait_text("1 process on 1 host")
+    terminal.resize(50)
     before = len(terminal.progress())
-    terminal.wait_text(r"\r0 of 1 done", count=before + 3)
-    (farm.folder / "go").touch()
+    terminal.wait_text(BAR + "0 of 1", count=before + 3)
+    farm.let_go()
     assert terminal.wait() == 0
-    assert max(map(len, terminal.progress()[before + 1 :])) < 30
+    assert max(map(len, terminal.progress()[before + 1 :])) < 50
 
 
 def test_a_total_that_is_not_known_is_not_shown(farm: Farm, open_terminal: Any) -> None:
     fifo = farm.folder / "tasks"
     os.mkfifo(fifo)
-    terminal = open_terminal(80, "--tasks", fifo, "--results", "results.jsonl", *JOB_OPTIONS)
+    terminal = open_terminal(80, "--tasks", fifo, *FILE, *JOB_OPTIONS)
     with open(fifo, "w") as file:
         file.write("1\n2\n3\n")
         file.flush()
         terminal.wait_text(r"\r3 done, ")
-        assert " of " not in "".join(terminal.progress())
-        assert " left" not in "".join(terminal.progress())
+        assert not re.search(" of | left|%", "".join(terminal.progress()))
     assert terminal.wait() == 0
 
 
-def test_ctrl_c_leaves_whole_lines(farm: Farm, open_terminal: Any) -> None:
-    terminal = open_terminal(80, "--results", "results.jsonl", *JOB_OPTIONS, *STEPS)
-    terminal.wait_text(r"\r[1-9]\d* of 20 done")
+def test_ctrl_c_leaves_whole_lines(open_terminal: Any) -> None:
+    terminal = open_terminal(100, *FILE, *JOB_OPTIONS, *STEPS)
+    terminal.wait_text(BAR + "[1-9]")
     terminal.press_ctrl_c()
     assert terminal.wait() == 130
     lines = terminal.screen().lines()
-    assert not [line for line in lines if " of 20 done" in line]
+    assert not [line for line in lines if re.search(BAR, line)]
     drained = next(number for number, line in enumerate(lines) if "draining" in line)
     assert any(re.match("task_master: stopped; to carry on: .* --resume", line) for line in lines[drained:])
 
 
-def test_quiet_shows_nothing_on_a_terminal(farm: Farm, open_terminal: Any) -> None:
-    terminal = open_terminal(80, "--quiet", "--results", "results.jsonl", *JOB_OPTIONS, 1, 2, 3, 4)
+def test_quiet_shows_nothing_on_a_terminal(open_terminal: Any) -> None:
+    terminal = open_terminal(80, "--quiet", *FILE, *JOB_OPTIONS, 1, 2, 3, 4)
     assert terminal.wait() == 1
     assert terminal.progress() == []
     assert [line for line in terminal.screen().lines() if line and "listening" not in line] == []
@@ -274,99 +263,106 @@ def test_quiet_shows_nothing_on_a_terminal(farm: Farm, open_terminal: Any) -> No
 
 
 def run_patched(farm: Farm, *argv: object) -> Program:
-    """A master for which time goes faster."""
-    (farm.folder / "job.py").write_text(JOB)
-    return farm.run("-c", PATCHED, "--port", 0, *argv, env=farm.env(PYTHONPATH=str(ROOT)))
+    """A master for which the time between two lines is short."""
+    farm.write("job.py", JOB)
+    return farm.run(make_patched(farm, PROGRESS_INTERVAL=0.3) / "task_master.py", "--port", 0, *FILE, *argv)
 
 
 def test_without_a_terminal_there_is_a_plain_line_now_and_then(farm: Farm) -> None:
-    master = run_patched(farm, "--results", "results.jsonl", *JOB_OPTIONS, *STEPS)
+    master = run_patched(farm, *JOB_OPTIONS, *STEPS)
     assert master.wait() == 1, master.stderr
-    lines = [line for line in master.stderr if " of 20 done" in line]
+    lines = master.said(" of 20")
     assert len(lines) >= 2
-    assert all(re.match(r"task_master: \d+ of 20 done, ", line) for line in lines)
+    assert all(re.match(f"task_master: {BAR}", line) for line in lines)
     assert not any("\r" in line or "\x1b" in line for line in master.stderr)
 
 
-def test_the_time_left_is_known_while_tasks_take_longer_than_the_rate_is_taken_over(farm: Farm) -> None:
-    master = run_patched(farm, "--results", "results.jsonl", "--workers", 1, "--function", "functions:nap", *["0.8"] * 2)
+def test_the_time_left_is_known_when_a_task_is_done(farm: Farm) -> None:
+    master = run_patched(farm, "--workers", 1, "--function", "functions:nap", *["0.8"] * 2)
     assert master.wait() == 0, master.stderr
-    lines = [line for line in master.stderr if re.search(r"1 of 2 done", line)]
-    assert lines
-    assert all(" left" in line for line in lines), lines
-
-
-def test_without_a_terminal_the_first_line_comes_after_the_interval(farm: Farm) -> None:
-    master = farm.master("--workers", 1, "3")
-    assert master.wait() == 0
-    assert not any(re.search(r"\d of \d+ done", line) for line in master.stderr)
+    assert master.said("  1 of 2, ") and not master.said("  0 of 2, .* left")
+    assert all(" left" in line for line in master.said("  1 of 2, "))
 
 
 def test_quiet_says_nothing_but_where_it_listens(farm: Farm) -> None:
-    master = run_patched(farm, "--quiet", "--results", "results.jsonl", *JOB_OPTIONS, *STEPS)
+    master = run_patched(farm, "--quiet", *JOB_OPTIONS, *STEPS)
     assert master.wait() == 1
-    assert [line for line in master.stderr if "listening on" not in line] == []
+    assert master.said("listening on") == master.stderr
 
 
-def test_quiet_leaves_the_lines_on_standard_output(farm: Farm) -> None:
+def test_quiet_leaves_the_lines_on_standard_output_and_a_quiet_worker_says_nothing_on_standard_error(farm: Farm) -> None:
     master = farm.master("--quiet", "3")
-    assert (farm.worker(master).wait(), master.wait()) == (0, 0)
-    assert master.stdout == ["Put task 3...", "Try get results...", "Result: 3 * 3 = 9"]
-
-
-def test_a_quiet_worker_says_nothing_on_standard_error(farm: Farm) -> None:
-    master = farm.master("3")
     worker = farm.worker(master, "--quiet")
     assert (worker.wait(), master.wait()) == (0, 0)
+    assert master.stdout == ["Put task 3...", "Try get results...", "Result: 3 * 3 = 9"]
     assert worker.stderr == []
 
 
-# ---- the summary ---------------------------------------------------------------------------------------------------
+# ---- failures, and the summary -------------------------------------------------------------------------------------
+
+LAST = r"task_master: (\d+) done, (\d+) failed, (\d+) retried, (\d+) redelivered, (\d+:\d\d), ([\d.]+) tasks/s$"
 
 
-def find_summary(master: Program) -> list[str]:
-    """The lines after the last one about a worker that came or went."""
-    last = max(number for number, line in enumerate(master.stderr) if re.search("connected$|exit", line))
-    return master.stderr[last + 1 :]
+def last_line(master: Program) -> tuple[str, ...]:
+    """What the last line says: done, failed, retried, redelivered, the time, and the rate."""
+    match = re.match(LAST, master.stderr[-1])
+    assert match, master.stderr
+    return match.groups()
 
 
-def test_the_summary_counts_what_happened_and_names_the_workers(farm: Farm) -> None:
-    (farm.folder / "job.py").write_text(JOB)
-    kinds = ["waits", "fails first", "fails", "left", "right"]
-    farm.write_tasks(kinds)
-    options = ["--tasks", "tasks.jsonl", "--results", "results.jsonl", "--retries", 1, "--batch", 1]
-    started_at = time.monotonic()
-    master = farm.master(*options)
-    victim = farm.worker(master, "--function", "job:moody")
-    victim.wait_line("waits", "stdout")
-    victim.kill()
-    master.wait_line("redelivered since")
-    other = farm.worker(master, "--function", "job:moody", "--processes", 2)
-    assert (master.wait(), other.wait()) == (1, 0)
-    elapsed = time.monotonic() - started_at
-    summary = "\n".join(find_summary(master))
-    counts = re.search(r"4 done, 1 failed, 2 retried, 1 redelivered, ([\d.]+) s, ([\d.]+) tasks/s", summary)
-    assert counts, master.stderr
-    assert 0 < float(counts.group(1)) <= elapsed
-    assert re.search(r"task 2 failed: ValueError: no luck", summary)
-    workers = re.findall(r"worker (\S+)/(\d+): (\d) process(?:es)?, (\d+) tasks?, (\d+)% busy", summary)
-    assert {int(worker[1]) for worker in workers} >= {other.pid}
-    assert next(worker[2:4] for worker in workers if int(worker[1]) == other.pid) == ("2", "7")
+def test_the_summary_counts_what_happened_and_names_the_hosts(farm: Farm) -> None:
+    farm.write("job.py", JOB)
+    master = farm.master(*FILE, "--retries", 1, "--function", "job:moody", *range(4))
+    lost = farm.peer(master, "far/7")
+    assert lost.call("get_task_queue", "join", PROTOCOL, '{"function": "job:moody"}')["refused"] is None
+    assert lost.lease_ids() == [0]
+    lost.close()
+    master.wait_line(r"redelivered since far/7 was lost: task 0 \(attempt 1\)$")
+    worker = farm.worker(master, "--function", "job:moody", "--processes", 2)
+    assert (master.wait(), worker.wait()) == (1, 0)
+    assert last_line(master)[:4] == ("3", "1", "2", "1")
+    assert "task_master: host far: 1 process, 0 runs, 0 failed, 0 % busy" in master.stderr
+    (line,) = master.said(f"host {re.escape(socket.gethostname())}: ")
+    busy = re.search(r": 2 processes, 6 runs, 3 failed, (\d+) % busy$", line)
+    assert busy and 0 < int(busy[1]) <= 100, line
+    assert len(master.said("task 0 failed: ValueError: no luck .*, attempt 3$")) == 1
 
 
-def test_the_summary_names_the_first_few_failures_and_counts_the_others(farm: Farm) -> None:
-    options = ["--results", "results.jsonl", "--workers", 2, "--function", "functions:fail"]
-    master = farm.master(*options, *range(30))
-    assert master.wait() == 1
-    summary = find_summary(master)
-    named = [line for line in summary if re.search(r"task \d+ failed: ValueError: no \d+ today", line)]
-    assert 3 <= len(named) <= 10
-    assert any(f"{30 - len(named)} more failed" in line for line in summary)
-    assert any("0 done, 30 failed" in line for line in summary)
+def run_failing(farm: Farm, kinds: dict[int, int]) -> Program:
+    """A job with so many failures of each kind, the most frequent last."""
+    farm.write("job.py", JOB)
+    farm.write_tasks([[kind, number] for kind, count in kinds.items() for number in range(count)])
+    return farm.run_job("--tasks", "tasks.jsonl", function="job:fail", status=1)
+
+
+def test_the_first_failure_of_each_kind_is_said_and_the_summary_counts_the_kinds(farm: Farm) -> None:
+    master = run_failing(farm, {0: 3, 1: 12, 2: 1})
+    said = master.said(r"task \d+ failed: ")
+    assert [
+        re.search(r"task (\d+) failed: (\w+): .* \(task \1: (\[.*\]), on (\S+)/\d+\), attempt 1$", line).groups() for line in said
+    ] == [
+        ("0", "ValueError", "[0, 0]", socket.gethostname()),
+        ("3", "OSError", "[1, 0]", socket.gethostname()),
+        ("15", "TypeError", "[2, 0]", socket.gethostname()),
+    ]
+    table = [re.match(r"task_master: ( *\d+) x (\w+): (.*) \(task (\d+): ", line) for line in master.said(r"\d x ")]
+    assert [match.groups() for match in table if match] == [
+        ("     12", "OSError", "no b in '0' or 0", "3"),
+        ("      3", "ValueError", "no a in '0' or 0", "0"),
+        ("      1", "TypeError", "no c in '0' or 0", "15"),
+    ]
+    assert "task_master: 16 failed:" in master.stderr
+    assert last_line(master)[:2] == ("0", "16")
+
+
+def test_the_summary_has_ten_kinds_of_failures_at_most(farm: Farm) -> None:
+    master = run_failing(farm, {kind: kind + 1 for kind in range(13)})
+    counts = [int(line.split()[1]) for line in master.said(r"\d x ")]
+    assert counts == [13, 12, 11, 10, 9, 8, 7, 6, 5, 4]
+    assert master.said("and 6 of other kinds, see the records with an error$")
+    assert last_line(master)[:2] == ("0", str(sum(range(14))))
 
 
 def test_a_slow_job_has_a_rate_above_zero(farm: Farm) -> None:
-    master = farm.master("--results", "results.jsonl", "--workers", 1, "--function", "functions:nap", "2.2")
-    assert master.wait() == 0
-    (rate,) = [float(match.group(1)) for line in master.stderr if (match := re.search(r"([\d.]+) tasks/s", line))]
-    assert 0.0 < rate < 0.5
+    master = farm.run_job("2.2", function="functions:nap")
+    assert 0.0 < float(last_line(master)[5]) < 0.5

@@ -1,0 +1,621 @@
+"""What several test files need: the real programs in a farm of their own, the wire by hand, false masters, relays, processes."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import os
+import queue
+import re
+import secrets
+import select
+import shutil
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable
+from multiprocessing import AuthenticationError, connection
+from pathlib import Path
+from typing import Any, TypeVar
+
+import psutil
+import pytest
+
+from task_worker import PROTOCOL
+
+ROOT = Path(__file__).resolve().parent.parent
+PATIENCE = 60.0  # seconds after which a line or an end that is waited for counts as missing; generous, the machine is noisy
+MEGABYTE = 1 << 20
+Result = TypeVar("Result")
+
+FUNCTIONS = '''
+"""What the tests let the workers run; in the folder of every farm, as functions.py."""
+import os, signal, time
+
+def note(task):
+    """Note in started.log that a task was started, in one write."""
+    descriptor = os.open("started.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.write(descriptor, f"{task}\\n".encode())
+    os.close(descriptor)
+
+def same(task):
+    return task
+
+def double(n):
+    return 2 * n
+
+def fail(task):
+    raise ValueError(f"no {task} today")
+
+def work(n):
+    note(n)
+    time.sleep(n * 7919 % 10 / 1000)  # 4.5 ms on average
+    return 2 * n
+
+def kill_worker(task):
+    if task == "guilty":
+        note(task)
+        os.kill(os.getppid(), signal.SIGKILL)
+        time.sleep(1000)
+    return task
+
+def nap(seconds):
+    note(seconds)
+    time.sleep(seconds)
+    return seconds
+
+def stay(task):
+    """Says that it runs, and does until there is a file `go`."""
+    note(task)
+    print("it runs", flush=True)
+    while not os.path.exists("go"):
+        time.sleep(0.01)
+    return task
+'''
+
+
+# ---- programs ------------------------------------------------------------------------------------------------------
+
+
+class Program:
+    """A running task_master or task_worker, or any other, its output read line by line as it comes."""
+
+    def __init__(self, argv: list[str], cwd: Path, env: dict[str, str], **options: Any) -> None:
+        self.process = subprocess.Popen(
+            argv, cwd=cwd, env=env, stdin=options.pop("stdin", subprocess.DEVNULL), stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE, start_new_session=True, **options,
+        )  # fmt: skip
+        self.lines: dict[str, list[str]] = {"stdout": [], "stderr": []}
+        self._arrived: queue.SimpleQueue[None] = queue.SimpleQueue()
+        self._readers = [
+            threading.Thread(target=self._read, args=(name, getattr(self.process, name)), daemon=True) for name in self.lines
+        ]
+        for reader in self._readers:
+            reader.start()
+
+    def _read(self, name: str, stream: Any) -> None:
+        with stream:
+            for line in stream:
+                self.lines[name].append(line.decode("utf-8", "replace").rstrip("\n"))
+                self._arrived.put(None)
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    @property
+    def stdout(self) -> list[str]:
+        """The lines on standard output so far."""
+        return self.lines["stdout"]
+
+    @property
+    def stderr(self) -> list[str]:
+        """The lines on standard error so far."""
+        return self.lines["stderr"]
+
+    def said(self, pattern: str) -> list[str]:
+        """The lines on standard error so far that match."""
+        return [line for line in self.stderr if re.search(pattern, line)]
+
+    def is_running(self) -> bool:
+        return self.process.poll() is None
+
+    def wait_line(self, pattern: str, name: str = "stderr", count: int = 1, timeout: float = PATIENCE) -> re.Match[str]:
+        """Block until `count` lines of a stream match; returns the last of these matches. Fails with all the output."""
+        give_up_at = time.monotonic() + timeout
+        while True:
+            over = not any(reader.is_alive() for reader in self._readers)
+            matches = [match for line in list(self.lines[name]) if (match := re.search(pattern, line))]
+            if len(matches) >= count:
+                return matches[count - 1]
+            if over or time.monotonic() >= give_up_at:
+                pytest.fail(f"no line {count} like {pattern!r} on {name}; got {json.dumps(self.lines, indent=1)}")
+            with contextlib.suppress(queue.Empty):
+                self._arrived.get(timeout=0.5)
+
+    def port(self) -> int:
+        """The port that the master listens on; blocks until it does."""
+        return int(self.wait_line(r"listening on .*:(\d+)$").group(1))
+
+    def wait(self, timeout: float = PATIENCE) -> int:
+        """Block until the program has ended and its output is read; returns the exit status."""
+        try:
+            status = self.process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            pytest.fail(f"still running after {timeout} s; got {json.dumps(self.lines, indent=1)}")
+        for reader in self._readers:
+            reader.join(5)  # a process that it left behind may keep the pipe open
+        return status
+
+    def pause(self, seconds: float) -> None:
+        """Let time pass while it runs; fails when it ends."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            pytest.fail(f"it ended with {self.process.wait(seconds)}: {self.lines}")
+
+    def put(self, text: str) -> None:
+        """Write to its standard input, which is a pipe."""
+        assert self.process.stdin
+        self.process.stdin.write(text.encode())
+        self.process.stdin.flush()
+
+    def end_input(self) -> None:
+        if self.process.stdin:
+            with contextlib.suppress(BrokenPipeError):
+                self.process.stdin.close()
+
+    def signal(self, number: int) -> None:
+        self.process.send_signal(number)
+
+    def suspend(self) -> None:
+        """SIGSTOP, for the process and all that it has started."""
+        for process in [psutil.Process(self.pid), *descendants_of(self.pid)]:
+            process.suspend()
+
+    def kill(self) -> None:
+        """SIGKILL, for the process alone."""
+        self.process.kill()
+        self.process.wait()
+
+
+class Farm:
+    """Makes masters and workers that know the same key, in `folder`, where functions.py is."""
+
+    def __init__(self, folder: Path, tls: bool = False) -> None:
+        self.folder = folder
+        self.tls = ["--tls"] if tls else []
+        self.python = tls_python() if tls else sys.executable
+        self.key = secrets.token_hex(16)
+        self.home = folder / "home"
+        self.home.mkdir(parents=True)
+        self.programs: list[Program] = []
+        self._things = contextlib.ExitStack()
+        self.write("functions.py", FUNCTIONS)
+
+    def env(self, **more: str | None) -> dict[str, str]:
+        """The environment of the programs, with the key and an empty home; what is None is left out."""
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith(("TASK_", "PYTHON"))}
+        env = {**inherited, "HOME": str(self.home), "TASK_AUTHKEY": self.key, **more}
+        return {name: value for name, value in env.items() if value is not None}
+
+    def start(self, command: list[str], env: dict[str, str] | None = None, **options: Any) -> Program:
+        """Start any command, in the folder and with the environment unless told otherwise."""
+        options.setdefault("cwd", self.folder)
+        self.programs.append(Program(command, env=self.env() if env is None else env, **options))
+        return self.programs[-1]
+
+    def run(self, *argv: object, python: str | None = None, **options: Any) -> Program:
+        """Start any program of this repository: `run("task_master.py", "--port", 0)`."""
+        path = ROOT / str(argv[0]) if (ROOT / str(argv[0])).exists() else argv[0]
+        return self.start([python or self.python, str(path), *map(str, argv[1:])], **options)
+
+    def master(self, *argv: object, **options: Any) -> Program:
+        """Start a master on a free port."""
+        return self.run("task_master.py", "--port", 0, *self.tls, *argv, **options)
+
+    def worker(self, master: Program | int, *argv: object, **options: Any) -> Program:
+        """Start a worker for a master, or for a port, with one process unless told otherwise."""
+        port = master if isinstance(master, int) else master.port()
+        processes = [] if "--processes" in argv else ["--processes", 1]
+        return self.run("task_worker.py", "--port", port, *self.tls, *processes, *argv, **options)
+
+    def run_job(self, *argv: object, function: str = "", status: int = 0, **options: Any) -> Program:
+        """A job of a local worker into results.jsonl, run to its end."""
+        what = ("--function", function) if function else ()
+        master = self.master("--results", "results.jsonl", "--workers", 1, *what, *argv, **options)
+        assert master.wait() == status, master.stderr
+        return master
+
+    def peer(self, master: Program, name: str = "host/1") -> Peer:
+        """A slot by hand, connected to a master; closed with the farm."""
+        return self.closing(Peer(self, master.port(), name))
+
+    def closing(self, thing: Any) -> Any:
+        """Have something closed with the farm."""
+        self._things.callback(thing.close)
+        return thing
+
+    def write(self, name: str, content: str | bytes) -> Path:
+        path = self.folder / name
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        return path
+
+    def write_tasks(self, tasks: Iterable[Any], name: str = "tasks.jsonl") -> Path:
+        return self.write(name, "".join(json.dumps(task) + "\n" for task in tasks))
+
+    def records(self, name: str = "results.jsonl") -> list[dict[str, Any]]:
+        """The records in a results file."""
+        return [json.loads(line) for line in (self.folder / name).read_text().splitlines()]
+
+    def started(self) -> list[str]:
+        """The tasks that were noted in started.log, in this order."""
+        path = self.folder / "started.log"
+        return path.read_text().split() if path.exists() else []
+
+    def wait_started(self, program: Program, task: object = None) -> None:
+        """Block until a task has been noted, or any at all; `program` is what must not end before that."""
+        wait_until(lambda: self.started() if task is None else str(task) in self.started(), program)
+
+    def let_go(self) -> None:
+        """Let the tasks that wait for the file `go` end."""
+        (self.folder / "go").touch()
+
+    def close(self) -> None:
+        for program in self.programs:
+            for process in descendants_of(program.pid):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.resume()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(program.pid, signal.SIGKILL)  # a worker's children see that it is gone, and end, too
+            program.wait()
+            program.end_input()
+        self._things.close()
+
+
+def make_patched(farm: Farm, **constants: object) -> Path:
+    """A folder with copies of both files in which some constants have other values."""
+    folder = farm.folder / "patched"
+    folder.mkdir()
+    replaced = 0
+    for name in ("task_master.py", "task_worker.py"):
+        text = (ROOT / name).read_text()
+        for constant, value in constants.items():
+            text, count = re.subn(rf"^{constant} = \S+", f"{constant} = {value}", text, flags=re.MULTILINE)
+            replaced += count
+        (folder / name).write_text(text)
+    assert replaced >= len(constants)
+    return folder
+
+
+def without_key(farm: Farm, **more: str) -> dict[str, str]:
+    """The environment without the key."""
+    return farm.env(TASK_AUTHKEY=None, **more)
+
+
+def wait_until(condition: Callable[[], Result], *programs: Program, patience: float = PATIENCE) -> Result:
+    """Block until a condition is true, and return what it gave. Fails when one of these programs ends instead."""
+    give_up_at = time.monotonic() + patience
+    while True:
+        running = all(program.is_running() for program in programs)
+        if result := condition():
+            return result
+        if not running or time.monotonic() > give_up_at:
+            pytest.fail(f"waited in vain for {condition}; got {[program.lines for program in programs]}")
+        time.sleep(0.02)
+
+
+def check_once(records: list[dict[str, Any]], count: int) -> None:
+    """Each of so many tasks has one record."""
+    assert sorted(record["id"] for record in records) == list(range(count))
+
+
+def check_doubled(records: list[dict[str, Any]], count: int) -> None:
+    """Each of so many tasks, which are their ids, has one record, and the result of `double`."""
+    check_once(records, count)
+    assert all(record["task"] == record["id"] and record["result"] == 2 * record["id"] for record in records)
+
+
+def check_silence(*programs: Program) -> None:
+    """No traceback on anybody's standard error."""
+    for program in programs:
+        assert not program.said("Traceback|internal error"), program.stderr
+
+
+def name_of(worker: Program) -> str:
+    """What a worker is called in records and messages."""
+    return f"{socket.gethostname()}/{worker.pid}"
+
+
+# ---- processes -----------------------------------------------------------------------------------------------------
+
+
+def descendants_of(pid: int) -> list[psutil.Process]:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return psutil.Process(pid).children(recursive=True)
+    return []
+
+
+def children_of(pid: int) -> list[int]:
+    """The processes of a worker that run the function."""
+    found = []
+    for process in descendants_of(pid):
+        with contextlib.suppress(psutil.Error):
+            if "spawn_main" in " ".join(process.cmdline()):
+                found.append(process.pid)
+    return found
+
+
+def is_alive(process: psutil.Process) -> bool:
+    """Whether it runs; one that was killed and waits for the system to take notice does not."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False
+
+
+def check_ended(processes: list[psutil.Process]) -> None:
+    """Block until all of these, of which there are some, have ended."""
+    assert processes
+    wait_until(lambda: not [process for process in processes if is_alive(process)])
+
+
+def peak_memory(pid: int) -> int:
+    """The most bytes of memory that a process has had so far."""
+    with contextlib.suppress(OSError):
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    return int(psutil.Process(pid).memory_info().rss)
+
+
+# ---- Pythons -------------------------------------------------------------------------------------------------------
+
+
+@functools.lru_cache
+def find_pythons() -> dict[str, str]:
+    """Version and executable of each Python from 3.9 on that is on PATH or under PYENV_ROOT; the running one first."""
+    found = [shutil.which(f"python3.{minor}") for minor in range(9, 20)]
+    root = Path(os.environ.get("PYENV_ROOT", "~/.pyenv")).expanduser()
+    candidates = [sys.executable, *filter(None, found), *sorted(map(str, root.glob("versions/3.*/bin/python3")))]
+    pythons: dict[str, str] = {}
+    for candidate in candidates:
+        code = "import sys; print('%d.%d' % sys.version_info[:2], sys.executable)"
+        answer = subprocess.run([candidate, "-c", code], capture_output=True, text=True, check=False)
+        version, _, executable = answer.stdout.strip().partition(" ")
+        if answer.returncode == 0 and tuple(map(int, version.split("."))) >= (3, 9):
+            pythons.setdefault(version, executable)
+    return pythons
+
+
+@functools.lru_cache
+def tls_python() -> str:
+    """A Python with TLS-PSK; skips the test when there is none."""
+    for python in find_pythons().values():
+        if subprocess.run([python, "-c", "import ssl; ssl.HAS_PSK or exit(1)"], capture_output=True, check=False).returncode == 0:
+            return python
+    pytest.skip("no Python 3.13 or newer here: TLS with a pre-shared key needs one")
+
+
+# ---- the wire by hand: all that knows how a client and a worker speak ------------------------------------------------
+
+TASKS, RESULTS = "get_task_queue", "get_result_queue"
+WELCOME, JOIN, LEASE, RELEASE, REPORT, BEAT = "accept_connection", "join", "lease", "release", "report", "beat"
+SETTINGS = {"protocol": PROTOCOL, "run": "r", "timeout": None, "refused": None}
+
+
+def make_outcome(value: str, kind: str = "result", seconds: str = "0.5") -> str:
+    """What came of a task, as a worker sends it: members of a record. `value` is JSON, or had better be."""
+    return f'"{kind}": {value}, "started_at": 1.250, "seconds": {seconds}'
+
+
+GOOD = make_outcome("1")
+
+
+def ok(task_id: int, result: object) -> str:
+    """An outcome for `Peer.report`."""
+    return f"{task_id} {make_outcome(json.dumps(result))}"
+
+
+def join_outcomes(*outcomes: str) -> str:
+    """Outcomes, each as `ID MEMBERS`, as they are reported: a line of ids, then a line of members for each."""
+    ids, _, members = zip(*[outcome.partition(" ") for outcome in outcomes])
+    return "\n".join([" ".join(ids), *members])
+
+
+def connect(farm: Farm, port: int) -> Any:
+    """A client of the standard library that has shown that it knows the key, and has said nothing yet."""
+    return connection.Client(("127.0.0.1", port), authkey=farm.key.encode())
+
+
+class Peer:
+    """A slot driven by hand, with nothing but the standard library's client."""
+
+    def __init__(self, farm: Farm, port: int, name: str = "host/1") -> None:
+        self.connection = connect(farm, port)
+        self.connection.send((None, WELCOME, (name,), {}))
+        assert self.connection.recv()[0] == "#RETURN"
+
+    def ask(self, queue: Any, method: Any, *args: object) -> None:
+        """Send a call, and do not wait for what it returns."""
+        self.connection.send((queue, method, args, {}))
+
+    def call(self, queue: str, method: str, *args: object) -> Any:
+        self.ask(queue, method, *args)
+        kind, value = self.connection.recv()
+        assert kind == "#RETURN", value
+        return value
+
+    def try_call(self, queue: Any, method: Any, *args: object) -> str:
+        """Call whatever it is; returns how the master answered, "" when it closed the connection instead."""
+        try:
+            self.ask(queue, method, *args)
+            if not self.connection.poll(PATIENCE):
+                pytest.fail(f"no answer to {method}{args!r:.200}")
+            data = self.connection.recv_bytes()
+        except (EOFError, OSError):
+            return ""
+        return next((kind for kind in ("#RETURN", "#ERROR", "#TRACEBACK") if kind.encode() in data[:40]), "")
+
+    def join(self) -> str:
+        """Become a slot; returns the id of the master's run."""
+        return str(self.call(TASKS, JOIN, PROTOCOL)["run"])
+
+    def lease(self, limit: int = 1, wait: float = 20.0) -> list[str]:
+        """Tasks, each as `ID TEXT`; [] when there is none in time."""
+        lease = self.call(TASKS, LEASE, limit, wait)
+        return lease.split("\n") if lease else []
+
+    def lease_ids(self, limit: int = 1, wait: float = 20.0) -> list[int]:
+        return [int(line.split()[0]) for line in self.lease(limit, wait)]
+
+    def qsize(self) -> int:
+        return int(self.call(TASKS, "qsize"))
+
+    def report(self, run_id: str, *outcomes: str) -> None:
+        """Report outcomes, each as `ID MEMBERS`."""
+        self.call(RESULTS, REPORT, run_id, 0.0, join_outcomes(*outcomes))
+
+    def release(self, task_ids: list[int]) -> None:
+        self.call(TASKS, RELEASE, " ".join(map(str, task_ids)))
+
+    def close(self) -> None:
+        self.connection.close()
+
+
+def receive_call(peer: Any) -> tuple[str, list[str]]:
+    """The method that a worker calls, and the arguments."""
+    words, _, text = peer.recv_bytes().decode().partition("\n")
+    _, method, *arguments = words.split(" ")
+    return method, [*arguments, text]
+
+
+def answer(value: Any, kind: str = "#RETURN") -> bytes:
+    """What a master answers to a worker."""
+    return f"{kind} text\n{value}".encode() if isinstance(value, str) else f"{kind} json\n{json.dumps(value)}".encode()
+
+
+def good_answer(method: str) -> bytes:
+    """What a master answers whose only task is 7."""
+    return answer({JOIN: SETTINGS, LEASE: "0 7"}.get(method))
+
+
+def frame(data: bytes) -> bytes:
+    return struct.pack("!i", len(data)) + data
+
+
+# ---- both ends of connections ----------------------------------------------------------------------------------------
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])
+
+
+def is_closed(sock: socket.socket, patience: float = PATIENCE) -> bool:
+    """Whether the other end closes the connection in time; what it sends is thrown away."""
+    give_up_at = time.monotonic() + patience
+    while select.select([sock], [], [], max(0.0, give_up_at - time.monotonic()))[0]:
+        try:
+            if not sock.recv(1 << 16):
+                return True
+        except OSError:
+            return True
+    return False
+
+
+class FalseServer:
+    """Accepts connections, and does to each what `act` says, in a thread of its own."""
+
+    def __init__(self, act: Callable[[socket.socket], None]) -> None:
+        self._act = act
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port = int(self._listener.getsockname()[1])
+        self._sockets: list[socket.socket] = []
+        self._threads = [threading.Thread(target=self._accept, daemon=True)]
+        self._threads[0].start()
+
+    @property
+    def served(self) -> int:
+        """How many connections there have been."""
+        return len(self._sockets)
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                self._sockets.append(self._listener.accept()[0])
+                self._threads.append(threading.Thread(target=self._serve, args=(self._sockets[-1],), daemon=True))
+                self._threads[-1].start()
+
+    def _serve(self, sock: socket.socket) -> None:
+        with contextlib.suppress(OSError, EOFError, AuthenticationError), sock:
+            self._act(sock)
+
+    def close(self) -> None:
+        for sock in (self._listener, *self._sockets):
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)  # wakes the thread that waits for it
+        self._listener.close()
+        for thread in self._threads:
+            thread.join(PATIENCE)
+
+
+def false_master(farm: Farm, reply: Callable[[str, list[str]], bytes]) -> Callable[[socket.socket], None]:
+    """For a FalseServer: a master that knows the key, and replies to a method with its arguments as told.
+
+    A reply that begins with RAW is written as it is, without a frame; EOFError instead of a reply ends the connection.
+    """
+
+    def act(sock: socket.socket) -> None:
+        sock.settimeout(None)
+        with connection.Connection(os.dup(sock.fileno())) as conn:
+            connection.deliver_challenge(conn, farm.key.encode())
+            connection.answer_challenge(conn, farm.key.encode())
+            while True:
+                data = reply(*receive_call(conn))
+                if data.startswith(b"RAW"):
+                    os.write(conn.fileno(), data[3:])
+                else:
+                    conn.send_bytes(data)
+
+    return act
+
+
+class Relay:
+    """Passes on what comes to its port, until it is told to cut all connections; keeps a copy, and may change it."""
+
+    def __init__(self, target: int, change: Callable[[bytes], bytes] = lambda data: data) -> None:
+        self.target = target
+        self.seen = bytearray()
+        self._change = change
+        self._sockets: list[socket.socket] = []
+        self._server = FalseServer(self._pass_on)
+        self.port = self._server.port
+
+    @property
+    def connections(self) -> int:
+        """How many there have been."""
+        return self._server.served
+
+    def _pass_on(self, near: socket.socket) -> None:
+        with socket.create_connection(("127.0.0.1", self.target)) as far, contextlib.suppress(ValueError):
+            self._sockets += [near, far]
+            while True:
+                for source in select.select([near, far], [], [])[0]:
+                    data = source.recv(1 << 16)
+                    if not data:
+                        return
+                    self.seen += data
+                    (far if source is near else near).sendall(self._change(data))
+
+    def cut(self) -> None:
+        for end in self._sockets:
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+        self._sockets.clear()
+
+    def close(self) -> None:
+        self.cut()
+        self._server.close()

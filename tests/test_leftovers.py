@@ -1,0 +1,328 @@
+"""However a task, a worker or a master ends, all that it started ends, too.
+
+    LEFTOVERS_ENDS=200 pytest tests/test_leftovers.py -k random
+
+makes two hundred random ends; the seed of each is its number.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import json
+import os
+import random
+import secrets
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from typing import Any, Callable
+
+import psutil
+import pytest
+from lab import Farm, Program
+
+pytestmark = pytest.mark.skipif(not os.path.exists("/proc/self/environ"), reason="looks into /proc")
+
+ENDS = int(os.environ.get("LEFTOVERS_ENDS", "3"))
+PATIENCE = 30.0  # seconds for everything to be gone; less than what is left would last by itself
+
+
+def each_left(mark: str) -> Iterator[tuple[int, str]]:
+    """What runs with the mark in its environment, as it is found: the process, and its KIND or else its command line."""
+    for entry in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            with open(f"/proc/{entry}/environ", "rb") as environ, open(f"/proc/{entry}/cmdline", "rb") as command:
+                variables = environ.read().decode("utf-8", "replace").split("\0")
+                if f"LEFTOVERS={mark}" in variables:
+                    kinds = [variable[5:] for variable in variables if variable.startswith("KIND=")]
+                    yield int(entry), (kinds or [command.read().decode("utf-8", "replace").replace("\0", " ")])[0]
+        except OSError:  # it has ended
+            continue
+
+
+def find_left(mark: str) -> list[str]:
+    """The kinds of all that runs with the mark; several looks, since what goes from process to process hides from some."""
+    return sorted(dict(left for _ in range(5) for left in each_left(mark)).values())
+
+
+FUNCTIONS = '''
+from __future__ import annotations
+import ctypes, json, os, signal, subprocess, sys, time
+
+CHAIN = """
+import os, time
+os.setsid()
+for _ in range(900):  # goes from process to process, for a minute and a half
+    time.sleep(0.1)
+    if os.fork():
+        os._exit(0)
+"""
+KINDS = {
+    "group": ["sleep", "421"],
+    "own-group": ["timeout", "300", "sleep", "421"],
+    "session": ["setsid", "sleep", "421"],
+    "deaf": ["sh", "-c", "trap '' HUP INT TERM; sleep 421; sleep 421"],
+    "orphan": ["sh", "-c", "sleep 421 & exec sleep 0"],
+    "daemon": ["sh", "-c", "setsid sh -c 'sleep 421 & sleep 421' & exec sleep 0"],
+    "stopped": ["sh", "-c", "kill -STOP $$; sleep 421"],
+    "chain": [sys.executable, "-c", CHAIN],
+}
+
+def spread(task):
+    """Starts a process of each kind, says which of them were there before, and then does what the task says."""
+    before = [kind for kind in find_left(os.environ["LEFTOVERS"]) if kind in KINDS]
+    null = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    for kind, command in KINDS.items():
+        subprocess.Popen(command, env={**os.environ, "KIND": kind}, start_new_session=kind == "stopped", **null)
+    print("spread", json.dumps({"pid": os.getpid(), "before": before}), flush=True)
+    if task == "exit":
+        os._exit(3)
+    if task == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if task == "crash":
+        ctypes.string_at(0)
+    if task == "stop":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    if task == "hold":  # C code that waits for ever and lets no other thread run
+        mutex, libc = ctypes.create_string_buffer(64), ctypes.PyDLL(None)
+        libc.pthread_mutex_lock(mutex)
+        libc.pthread_mutex_lock(mutex)
+    while task == "stay" and not os.path.exists("go"):
+        time.sleep(0.01)
+    open("finished", "w").close()
+    return task
+
+'''
+
+
+class Scene:
+    """A farm whose processes, and all that they start, bear a mark."""
+
+    def __init__(self, farm: Farm) -> None:
+        self.farm, self.mark = farm, secrets.token_hex(8)
+        (farm.folder / "leave.py").write_text(FUNCTIONS + inspect.getsource(each_left) + inspect.getsource(find_left))
+        (farm.folder / "tmp").mkdir()
+        farm.env = functools.partial(farm.env, LEFTOVERS=self.mark, TMPDIR=str(farm.folder / "tmp"))  # type: ignore[method-assign]
+
+    def master(self, *argv: object, **options: Any) -> Program:
+        return self.farm.master("--results", "results.jsonl", *argv, **options)
+
+    def worker(self, master: Program, *argv: object, **options: Any) -> Program:
+        return self.farm.worker(master, "--function", "leave:spread", *argv, **options)
+
+    def wait_none_left(self) -> None:
+        """Block until nothing is left."""
+        give_up_at = time.monotonic() + PATIENCE
+        while left := find_left(self.mark):
+            assert time.monotonic() < give_up_at, left
+            time.sleep(0.05)
+
+    def close(self) -> None:
+        while find_left(self.mark):
+            for pid, _ in each_left(self.mark):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+
+
+@pytest.fixture
+def scene(farm: Farm) -> Iterator[Scene]:
+    scene = Scene(farm)
+    yield scene
+    scene.close()
+
+
+def wait_spread(program: Program, count: int = 1) -> dict[str, Any]:
+    """Block until tasks have spread `count` times; returns what the last one said."""
+    stream = "stdout" if "task_worker.py" in " ".join(program.process.args) else "stderr"  # there a master passes it on
+    said: dict[str, Any] = json.loads(program.wait_line("^spread (.*)", stream, count).group(1))
+    return said
+
+
+# ---- while the worker lives on ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("task", ["stay", "hold", "stop", "exit", "kill", "crash"])
+def test_what_an_attempt_has_started_is_gone_before_the_next_one_begins(scene: Scene, task: str) -> None:
+    limit = ("--timeout", 2) if task in ("stay", "hold", "stop") else ()
+    master = scene.master(json.dumps(task), "--retries", 1, *limit)
+    worker = scene.worker(master)
+    assert wait_spread(worker, 2)["before"] == []
+    assert (master.wait(), worker.wait()) == (1, 0)
+    (record,) = scene.farm.records()
+    assert record["error"]["type"] == ("TimeoutError" if limit else "ProcessDied")
+    assert record["attempts"] == 2
+    scene.wait_none_left()
+
+
+def test_a_process_that_is_replaced_takes_along_what_its_tasks_have_started(scene: Scene) -> None:
+    master = scene.master('"first"', '"second"', "--tasks-per-process", 1, "--workers", 1, "--function", "leave:spread")
+    assert wait_spread(master, 2)["before"] == []
+    assert master.wait() == 0
+    scene.wait_none_left()
+
+
+def test_a_worker_that_waits_for_the_next_job_takes_along_what_the_last_one_has_started(scene: Scene) -> None:
+    master = scene.master('"first"')
+    worker = scene.worker(master, "--wait", 0)
+    assert master.wait() == 0
+    worker.wait_line("the job is over")
+    again = scene.farm.run("task_master.py", "--port", master.port(), '"second"')
+    assert wait_spread(worker, 2)["before"] == []
+    assert again.wait() == 0
+    worker.signal(signal.SIGTERM)
+    assert worker.wait() == 0
+    scene.wait_none_left()
+
+
+COMMANDS = [
+    "echo {}; sleep 421 &",
+    "echo {}; sleep 421 >/dev/null 2>&1 &",
+    "echo {}; nohup sleep 421 &",
+    "echo {}; setsid sleep 421 &",
+    "echo {}; (trap '' HUP TERM; sleep 421; sleep 421) & exit 0",
+]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_is_over_when_its_shell_is(scene: Scene, command: str) -> None:
+    master = scene.master('"a"', "--workers", 1, "--timeout", 20, "--command", command)
+    assert master.wait() == 0, scene.farm.records()
+    (record,) = scene.farm.records()
+    assert (record["result"]["exit"], record["result"]["stdout"]) == (0, "a\n")
+    scene.wait_none_left()
+
+
+def test_a_command_that_overruns_its_time_is_ended_with_all_that_it_started(scene: Scene) -> None:
+    master = scene.master('"a"', "--workers", 1, "--timeout", 2, "--command", ": {}; setsid sleep 421 & timeout 300 sleep 421")
+    assert master.wait() == 1
+    assert scene.farm.records()[0]["error"]["type"] == "TimeoutError"
+    scene.wait_none_left()
+
+
+# ---- the ends of workers and masters ---------------------------------------------------------------------------------
+
+
+def find_proper(worker: Program, task_pid: int) -> psutil.Process:
+    """The worker proper: the child of the process that was started from which the one that runs the task descends."""
+    process = psutil.Process(task_pid)
+    while (parent := process.parent()) and parent.pid != worker.pid:
+        process = parent
+    return process
+
+
+def leave_twice(program: Program, number: int = signal.SIGINT) -> None:
+    """Two signals, the second after the first has been heard."""
+    program.signal(number)
+    program.wait_line("draining")
+    program.signal(number)
+    assert program.wait() == 128 + number
+
+
+WORKER_ENDS: dict[str, Callable[[Program, psutil.Process], object]] = {
+    "killed": lambda worker, proper: worker.kill(),
+    "worker proper killed": lambda worker, proper: proper.kill(),
+    "group killed": lambda worker, proper: os.killpg(worker.pid, signal.SIGKILL),
+    "second signal": lambda worker, proper: leave_twice(worker),
+}
+
+
+@pytest.mark.parametrize("task", ["stay", "hold"])
+@pytest.mark.parametrize("end", WORKER_ENDS)
+def test_nothing_is_left_of_a_worker_whose_task_runs(scene: Scene, end: str, task: str) -> None:
+    master = scene.master(json.dumps(task))
+    worker = scene.worker(master)
+    WORKER_ENDS[end](worker, find_proper(worker, wait_spread(worker)["pid"]))
+    leave_twice(master)
+    scene.wait_none_left()
+
+
+@pytest.mark.parametrize("task", ["stay", "hold"])
+@pytest.mark.parametrize("end", [Program.kill, leave_twice])
+def test_nothing_is_left_of_a_master_whose_local_worker_runs_a_task(scene: Scene, end: Callable[..., None], task: str) -> None:
+    master = scene.master(json.dumps(task), "--workers", 2, "--function", "leave:spread")
+    wait_spread(master)
+    end(master)
+    scene.wait_none_left()
+    assert not (scene.farm.folder / "finished").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_nothing_is_left_after_a_drain(scene: Scene, number: int) -> None:
+    master = scene.master('"first"', '"stay"')
+    worker = scene.worker(master)
+    wait_spread(worker, 2)
+    worker.signal(number)
+    worker.wait_line("draining")
+    (scene.farm.folder / "go").touch()
+    assert (worker.wait(), master.wait()) == (0, 0)
+    scene.wait_none_left()
+
+
+@pytest.mark.parametrize("local", [True, False], ids=["local", "remote"])
+def test_neither_a_process_nor_a_file_is_left_of_a_job(scene: Scene, local: bool) -> None:
+    options = ("--workers", 2, "--function", "leave:spread") if local else ()
+    master = scene.master('"first"', '"second"', '"third"', *options)
+    worker = master if local else scene.worker(master, "--processes", 2)
+    assert (master.wait(), worker.wait()) == (0, 0)
+    scene.wait_none_left()
+    assert os.listdir(scene.farm.folder / "tmp") == []
+
+
+def test_a_remote_worker_whose_master_was_killed_finishes_what_runs_and_leaves(scene: Scene) -> None:
+    master = scene.master('"stay"')
+    worker = scene.worker(master, "--wait", 1)
+    wait_spread(worker)
+    master.kill()
+    with pytest.raises(subprocess.TimeoutExpired):
+        worker.process.wait(4)
+    assert not (scene.farm.folder / "finished").exists()
+    (scene.farm.folder / "go").touch()
+    assert worker.wait() == 3
+    assert (scene.farm.folder / "finished").exists()
+    worker.wait_line("lost the master|cannot reach the master")
+    scene.wait_none_left()
+
+
+# ---- random ends -----------------------------------------------------------------------------------------------------
+
+
+def act_at_random(dice: random.Random, scene: Scene, numbers: list[int]) -> int:
+    """Send one of the signals to any process of the product; returns which."""
+    ours, number = [pid for pid, kind in each_left(scene.mark) if " " in kind], dice.choice(numbers)  # these are command lines
+    with contextlib.suppress(IndexError, ProcessLookupError):
+        os.kill(dice.choice(ours), number)
+    return number
+
+
+@pytest.mark.parametrize("seed", range(ENDS))
+def test_random_ends_leave_nothing(scene: Scene, seed: int) -> None:
+    """One kill at most: nobody can clean up after a worker whose processes are all killed at the same time."""
+    dice, numbers = random.Random(seed), [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL, signal.SIGKILL]
+    scene.farm.write_tasks([dice.choice(["return", "stay", "hold", "stop", "exit", "kill"]) for _ in range(6)])
+    options = ("--timeout", 3, "--retries", 1, "--workers", dice.choice([1, 2]), "--function", "leave:spread")
+    master = scene.master("--tasks", "tasks.jsonl", *options)
+    worker = scene.worker(master, "--wait", 1, "--processes", dice.choice([1, 2]))
+    if dice.random() < 0.7:  # else it has just begun
+        wait_spread(master)
+    for _ in range(dice.randrange(3)):
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            worker.process.wait(dice.uniform(0.0, 2.0))
+        if act_at_random(dice, scene, numbers) == signal.SIGKILL:
+            numbers = numbers[:3]
+    kills = [[signal.SIGKILL]] if len(numbers) > 3 else []
+    for program in dice.sample([master, worker], 2):
+        for number in dice.choice([*kills, [signal.SIGTERM, signal.SIGINT], [signal.SIGHUP, signal.SIGTERM]]):
+            program.signal(number)
+    scene.wait_none_left()
+
+
+def test_the_harness_sees_what_is_left(scene: Scene) -> None:
+    """Each kind of process, when it is started without the product."""
+    code = "import leave, sys; leave.spread('return')"
+    program = scene.farm.run("-c", code, env=scene.farm.env(PYTHONPATH=str(scene.farm.folder)))
+    assert program.wait() == 0
+    kinds = "chain daemon deaf group orphan own-group session stopped".split()
+    assert set(find_left(scene.mark)) == set(kinds)

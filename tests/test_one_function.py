@@ -1,0 +1,302 @@
+"""One function a job: nobody else's worker, no other function, no shadowed module gets into the records."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from lab import PATIENCE, ROOT, Farm, Program
+
+MODULE = """
+import os, time
+
+def old(n):
+    time.sleep(0.05)
+    return f"old {n}"
+
+def new(n):
+    return f"new {n}"
+
+async def later(n):
+    import asyncio
+    await asyncio.sleep(0)
+    if n == 2:
+        raise ValueError("not two")
+    return f"later {n}"
+
+class Box:
+    @staticmethod
+    async def later(n):
+        return f"boxed {n}"
+
+    async def __call__(self, n):
+        return f"called {n}"
+
+call = Box()
+"""
+
+
+@pytest.fixture(autouse=True)
+def module(farm: Farm) -> Iterator[None]:
+    (farm.folder / "mod.py").write_text(MODULE)
+    yield
+    for program in farm.programs:
+        if program.process.stdin:
+            with contextlib.suppress(BrokenPipeError):
+                program.process.stdin.close()
+
+
+def refuse(farm: Farm, program: str, *options: object) -> Program:
+    """A master with a local worker, or a worker without a master, that is refused."""
+    if program == "master":
+        ended = farm.master("--results", "results.jsonl", "--workers", 1, *options, "1")
+    else:
+        ended = farm.run("task_worker.py", "--port", 1, "--wait", 0.1, *options)
+    assert ended.wait() == 2, ended.stderr
+    return ended
+
+
+def results(farm: Farm) -> list[Any]:
+    """The results by task id; None for a task that failed."""
+    return [record.get("result") for record in sorted(farm.records(), key=lambda record: record["id"])]
+
+
+def check_said(program: Program, *patterns: str) -> None:
+    """Exactly one line says all of these, and there is no traceback."""
+    lines = [line for line in program.stderr if all(re.search(pattern, line) for pattern in patterns)]
+    assert len(lines) == 1, program.stderr
+    assert "Traceback" not in "\n".join(program.stderr)
+
+
+def start_and_kill(farm: Farm, port: int = 0) -> tuple[int, list[psutil.Process]]:
+    """A master that is killed while its two local processes run; returns its port and all of its processes."""
+    options = ["--results", "first.jsonl", "--workers", 2, "--function", "mod:old", *range(500)]
+    master = farm.run("task_master.py", "--port", port, *options)
+    port, path = master.port(), farm.folder / "first.jsonl"
+    while not path.exists() or path.stat().st_size == 0:
+        time.sleep(0.01)
+    processes = psutil.Process(master.pid).children(recursive=True)
+    assert len(processes) >= 3
+    master.kill()
+    return port, processes
+
+
+@pytest.mark.parametrize("options", [["--workers", 1, "--function", "mod:new"], ["--workers", 1, "--command", "echo new {}"]])
+def test_the_next_job_on_the_port_of_a_killed_master_gets_its_own_function_only(farm: Farm, options: list[object]) -> None:
+    port, _ = start_and_kill(farm)
+    farm.write_tasks(list(range(300)))
+    master = farm.run("task_master.py", "--port", port, "--tasks", "tasks.jsonl", "--results", "results.jsonl", *options)
+    assert master.wait() == 0, master.stderr
+    assert len(farm.records()) == 300
+    assert {str(record.get("result")) for record in farm.records() if "new" not in str(record.get("result"))} == set()
+    assert len({record["worker"] for record in farm.records()}) == 1
+
+
+def test_a_killed_masters_workers_end_and_do_not_serve_one_that_waits_for_workers(farm: Farm) -> None:
+    port, processes = start_and_kill(farm)
+    master = farm.run("task_master.py", "--port", port, "--results", "results.jsonl", "1", "2")
+    master.wait_line("listening")
+    _, alive = psutil.wait_procs(processes, timeout=PATIENCE)
+    assert [process for process in alive if process.status() != psutil.STATUS_ZOMBIE] == []
+    assert farm.worker(master, "--function", "mod:new").wait() == 0
+    assert master.wait() == 0
+    assert results(farm) == ["new 1", "new 2"]
+
+
+KINDS = {"mod:new": ["--function", "mod:new"], "echo hi": ["--command", "echo hi {}"], "square|demonstration": []}
+OTHERS = {"mod:old": ["--function", "mod:old"], "echo bye": ["--command", "echo bye {}"], "square|demonstration": []}
+PAIRS = [("option" if KINDS[job] else "worker", job, other) for job in KINDS for other in OTHERS if job != other]
+
+
+def feed(master: Program, lines: bytes) -> None:
+    """Give a master its tasks, and the end of them."""
+    assert master.process.stdin
+    with master.process.stdin as pipe:
+        pipe.write(lines)
+
+
+@pytest.mark.parametrize(("by", "job", "other"), [*PAIRS, ("worker", "mod:new", "mod:old"), ("worker", "echo hi", "echo bye")])
+def test_a_worker_with_another_function_than_the_jobs_is_refused_naming_both(farm: Farm, by: str, job: str, other: str) -> None:
+    said = KINDS[job] if by == "option" else []
+    master = farm.master("--results", "results.jsonl", "--tasks", "-", *said, stdin=subprocess.PIPE)
+    workers = []
+    if by == "worker":
+        workers.append(farm.worker(master, *KINDS[job]))
+        master.wait_line("worker .* connected")
+    stranger = farm.worker(master, *OTHERS[other])
+    if by == "worker":  # with nothing to do the stranger would stay
+        stranger.wait_line(f"connected|{other}")
+        feed(master, b"1\n2\n")
+    assert stranger.wait() == 3, stranger.stderr
+    check_said(stranger, job, other)
+    if by == "option":
+        workers.append(farm.worker(master, *KINDS[job]))
+        feed(master, b"1\n2\n")
+    assert ([worker.wait() for worker in workers], master.wait()) == ([0], 0)
+    assert {record["worker"].split("/")[1] for record in farm.records()} == {str(workers[0].pid)}
+
+
+def test_a_service_that_runs_another_function_waits_for_the_next_job(farm: Farm) -> None:
+    first = farm.master("--results", "first.jsonl", "--function", "mod:old", "1")
+    service = farm.worker(first, "--function", "mod:new", "--wait", 0)
+    service.wait_line("mod:old.*mod:new|mod:new.*mod:old")
+    assert (farm.worker(first, "--function", "mod:old").wait(), first.wait()) == (0, 0)
+    second = farm.run("task_master.py", "--port", first.port(), "--results", "second.jsonl", "2")
+    assert second.wait() == 0, second.stderr
+    assert [farm.records(f"{name}.jsonl")[0]["result"] for name in ("first", "second")] == ["old 1", "new 2"]
+    assert service.process.poll() is None
+
+
+@pytest.mark.parametrize("same", [True, False], ids=["the same text", "another text"])
+def test_a_worker_whose_module_has_another_text_is_taken_and_said(farm: Farm, same: bool) -> None:
+    folder = farm.folder / "host"
+    folder.mkdir()
+    (folder / "mod.py").write_text(MODULE + "# edited\n" * (not same))
+    master = farm.master("--results", "results.jsonl", "--tasks", "-", stdin=subprocess.PIPE)
+    workers = [farm.worker(master, "--function", "mod:old", cwd=cwd) for cwd in (farm.folder, folder)]
+    master.wait_line("worker .* connected", count=2)
+    feed(master, b"".join(b"%d\n" % n for n in range(40)))
+    assert ([worker.wait() for worker in workers], master.wait()) == ([0, 0], 0)
+    said = [
+        line for program in (master, *workers) for line in program.stderr if re.search(r"\bmod\b.*(text|differ|SHA)", line, re.I)
+    ]
+    assert bool(said) != same, said
+    assert len({record["worker"] for record in farm.records()}) == 2
+
+
+def test_a_service_uses_the_code_as_it_is_when_a_job_begins(farm: Farm) -> None:
+    port = 0
+    for number, text in enumerate(["first", "second", "third"]):
+        (farm.folder / "edited.py").write_text(f"def f(n):\n    return '{text}'\n# {'x' * number}")
+        master = farm.run("task_master.py", "--port", port, "--results", f"{text}.jsonl", *range(5))
+        port = master.port()
+        if not number:
+            service = farm.worker(master, "--wait", 0, "--function", "edited:f")
+        assert master.wait() == 0, master.stderr
+        assert {record["result"] for record in farm.records(f"{text}.jsonl")} == {text}
+        service.wait_line("the job is over", count=number + 1)
+
+
+SCRIPT = """
+import os, sys
+open(f"load-{os.getpid()}", "w").close()
+if len([name for name in os.listdir() if name.startswith("load-")]) > 8:
+    os._exit(99)  # so that a bug here does not fill the machine
+
+from task_master import TaskMaster
+
+def f(n):
+    return 2 * n
+
+def main():
+    with TaskMaster(port=0, workers=1, function="s6:f") as master:
+        print([record.result for record in master.run([1, 2])])
+"""
+
+
+def test_a_script_without_a_guard_that_names_its_own_function_is_told_what_to_write(farm: Farm) -> None:
+    (farm.folder / "s6.py").write_text(SCRIPT + "\nmain()\n")
+    program = farm.run(farm.folder / "s6.py", env=farm.env(PYTHONPATH=str(ROOT)))
+    assert program.wait() not in (0, 99)
+    assert any('if __name__ == "__main__":' in line for line in program.stderr), program.stderr
+    assert len(list(farm.folder.glob("load-*"))) <= 4  # the script, a worker's look at it, and its process
+
+
+COROUTINES = {"mod:later": "later", "mod:Box.later": "boxed", "mod:call": "called"}
+PATHS = {
+    "./sweep.py:vdp": r"\bsweep:vdp",
+    "sweep.py:vdp": r"\bsweep:vdp",
+    "{folder}/sweep.py:vdp": r"\bsweep:vdp",
+    "__main__:f": "__main__:f.*(file|script)",
+}
+
+
+@pytest.mark.parametrize("spec", COROUTINES)
+def test_a_coroutine_function_is_run_to_its_end(farm: Farm, spec: str) -> None:
+    where = ["--results", "results.jsonl", "--workers", 1, "--function", spec]
+    assert farm.master(*where, "1", "2", "3").wait() == (1 if spec == "mod:later" else 0)
+    expected = [f"{COROUTINES[spec]} {n}" for n in (1, 2, 3)]
+    assert results(farm) == ([expected[0], None, expected[2]] if spec == "mod:later" else expected)
+
+
+@pytest.mark.parametrize("spec", PATHS)
+@pytest.mark.parametrize("program", ["master", "worker"])
+def test_a_path_or_main_is_no_module_and_the_error_says_what_to_write(farm: Farm, program: str, spec: str) -> None:
+    (farm.folder / "sweep.py").write_text("def vdp(n):\n    return n\n")
+    ended = refuse(farm, program, "--function", spec.format(folder=farm.folder))
+    check_said(ended, "--function", PATHS[spec])
+
+
+@pytest.mark.parametrize("program", ["master", "worker"])
+def test_the_demonstration_that_is_given_no_number_says_that_it_squares_numbers(farm: Farm, program: str) -> None:
+    farm.write_tasks(["a.jpg", 3, {"to": "you"}, [1], None])
+    master = farm.master("--tasks", "tasks.jsonl", "--results", "results.jsonl", *["--workers", 1] * (program == "master"))
+    if program == "worker":
+        assert farm.worker(master).wait() == 0
+    assert master.wait() == 1
+    assert results(farm)[1] == "3 * 3 = 9"
+    for record in farm.records():
+        if record["task"] != 3:
+            assert re.search("square.*number|number.*square", record["error"]["message"])
+            assert "--function" in record["error"]["message"]
+
+
+NAMES = getattr(sys, "stdlib_module_names", ["queue", "select", "token", "random", "hashlib", "shlex", "ssl", "abc"])
+STANDARD = sorted(name for name in NAMES if not name.startswith("__"))
+SPOILER = "open(r'{log}', 'a').write('{name} ')\nraise RuntimeError('{name} of the user instead of the standard one')\n"
+USER = """
+def f(n):
+    import decimal, fractions, hashlib, json, subprocess, tempfile, traceback
+    if n == 2:
+        raise ValueError("so that a traceback is made")
+    return str(decimal.Decimal(n) / 2)
+"""
+
+
+def shadow(folder: Path, log: Path, names: list[str]) -> None:
+    """Files with the names of standard modules, which complain when they are imported; some of them packages."""
+    (folder / "user_module.py").write_text(USER)
+    for name in names:
+        path = folder / name / "__init__.py" if name.endswith("e") else folder / f"{name}.py"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(SPOILER.format(log=log, name=name))
+
+
+WHAT = {"function": ["--function", "user_module:f"], "command": ["--command", "echo {}"], "none": []}
+
+
+@pytest.mark.parametrize("names", [["queue"], ["token"], ["random", "hashlib"], STANDARD], ids=["queue", "token", "two", "all"])
+@pytest.mark.parametrize("where", ["current folder", "beside the programs"])
+@pytest.mark.parametrize("what", WHAT)
+def test_no_file_of_the_user_replaces_a_standard_module(farm: Farm, names: list[str], where: str, what: str) -> None:
+    folder, log = farm.folder / "folder", farm.folder / "shadowed.log"
+    folder.mkdir()
+    shadow(folder, log, names)
+    program = ROOT / "task_master.py"
+    if where == "beside the programs":
+        for name in ("task_master.py", "task_worker.py"):
+            shutil.copy(ROOT / name, folder)
+        program = folder / "task_master.py"
+    options = ["--results", "results.jsonl", "--timeout", 50, "--retries", 1, "--workers", 1, *WHAT[what], "1", "2", "3"]
+    master = farm.run(program, "--port", 0, *options, cwd=folder)
+    assert master.wait() == (1 if what == "function" else 0), master.stderr
+    assert not log.exists(), log.read_text()
+    records = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+    assert len([record for record in records if "result" in record]) == (2 if what == "function" else 3)
+
+
+@pytest.mark.parametrize("name", ["token", "queue", "json", "antigravity"])
+@pytest.mark.parametrize("program", ["master", "worker"])
+def test_a_module_with_the_name_of_a_standard_one_is_refused(farm: Farm, program: str, name: str) -> None:
+    (farm.folder / f"{name}.py").write_text("def f(n):\n    return n\n")
+    check_said(refuse(farm, program, "--function", f"{name}:f"), f"--function {name}:f", "standard")

@@ -1,0 +1,201 @@
+"""A task that has finished stays finished, and is recorded while the next one runs, whatever becomes of that one."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from typing import Any
+
+import pytest
+from lab import MEGABYTE, Farm, Program, check_once, wait_until
+
+QUICK = 300  # tasks before the last one, a few milliseconds of work
+OUTCOMES = """
+import ctypes, os, signal, subprocess, sys, time
+from functions import note, stay
+
+libc = ctypes.PyDLL(None)
+
+def quick(n):
+    note(n)
+    return n
+
+def last(task):
+    '''All tasks are quick but the last one, which is a text: what happens then.'''
+    if isinstance(task, int):
+        return quick(task)
+    if task == "stay":
+        return stay(task)
+    note(task)
+    if task == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if task == "exit":
+        os._exit(3)
+    time.sleep(1000)
+
+def repeat(n):
+    return str(n) * 300_000
+
+def large(size):
+    note(size)
+    return "x" * size
+
+def fork_by_python(n):
+    note(n)
+    if n in (5, 60):
+        os.fork()
+    return n
+
+def fork_by_c(n):
+    note(n)
+    if n in (5, 60):
+        libc.fork()
+    return n
+
+def fork_and_raise(n):
+    note(n)
+    if n in (5, 60) and not os.fork():
+        sys.exit(n)
+    return n
+
+def fork_and_return_later(n):
+    note(n)
+    if n in (5, 60) and not os.fork():
+        time.sleep(0.2)
+    time.sleep(0.005)
+    return n
+
+def fork_and_return_much(n):
+    note(n)
+    if n in (5, 60):
+        os.fork()
+    return [n] + [0] * 500_000 * (n in (5, 60))
+"""
+
+
+@pytest.fixture(autouse=True)
+def outcomes(farm: Farm) -> None:
+    farm.write("outcomes.py", OUTCOMES)
+
+
+def start(farm: Farm, tasks: list[Any], function: str, *options: object) -> Program:
+    """A job of a worker with one process, whose retries would show what is run again."""
+    farm.write_tasks(tasks)
+    master = farm.master("--tasks", "tasks.jsonl", "--results", "results.jsonl", "--retries", 0, *options)
+    farm.worker(master, "--function", f"outcomes:{function}")
+    return master
+
+
+def wait_recorded(farm: Farm, master: Program, count: int) -> None:
+    """Block until there are so many records."""
+    wait_until(lambda: (farm.folder / "results.jsonl").read_bytes().count(b"\n") >= count, master)
+
+
+def check_run_once(farm: Farm, tasks: list[Any]) -> None:
+    """Each task was started once, and has one record, in this order."""
+    assert farm.started() == [str(task) for task in tasks]
+    records = farm.records()
+    assert [record["id"] for record in records] == [*range(len(tasks))]
+    assert [record["task"] for record in records] == tasks
+    assert {record["attempts"] for record in records} == {1}
+
+
+def test_what_has_finished_is_recorded_while_the_next_task_runs(farm: Farm) -> None:
+    tasks = [*range(QUICK), "stay"]
+    master = start(farm, tasks, "last")
+    wait_recorded(farm, master, QUICK)
+    assert [record["result"] for record in farm.records()] == tasks[:-1]
+    farm.let_go()
+    assert master.wait() == 0
+    check_run_once(farm, tasks)
+
+
+def test_what_has_finished_is_recorded_while_each_of_several_slow_tasks_runs(farm: Farm) -> None:
+    tasks = [*range(50), "stay", *range(50, 100), "more", *range(100, 150)]
+    master = start(farm, tasks, "last", "--timeout", 4)
+    farm.wait_started(master, "stay")
+    wait_recorded(farm, master, 50)
+    farm.let_go()
+    assert master.wait() == 1
+    records = {record["task"]: record for record in farm.records()}
+    assert [*map(str, records)] == [*dict.fromkeys(farm.started())] == farm.started()
+    assert [task for task in tasks if "error" in records[task]] == ["more"]
+
+
+@pytest.mark.parametrize(
+    ("last", "kind", "options"),
+    [("kill", "ProcessDied", []), ("exit", "ProcessDied", []), ("overrun", "TimeoutError", ["--timeout", 3])],
+)
+@pytest.mark.parametrize("behind", [0, 50], ids=["at the end", "in the middle"])
+def test_what_has_finished_is_not_run_again_when_the_next_task_dies(
+    farm: Farm, last: str, kind: str, options: list[object], behind: int
+) -> None:
+    tasks = [*range(QUICK), last, *range(QUICK, QUICK + behind)]
+    assert start(farm, tasks, "last", *options).wait() == 1
+    check_run_once(farm, tasks)
+    errors = {record["task"]: record["error"]["type"] for record in farm.records() if "error" in record}
+    assert errors == {last: kind}
+
+
+def test_nothing_but_the_task_that_died_is_retried(farm: Farm) -> None:
+    tasks = [*range(QUICK), "kill", *range(QUICK, QUICK + 50)]
+    assert start(farm, tasks, "last", "--retries", 2).wait() == 1
+    assert sorted(farm.started()) == sorted([*map(str, tasks), "kill", "kill"])
+    assert {record["task"]: record["attempts"] for record in farm.records()} == {**dict.fromkeys(tasks, 1), "kill": 3}
+
+
+SIZES = [*range(100), MEGABYTE, *range(100, 150), 8 * MEGABYTE, 3 * MEGABYTE, *range(150, 250), MEGABYTE + 1, 250]
+
+
+def test_outcomes_larger_than_the_shared_memory_stay_in_order_and_complete(farm: Farm) -> None:
+    assert start(farm, SIZES, "large").wait() == 0
+    check_run_once(farm, SIZES)
+    assert [record["result"] == "x" * record["task"] for record in farm.records()] == [True] * len(SIZES)
+
+
+def test_outcomes_that_fill_the_shared_memory_together_stay_in_order_and_complete(farm: Farm) -> None:
+    sizes = [20_000 + n for n in range(200)]
+    assert start(farm, sizes, "large").wait() == 0
+    check_run_once(farm, sizes)
+    assert [len(record["result"]) for record in farm.records()] == sizes
+
+
+@pytest.mark.parametrize("last", ["stay", "kill"])
+def test_what_stands_behind_a_large_outcome_is_recorded_though_the_next_task_stays_or_dies(farm: Farm, last: str) -> None:
+    code = "import outcomes\ndef run(task):\n    return outcomes.large(task) if task in SIZES else outcomes.last(task)\n"
+    farm.write("both.py", f"SIZES = {[2 * MEGABYTE]}\n{code}")
+    tasks = [*range(50), 2 * MEGABYTE, *range(50, 100), last]
+    farm.write_tasks(tasks)
+    master = farm.master("--tasks", "tasks.jsonl", "--results", "results.jsonl")
+    farm.worker(master, "--function", "both:run")
+    if last == "stay":
+        farm.wait_started(master, "stay")
+        wait_recorded(farm, master, 101)
+        farm.let_go()
+    assert master.wait() == (last == "kill")
+    check_run_once(farm, tasks)
+    assert [record["id"] for record in farm.records() if "error" in record] == [101] * (last == "kill")
+
+
+def test_lines_that_are_no_tasks_get_records_that_no_large_outcome_tears(farm: Farm) -> None:
+    """The reader records them, while others record outcomes, and whoever reads them is slow."""
+    master = farm.master("--tasks", "-", "--results", "-", stdin=subprocess.PIPE)
+    farm.worker(master, "--processes", 2, "--function", "outcomes:repeat")
+    for n in range(100):
+        master.put(f"{n % 10}\n{'bad' * 30_000}\n")
+        master.pause(0.01)
+    master.end_input()
+    assert master.wait() == 1
+    records = [json.loads(line) for line in master.stdout]
+    check_once(records, 200)
+    assert [record["id"] % 2 for record in records] == ["error" in record for record in records]
+
+
+@pytest.mark.skipif("not hasattr(__import__('os'), 'fork')", reason="there is no fork")
+@pytest.mark.parametrize("way", ["by_python", "by_c", "and_raise", "and_return_later", "and_return_much"])
+def test_a_forked_copy_that_comes_back_adds_nothing(farm: Farm, way: str) -> None:
+    tasks = [*range(100)]
+    assert start(farm, tasks, f"fork_{way}").wait() == 0
+    check_run_once(farm, tasks)
+    results = [record["result"] for record in farm.records()]
+    assert [result[0] if isinstance(result, list) else result for result in results] == tasks

@@ -1,0 +1,157 @@
+"""What the master writes: whole, to whatever stands there, or the job says that it could not; one line for each record."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lab import ROOT, Farm, Program
+
+MODULE = """
+def echo(task):
+    return task
+
+def stuff(n):
+    return str(n) + ":" + "x" * 20_000
+"""
+PIPE = "os.set_blocking(1, False); fcntl.fcntl(1, 1031, 4096)"  # F_SETPIPE_SZ: no record fits
+LIMITED = (
+    "import resource, signal; resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))\n"
+    "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); os.dup2(os.open('out', os.O_WRONLY | os.O_CREAT), 1)"
+)
+BROKEN = {
+    "no space left on device": "os.dup2(os.open('/dev/full', os.O_WRONLY), 1)",
+    "too large": LIMITED,
+    "broken pipe": "r, w = os.pipe(); os.dup2(w, 1); os.close(r)",
+}
+FORMS = {f"{form}-{how}": (form, how) for form in ("records", "lines") for how in ("buffered", "unbuffered")}
+
+
+@pytest.fixture(autouse=True)
+def module(farm: Farm) -> None:
+    (farm.folder / "mine.py").write_text(MODULE)
+
+
+def start_after(farm: Farm, code: str, form: str) -> Program:
+    """A master with a worker and 30 tasks, in whose own process `code` has run before; `form` is one of FORMS."""
+    what, how = FORMS[form]
+    code = f"import fcntl, os, sys\n{code}\nos.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+    options = ["--port", 0, *["--results", "-"] * (what == "records"), *range(30)]
+    env = farm.env(PYTHONUNBUFFERED="1" * (how == "unbuffered"))
+    master = farm.run("-c", code, ROOT / "task_master.py", *options, env=env)
+    farm.worker(master, "--function", "mine:stuff", "--wait", 0.1)
+    return master
+
+
+def check_said(master: Program, *words: str) -> None:
+    """One line says all of these, and there is no traceback."""
+    lines = [line for line in master.stderr if all(re.search(word, line, re.IGNORECASE) for word in words)]
+    assert len(lines) == 1, master.stderr
+    assert "Traceback" not in "\n".join(master.stderr)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="sizes of pipes and /dev/full are of Linux")
+@pytest.mark.parametrize("form", FORMS)
+def test_a_slow_reader_of_a_pipe_that_does_not_block_gets_everything(farm: Farm, form: str) -> None:
+    master = start_after(farm, PIPE, form)
+    assert master.wait() == 0, master.stderr
+    if form.startswith("records"):
+        texts = [json.loads(line)["result"] for line in master.stdout]
+    else:
+        assert len([line for line in master.stdout if line.startswith("Put task ")]) == 30
+        texts = [line[len("Result: ") :] for line in master.stdout if line.startswith("Result: ")]
+    assert sorted(texts) == sorted(str(n) + ":" + "x" * 20_000 for n in range(30))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="sizes of pipes and /dev/full are of Linux")
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("why", BROKEN)
+def test_what_cannot_be_written_to_standard_output_is_said_and_not_counted(farm: Farm, form: str, why: str) -> None:
+    master = start_after(farm, BROKEN[why], form)
+    assert master.wait() == 1, master.stderr
+    check_said(master, "standard output", why)
+    written = (farm.folder / "out").read_bytes().split(b"\n")[:-1] if why == "too large" else []
+    counted = [int(match[1]) for line in master.stderr if (match := re.search(r"\b(\d+) done, ", line))]
+    assert max(counted, default=0) <= len([line for line in written if line.startswith((b"{", b"Result:"))])
+
+
+@pytest.mark.skipif(not shutil.which("bash") or not os.path.exists("/dev/stdout"), reason="needs bash and /dev/stdout")
+@pytest.mark.parametrize("target", [">(cat >out)", "/dev/stdout | cat >out"])
+def test_a_results_file_that_is_a_pipe_is_written_like_one(farm: Farm, target: str) -> None:
+    command = f"set -o pipefail; {sys.executable} {ROOT / 'task_master.py'} --port 0 --workers 1 3 4 --results {target}; s=$?"
+    done = subprocess.run(["bash", "-c", command + "; wait $!; exit $s"], cwd=farm.folder, env=farm.env(), capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert sorted(record["task"] for record in farm.records("out")) == [3, 4]
+
+
+def replace(path: Path) -> None:
+    (path.parent / "other").write_text("another's\n")
+    os.replace(path.parent / "other", path)
+
+
+def move_away(path: Path) -> None:
+    path.rename(path.parent / "moved")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="an open file cannot be removed on Windows")
+@pytest.mark.parametrize("touch", [os.unlink, replace, move_away])
+@pytest.mark.parametrize("when", ["while it runs", "at the end"])
+def test_a_results_file_that_is_no_longer_there_is_said_and_no_success(farm: Farm, touch: Any, when: str) -> None:
+    options = ["--tasks", "-", "--results", "results.jsonl", "--workers", 1]
+    master = farm.master(*options, stdin=subprocess.PIPE, bufsize=0)
+    assert master.process.stdin
+    with master.process.stdin as pipe:
+        pipe.write(b"1\n")
+        while not (farm.folder / "results.jsonl").exists() or not (farm.folder / "results.jsonl").read_bytes():
+            assert master.process.poll() is None
+            time.sleep(0.01)
+        touch(farm.folder / "results.jsonl")
+        if when == "while it runs":
+            pipe.write(b"2\n3\n")
+    assert master.wait() == 1, master.stderr
+    assert any(re.search(r"results\.jsonl.*(deleted|removed|replaced|moved|gone|no longer|missing)", t) for t in master.stderr)
+    assert not [line for line in master.stderr if "Traceback" in line]
+    if touch is replace:
+        assert (farm.folder / "results.jsonl").read_text() == "another's\n"
+
+
+@pytest.mark.parametrize("task", ["[1,\r2]", '{"a":\r{"b":\r\r1}}\r', '"a\\rb"'], ids=["list", "object", "escaped"])
+@pytest.mark.parametrize("given", ["file", "argument", "text"])
+def test_a_record_is_one_line_for_a_reader_with_universal_newlines(farm: Farm, task: str, given: str) -> None:
+    (farm.folder / "tasks").write_bytes(f"1\n{task}\n3\n".encode())
+    tasks = ["1", task, "3"] if given == "argument" else ["--tasks", "tasks", *["--text"] * (given == "text")]
+    master = farm.master("--results", "results.jsonl", "--workers", 1, "--function", "mine:echo", *tasks)
+    assert master.wait() == 0, master.stderr
+    assert b"\r" not in (farm.folder / "results.jsonl").read_bytes()
+    assert len((farm.folder / "results.jsonl").read_text().splitlines()) == 3  # which splits at a bare CR
+    expected = task.rstrip("\r") if given == "text" else json.loads(task)
+    assert expected in [record["result"] for record in farm.records()]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="flock is of POSIX")
+@pytest.mark.parametrize("name", ["ENOSYS", "ENOLCK", "EOPNOTSUPP", "EWOULDBLOCK"])
+def test_a_file_system_without_locks_is_no_other_master(farm: Farm, name: str) -> None:
+    code = (
+        "import errno, fcntl, os, sys, task_master\n"
+        f"def flock(*_): raise OSError(errno.{name}, os.strerror(errno.{name}))\n"
+        "fcntl.flock = flock\nsys.exit(task_master.main())"
+    )
+    options = ["--port", 0, "--results", "results.jsonl", "--workers", 1, "3"]
+    master = farm.run("-c", code, *options, env=farm.env(PYTHONPATH=str(ROOT)))
+    status = master.wait()
+    if name == "EWOULDBLOCK":
+        assert status == 2
+        return check_said(master, r"results\.jsonl", "another master")
+    assert status == 0, master.stderr
+    assert [record["task"] for record in farm.records()] == [3]
+    check_said(master, r"results\.jsonl", "lock", os.strerror(getattr(errno, name)))
+    return None

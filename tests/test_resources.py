@@ -1,0 +1,194 @@
+"""What a system can run out of costs a worker some of its processes and a line, and no task anything."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import psutil
+import pytest
+from lab import ROOT, Farm, Program
+
+resource = pytest.importorskip("resource")
+
+TASKS = 60
+FUNCTIONS = """
+import os, time
+
+def work(n):
+    print("it runs", flush=True)
+    time.sleep(0.02)
+    return 2 * n
+
+def wait(n):
+    print("it runs", flush=True)
+    while not os.path.exists("go"):
+        time.sleep(0.01)
+    return 2 * n
+"""
+
+
+@pytest.fixture
+def farm(farm: Farm) -> Iterator[Farm]:
+    (farm.folder / "scarce.py").write_text(FUNCTIONS)
+    farm.write_tasks(list(range(TASKS)))
+    yield farm
+
+
+def run_after(farm: Farm, preparation: str, *argv: object, **options: Any) -> Program:
+    """Start a program in a process that has done something before."""
+    code = f"import os, resource, sys\n{preparation}\nos.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+    return farm.run("-c", code, ROOT / str(argv[0]), *argv[1:], **options)
+
+
+def run_in_shell(farm: Farm, place: list[str], script: str, *argv: object) -> Program:
+    """Start a program in a shell that has done something before, in some other place."""
+    command = [*place, "sh", "-c", script + '; exec "$@"', "sh", sys.executable, str(ROOT / str(argv[0])), *map(str, argv[1:])]
+    program = Program(command, farm.folder, farm.env())
+    farm.programs.append(program)
+    return program
+
+
+def start_master(farm: Farm, *options: object) -> Program:
+    """A master for which a task that is lost once has failed."""
+    return farm.master("--tasks", "tasks.jsonl", "--results", "results.jsonl", "--redeliveries", 0, *options)
+
+
+def check_all_done(farm: Farm) -> None:
+    """Each task was run once, and well."""
+    records = farm.records()
+    assert sorted(record["id"] for record in records) == list(range(TASKS))
+    assert all(record.get("result") == 2 * record["id"] and record["attempts"] == 1 for record in records), records[:3]
+
+
+def check_lines(program: Program, pattern: str) -> None:
+    """Some line names the limit and the remedy; they are few, and none is a traceback."""
+    lines = [line for line in program.stderr if line.startswith("task_")]
+    assert lines == program.stderr or not lines, program.stderr
+    assert any(re.search(pattern, line, re.IGNORECASE) for line in lines), program.stderr
+    assert len(lines) < 8, lines
+    assert not any("Traceback" in line or "internal error" in line for line in lines), lines
+
+
+# ---- limits ----------------------------------------------------------------------------------------------------------
+
+LIMITS = {
+    "files": ("RLIMIT_NOFILE", 64, 30, r"(open files|descriptors|ulimit -n).*(ulimit -n|--processes)"),
+    "address space": ("RLIMIT_AS", 700 << 20, 100, r"(memory|threads?|ulimit).*(ulimit -|--processes|memory)"),
+}
+
+
+@pytest.mark.parametrize("limit", LIMITS)
+@pytest.mark.parametrize("local", [True, False], ids=["local", "remote"])
+def test_a_worker_goes_on_with_the_processes_that_it_could_start(farm: Farm, limit: str, local: bool) -> None:
+    name, value, processes, pattern = LIMITS[limit]
+    preparation = f"resource.setrlimit(resource.{name}, ({value}, {value}))"
+    what = ("--function", "scarce:work")
+    if local:
+        options = ("--port", 0, "--tasks", "tasks.jsonl", "--results", "results.jsonl", "--redeliveries", 0)
+        worker = master = run_after(farm, preparation, "task_master.py", *options, "--workers", processes, *what)
+    else:
+        master = start_master(farm)
+        where = ("--port", master.port(), "--processes", processes, *what)
+        worker = run_after(farm, preparation, "task_worker.py", *where)
+    assert (master.wait(), worker.wait()) == (0, 0), worker.stderr
+    check_all_done(farm)
+    if not local:  # a local one says it on its master's, between the other lines
+        check_lines(worker, pattern)
+    assert any(re.search(pattern, line, re.IGNORECASE) for line in worker.stderr), worker.stderr
+
+
+@pytest.mark.skipif(not shutil.which("setpriv") or os.geteuid() != 0, reason="needs setpriv and root, for a user of its own")
+def test_a_worker_whose_user_may_have_no_more_processes_goes_on_with_what_it_has(farm: Farm) -> None:
+    master = start_master(farm)
+    rights = [f"--{kind}=-all,+dac_override" for kind in ("inh-caps", "ambient-caps", "bounding-set")]  # to read what root has
+    place = ["setpriv", f"--reuid={50_000 + os.getpid() % 10_000}", "--clear-groups", *rights, "prlimit", "--nproc=26"]
+    options = ("--port", master.port(), "--processes", 12, "--function", "scarce:work")
+    worker = run_in_shell(farm, place, ":", "task_worker.py", *options)
+    assert (master.wait(), worker.wait()) == (0, 0)
+    check_all_done(farm)
+    check_lines(worker, r"(ulimit -u|processes|threads).*(ulimit -u|--processes)")
+
+
+def test_a_worker_that_runs_out_of_files_later_loses_no_task(farm: Farm) -> None:
+    """Its processes cannot be replaced any more; another worker does the rest."""
+    master = start_master(farm)
+    worker = farm.worker(master, "--processes", 2, "--tasks-per-process", 1, "--function", "scarce:wait")
+    worker.wait_line("it runs", "stdout", count=2)
+    for process in [worker, *psutil.Process(worker.pid).children(recursive=True)]:
+        with contextlib.suppress(ProcessLookupError):
+            resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (8, 8))
+    (farm.folder / "go").touch()
+    worker.wait_line(LIMITS["files"][3])
+    other = farm.worker(master, "--function", "scarce:wait")
+    assert (master.wait(), other.wait()) == (0, 0)
+    check_all_done(farm)
+    assert worker.wait() in (0, 2, 3)
+    assert not any("Traceback" in line for line in worker.stderr)
+
+
+def test_a_master_with_few_files_serves_as_many_workers_as_it_can(farm: Farm) -> None:
+    preparation = "resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40))"
+    options = ("--port", 0, "--tasks", "tasks.jsonl", "--results", "results.jsonl", "--redeliveries", 0)
+    master = run_after(farm, preparation, "task_master.py", *options)
+    worker = farm.worker(master, "--processes", 60, "--function", "scarce:work")
+    assert (master.wait(), worker.wait()) == (0, 0)
+    check_all_done(farm)
+    assert not any("Traceback" in line for line in master.stderr + worker.stderr)
+
+
+# ---- shared memory, and the current directory ------------------------------------------------------------------------
+
+PLACES = {
+    "read-only": "mount -t tmpfs -o ro none /dev/shm",
+    "full": "mount -t tmpfs -o size=4k none /dev/shm && echo x >/dev/shm/x",
+    "absent": "mount -t tmpfs none /dev && mknod -m 666 /dev/null c 1 3 && mknod -m 666 /dev/urandom c 1 9",
+    "full, as all is": "export TMPDIR=/mnt; for d in /dev/shm /mnt; do mount -t tmpfs -o size=4k none $d && echo x >$d/x; done",
+}
+
+
+def may_mount() -> bool:
+    command = ["unshare", "--mount", "sh", "-c", "mount -t tmpfs none /mnt && mknod /mnt/null c 1 3"]
+    with contextlib.suppress(FileNotFoundError):
+        return subprocess.run(command, capture_output=True, check=False).returncode == 0
+    return False
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_job_needs_no_shared_memory_of_the_system(farm: Farm, place: str) -> None:
+    if not may_mount():
+        pytest.skip("no mount namespaces here")
+    options = ("--port", 0, "--tasks", "tasks.jsonl", "--results", "results.jsonl", "--workers", 2)
+    command = ("task_master.py", *options, "--redeliveries", 0, "--function", "scarce:work")
+    master = run_in_shell(farm, ["unshare", "--mount"], PLACES[place], *command)
+    assert master.wait() == 0, master.stderr
+    check_all_done(farm)
+
+
+@pytest.mark.parametrize("when", ["before", "meanwhile"])
+@pytest.mark.parametrize("what", [(), ("--command", "echo $((2 * TASK))")], ids=["function", "command"])
+def test_a_worker_whose_current_directory_was_deleted_loses_no_task(farm: Farm, when: str, what: Any) -> None:
+    """It does without it, or leaves with a line that says so; another does the rest."""
+    master = start_master(farm)
+    gone = farm.folder / "gone"
+    gone.mkdir()
+    options = ("--port", master.port(), "--processes", 2, *what, *(("--tasks-per-process", 3) if when == "meanwhile" else ()))
+    worker = run_after(farm, "os.rmdir(os.getcwd())" if when == "before" else "", "task_worker.py", *options, cwd=gone)
+    if when == "meanwhile":
+        worker.wait_line("Connect to", "stdout")
+        gone.rmdir()
+    if worker.wait() != 0:
+        assert worker.wait() in (2, 3)
+        assert re.search("director|folder", worker.stderr[-1])
+        assert farm.worker(master, "--processes", 2, *what).wait() == 0
+    assert master.wait() == 0
+    assert not any("Traceback" in line for line in worker.stderr), worker.stderr
+    records = farm.records()
+    assert sorted(record["id"] for record in records) == list(range(TASKS))
+    assert {record["attempts"] for record in records} == {1}

@@ -1,0 +1,189 @@
+"""--resume: what it needs, what it says, and results files that others wrote, reordered, tore or filled with strange ids."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lab import ROOT, Farm, Program
+
+MODULE = """
+import os
+
+def double(n):
+    with open("started.log", "a") as file:
+        file.write(f"{n}\\n")
+    if n in (3, 7) and not os.path.exists("mended"):
+        raise ValueError(n)
+    return 2 * n
+
+def depth(task):
+    return 1
+"""
+COUNT = 10
+FAILED = [3, 7]
+MEMORY = 1 << 30  # bytes of addresses that a master may use
+LIMITED = (
+    "import os, resource, sys\n"
+    f"resource.setrlimit(resource.RLIMIT_AS, ({MEMORY}, {MEMORY}))\n"
+    "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+)
+FILE = ["--results", "results.jsonl"]
+WORK = ["--workers", 1, "--function", "elsewhere:double"]
+
+
+@pytest.fixture(autouse=True)
+def module(farm: Farm) -> None:
+    (farm.folder / "elsewhere.py").write_text(MODULE)
+    farm.write_tasks(list(range(COUNT)))
+
+
+def results(farm: Farm) -> Path:
+    return farm.folder / "results.jsonl"
+
+
+def record(n: int, **more: Any) -> str:
+    what = {"error": {"type": "ValueError", "message": str(n), "traceback": ""}} if n in FAILED else {"result": 2 * n}
+    whole = {"id": n, "task": n, **what, "started_at": 1764115200.123, "seconds": 0.1, "worker": "host/1", "attempts": 1}
+    return json.dumps({**whole, **more})
+
+
+def write(farm: Farm, lines: list[str]) -> None:
+    results(farm).write_text("".join(line + "\n" for line in lines))
+
+
+def started(farm: Farm) -> list[int]:
+    path = farm.folder / "started.log"
+    return sorted(map(int, path.read_text().split())) if path.exists() else []
+
+
+def resume(farm: Farm, *options: object) -> Program:
+    """A master that resumes the job with a worker of its own, or is refused; in little memory."""
+    where = [ROOT / "task_master.py", "--port", 0, "--tasks", "tasks.jsonl", *FILE, "--resume", *WORK]
+    return farm.run("-c", LIMITED, *where, *options)
+
+
+def check_one_line(master: Program, *patterns: str) -> None:
+    """Refused, in one line that says all of these."""
+    assert master.wait() == 2, master.stderr
+    assert all(re.search(pattern, master.stderr[-1]) for pattern in patterns), master.stderr
+    assert len([line for line in master.stderr if not line.startswith(("usage:", " "))]) == 1
+
+
+def check_complete(farm: Farm, kept: set[int], may_be_kept: frozenset[int] = frozenset()) -> None:
+    """Each task has one record, the right one; none of `kept` was started."""
+    lines = results(farm).read_text().replace(DEEP, "0").splitlines()
+    records = {record["id"]: record for record in map(json.loads, lines)}
+    assert len(lines) == len(records) == COUNT
+    assert all(record["task"] == n and record["result"] == 2 * n for n, record in records.items())
+    assert started(farm) == sorted({*range(COUNT)} - kept - (may_be_kept - {*started(farm)}))
+
+
+@pytest.mark.parametrize("workers", [[], ["--workers", 1], WORK], ids=["none", "demonstration", "function"])
+@pytest.mark.parametrize("content", [None, "", "records"], ids=["no file", "an empty file", "a file"])
+def test_resuming_without_the_tasks_is_refused(farm: Farm, workers: list[object], content: str | None) -> None:
+    text = "".join(record(n) + "\n" for n in range(5)) if content else content
+    if text is not None:
+        results(farm).write_text(text)
+    check_one_line(farm.master(*FILE, "--resume", *workers), "--resume", "task")
+    assert (results(farm).read_text() if results(farm).exists() else None) == text
+
+
+def test_resuming_says_what_it_does_and_counts_the_whole_job(farm: Farm) -> None:
+    write(farm, [record(n) for n in range(5)])
+    said = [
+        ("4 done.* kept.*1 failed.* repeated.*(5|6) to do", "8 done, 2 failed", 1),
+        ("8 done.*2 failed", "10 done, 0 failed", 0),
+    ]
+    for resuming, summary, status in [*said, ("10 done", "10 done, 0 failed", 0)]:
+        master = resume(farm)
+        assert master.wait() == status, master.stderr
+        assert any(re.search(rf"resuming .*results\.jsonl.*\b{resuming}", line) for line in master.stderr), master.stderr
+        assert any(re.search(rf"\b{summary}", line) for line in master.stderr), master.stderr
+        (farm.folder / "mended").touch()
+    assert sorted(record["id"] for record in farm.records()) == list(range(COUNT))
+
+
+def shuffle(line: str) -> str:
+    return json.dumps(dict(reversed(json.loads(line).items())))
+
+
+DEEP = "[" * 5000 + "]" * 5000
+REWRITTEN = {
+    "as jq -c does": lambda text: "".join(json.dumps(json.loads(t), separators=(",", ":")) + "\n" for t in text.splitlines()),
+    "other order": lambda text: "".join(shuffle(line) + "\n" for line in text.splitlines()),
+    "more members": lambda text: text.replace('"id"', '"note": {"id": -1, "task": [1], "error": 1}, "id"'),
+    "CRLF": lambda text: text.replace("\n", "\r\n"),
+    "zeros behind a torn line": lambda text: text + record(8)[:30] + "\0" * 5000,
+    "a torn line": lambda text: text + record(8)[:-1],
+    "twice the member": lambda text: text.replace('"id"', '"id": 99, "id"'),
+    "no other members": lambda text: re.sub(r', "started_at".*', "}", text),
+    "lines in reverse": lambda text: "".join(line + "\n" for line in reversed(text.splitlines())),
+    "BOM": lambda text: "\ufeff" + text,
+    "blank lines": lambda text: text.replace("\n", "\n\n"),
+    "letters as they are": lambda text: text.replace("host", "höst ☃"),
+    "zeros behind": lambda text: text + "\0" * 5000,
+    "zeros, and a line behind them": lambda text: text + record(8)[:30] + "\0" * 50 + "\n" + record(8) + "\n",
+    "a whole line without its end": lambda text: text + record(8),
+    "two records on a line": lambda text: text[:-1] + record(8) + "\n",
+    "nested deeply": lambda text: text + record(8, note=0).replace('"note": 0', f'"note": {DEEP}') + "\n",
+    "a very long line": lambda text: text + record(8, worker="x" * 5_000_000) + "\n",
+    "another text": lambda text: text + "these are my results\n",
+    "UTF-16": lambda text: text.encode("utf-16"),
+    "gzip": lambda text: b"\x1f\x8b\x08\x00\x00\x00\x00\x00\x00\x03" + bytes(range(256)) * 10,
+}
+MUST_BE_RESUMED = list(REWRITTEN)[:6]
+IDS = [10**18, 10**30, -1, True, None, 1.5, "1", [1], {}, 1e300, 2**31, 2**63]
+
+
+@pytest.mark.parametrize("kind", REWRITTEN)
+def test_a_file_that_was_rewritten_is_resumed_rightly_or_refused_with_a_remedy(farm: Farm, kind: str) -> None:
+    text = REWRITTEN[kind]("".join(record(n) + "\n" for n in (0, 1, 3, 5)))
+    before = text if isinstance(text, bytes) else text.encode()
+    results(farm).write_bytes(before)
+    (farm.folder / "mended").touch()
+    master = resume(farm)
+    if master.wait() == 2 and kind not in MUST_BE_RESUMED:
+        check_one_line(master, r"results\.jsonl", "[:;(,]")
+        assert results(farm).read_bytes() == before
+        assert started(farm) == []
+    else:
+        assert master.wait() == 0, master.stderr
+        check_complete(farm, {0, 1, 5}, frozenset({8}))
+
+
+@pytest.mark.parametrize("task_id", IDS, ids=repr)
+def test_an_id_that_is_none_is_refused_with_a_remedy_and_costs_no_memory(farm: Farm, task_id: Any) -> None:
+    write(farm, [record(0), record(1, id=task_id)])
+    before = results(farm).read_bytes()
+    check_one_line(resume(farm), r"results\.jsonl")
+    assert results(farm).read_bytes() == before
+    assert started(farm) == []
+
+
+def test_the_last_record_of_an_id_counts(farm: Farm) -> None:
+    failed = record(5).replace('"result": 10', '"error": {"type": "E", "message": "m", "traceback": ""}')
+    mended = record(3).replace('"error": {"type": "ValueError", "message": "3", "traceback": ""}', '"result": 6')
+    write(farm, [record(0), record(3), record(5), record(0), mended, failed])
+    (farm.folder / "mended").touch()
+    assert resume(farm).wait() == 0
+    check_complete(farm, kept={0, 3})
+
+
+@pytest.mark.parametrize("depth", [10, 100, 400, 900, 5000])
+def test_a_record_nested_as_deeply_as_a_task_may_be_is_resumed(farm: Farm, depth: int) -> None:
+    task = "[" * depth + "]" * depth
+    (farm.folder / "tasks.jsonl").write_text(f"0\n{task}\n")
+    options = ["--tasks", "tasks.jsonl", *FILE, "--workers", 1, "--function", "elsewhere:depth"]
+    status = farm.master(*options).wait()
+    assert status in (0, 1)  # 1: this is too deep for a task, and its record says so
+    before = results(farm).read_bytes().splitlines()
+    master = farm.master(*options, "--resume")
+    assert master.wait() == status, master.stderr
+    assert "Traceback" not in "\n".join(master.stderr)
+    after = results(farm).read_bytes().splitlines()
+    assert len(before) == len(after) == 2
+    assert status == 1 or sorted(before) == sorted(after)

@@ -1,0 +1,212 @@
+"""What is in a record: results of numpy and others, NaN as null, errors that name type and place, true times and counts."""
+
+from __future__ import annotations
+
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lab import ROOT, Farm, Program
+
+from task_master import TaskMaster
+
+MODULE = """
+import array, collections, dataclasses, datetime, decimal, enum, math, os, pathlib, sys, time, uuid
+try:
+    import numpy as np
+except ImportError:
+    np = None
+
+class Listed:
+    def __init__(self, value): self.value = value
+    def tolist(self): return self.value
+
+class Broken:
+    def tolist(self): raise KeyError("broken")
+
+class Endless:
+    def tolist(self): return self
+
+Point = collections.namedtuple("Point", "x y")
+Level = enum.IntEnum("Level", "LOW HIGH")
+day = datetime.date(2025, 1, 2)
+circle = []
+circle.append(circle)
+
+@dataclasses.dataclass
+class Data:
+    x: int
+
+def value(text):
+    return eval(text)
+
+def double(n):
+    if n % 3 == 0:
+        raise ValueError(n)
+    return 2 * n
+
+def nap(seconds):
+    time.sleep(seconds)
+
+def leave(n):
+    sys.exit(n)
+
+def once(n):
+    if not os.path.exists(f"again-{n}"):
+        open(f"again-{n}", "w").close()
+        raise ValueError(n)
+    return n
+"""
+
+
+@pytest.fixture(autouse=True)
+def module(farm: Farm) -> None:
+    (farm.folder / "values.py").write_text(MODULE)
+
+
+def run(farm: Farm, function: str, tasks: list[Any], *options: object) -> tuple[list[dict[str, Any]], Program]:
+    """Run a job of one local process; returns the records in the order of the tasks, and the master, which has ended."""
+    where = ["--tasks", farm.write_tasks(tasks), "--results", "results.jsonl", "--workers", 1]
+    master = farm.master(*where, "--function", f"values:{function}", *options)
+    assert master.wait() in (0, 1), master.stderr
+    return sorted(farm.records(), key=lambda record: record["id"]), master
+
+
+PLAIN = {
+    "math.nan": None,
+    "[math.inf, {'a': (-math.inf, 1.5)}]": [None, {"a": [None, 1.5]}],
+    "Listed([1, math.nan])": [1, None],
+    "{'a': [Listed(Listed({'b': Listed(2)}))]}": {"a": [{"b": 2}]},
+    "array.array('d', [1, math.nan])": [1.0, None],
+    "Point(1, math.nan)": [1, None],
+    "[Level.HIGH, True, None]": [2, True, None],
+    "collections.OrderedDict(a=Listed(math.inf))": {"a": None},
+    "'NaN, Infinity'": "NaN, Infinity",
+    "{'NaN': [1e308 * 10, -0.0]}": {"NaN": [None, -0.0]},
+    "[10 ** 30, 1e300]": [10**30, 1e300],
+}
+NUMPY = {
+    "np.float64(1.5)": 1.5,
+    "np.float32(0.5)": 0.5,
+    "np.int64(7)": 7,
+    "np.bool_(True)": True,
+    "np.str_('x')": "x",
+    "np.array([[1, 2], [3, 4]])": [[1, 2], [3, 4]],
+    "np.array(5)": 5,
+    "np.array([1, np.nan, np.inf])": [1.0, None, None],
+    "np.float64('nan')": None,
+    "{'mean': np.float32('inf'), 'rows': [np.arange(3), (np.int8(1), 'x')]}": {"mean": None, "rows": [[0, 1, 2], [1, "x"]]},
+    "np.array(['a', 'b'])": ["a", "b"],
+    "np.array([], dtype=float)": [],
+}
+REFUSED = {
+    "day": ("result", "datetime.date"),
+    "{'amp': [1, 2, 3, day]}": ('result["amp"][3]', "datetime.date"),
+    "[[], [{'x y': {1, 2}}]]": ('result[1][0]["x y"]', "set"),
+    "(1, b'x')": ("result[1]", "bytes"),
+    "Listed([1, day])": ("[1]", "datetime.date"),
+    "{'p': pathlib.PurePosixPath('/')}": ('result["p"]', "PosixPath"),
+    "[decimal.Decimal(1)]": ("result[0]", "decimal.Decimal"),
+    "{'d': Data(1)}": ('result["d"]', "Data"),
+    "[uuid.UUID(int=1), math.nan]": ("result[0]", "uuid.UUID"),
+    "[math.nan, 1j]": ("result[1]", "complex"),
+    "{'f': len}": ('result["f"]', "builtin_function_or_method"),
+    "{(1, 2): 3}": ("result", "tuple"),
+    "{'np': [0, np.array([1, day])]}": ('result["np"][1]', "datetime.date"),
+    "np.datetime64('2025-01-02')": ("result", "datetime"),
+    "np.array([1j])": ("result", "complex"),
+}
+
+
+def test_whatever_has_tolist_is_a_result_and_nan_is_null(farm: Farm) -> None:
+    records, master = run(farm, "value", list(PLAIN))
+    assert {record["task"]: record.get("result", record.get("error")) for record in records} == PLAIN
+    assert master.wait() == 0
+
+
+def test_numpy_scalars_and_arrays_are_results(farm: Farm) -> None:
+    pytest.importorskip("numpy")
+    records, master = run(farm, "value", list(NUMPY))
+    assert {record["task"]: record.get("result", record.get("error")) for record in records} == NUMPY
+    assert master.wait() == 0
+    assert not re.search("NaN|Infinity", (farm.folder / "results.jsonl").read_text().replace("'nan'", ""))
+
+
+@pytest.mark.parametrize("text", REFUSED)
+def test_another_result_is_an_error_that_names_type_and_place_and_is_not_retried(farm: Farm, text: str) -> None:
+    if "np." in text:
+        pytest.importorskip("numpy")
+    (record, good), master = run(farm, "value", [text, "1"], "--retries", 3)
+    assert record["error"]["type"] == "TypeError"
+    assert all(word in record["error"]["message"] for word in REFUSED[text]), record["error"]
+    assert (record["attempts"], good["attempts"], good["result"]) == (1, 1, 1)
+    assert master.wait() == 1
+
+
+@pytest.mark.parametrize("text", ["Broken()", "[Endless()]", "circle", "[circle, math.nan]", "Listed(circle)"])
+def test_a_result_that_has_no_end_or_cannot_be_read_fails_its_own_task_alone(farm: Farm, text: str) -> None:
+    records, _ = run(farm, "value", ["1", text, "2"], "--retries", 1)
+    assert ["error" in record for record in records] == [False, True, False]
+    assert records[1]["error"]["type"] != "ProcessDied"
+    assert len({record["worker"] for record in records}) == 1
+
+
+def check_started_at(records: list[dict[str, Any]], began_at: float) -> None:
+    assert all(began_at - 0.002 <= record["started_at"] <= time.time() + 0.002 for record in records)
+
+
+def test_each_record_says_when_its_task_was_started_to_the_millisecond(farm: Farm) -> None:
+    began_at = time.time()
+    records, _ = run(farm, "once", list(range(3)), "--retries", 1)
+    more, _ = run(farm, "double", [1, 3], "--results", "more.jsonl")
+    check_started_at(records + more, began_at)
+    lines = (farm.folder / "results.jsonl").read_text() + (farm.folder / "more.jsonl").read_text()
+    assert len(re.findall(r'"started_at": \d+\.\d{3}, "seconds": ', lines)) == len(lines.splitlines())
+    command = farm.master("--results", "command.jsonl", "--workers", 1, "--command", "exit {}", "0", "1")
+    assert command.wait() == 1
+    check_started_at(farm.records("command.jsonl"), began_at)
+
+
+def test_from_python_a_record_says_the_same(farm: Farm, monkeypatch: pytest.MonkeyPatch) -> None:
+    began_at = time.time()
+    monkeypatch.chdir(farm.folder)
+    with TaskMaster(port=0, authkey=farm.key.encode(), workers=1, function="values:value") as master:
+        (record,) = master.run(["[math.nan, Listed(1)]"])
+    assert (record.ok, record.result) == (True, [None, 1])
+    assert began_at - 0.002 <= record.started_at <= time.time() + 0.002
+
+
+def test_attempts_and_runs_count_what_was_started(farm: Farm) -> None:
+    records, master = run(farm, "once", list(range(10)), "--retries", 3)
+    assert [record["attempts"] for record in records] == [2] * 10
+    assert any(re.search(r"host \S+: .*\b20 runs\b", line) for line in master.stderr), master.stderr
+    assert any(re.search(r"\b10 done, 0 failed, 10 retried", line) for line in master.stderr), master.stderr
+    (farm.folder / "results.jsonl").unlink()
+    records, _ = run(farm, "double", list(range(1, 7)), "--retries", 2)
+    assert [record["attempts"] for record in records] == [1, 1, 3, 1, 1, 3]
+
+
+def test_a_worker_that_works_all_the_time_is_said_to_be_busy(farm: Farm) -> None:
+    _, master = run(farm, "nap", [1, 1, 1])
+    shares = [int(match[1]) for line in master.stderr if (match := re.search(r"host \S+: .*, (\d+) % busy", line))]
+    assert len(shares) == 1 and shares[0] >= 20, master.stderr  # of a noisy machine
+
+
+@pytest.mark.parametrize("limit", [1, 3])
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_job_that_stops_after_failures_counts_them_as_the_file_does(farm: Farm, limit: int, processes: int) -> None:
+    records, master = run(farm, "double", [0] * 500, "--max-failures", limit, "--workers", processes)
+    assert master.wait() == 1
+    failed = len([record for record in records if "error" in record])
+    said = [line for line in master.stderr if re.search(" retried,|--max-failures", line) and "to carry on" not in line]
+    assert limit <= failed < 500
+    assert set(re.findall(r"\b(\d+)(?: tasks?)? failed\b", " ".join(said))) == {str(failed)}, said
+
+
+def test_sys_exit_is_system_exit_in_the_record_and_in_readme(farm: Farm) -> None:
+    records, _ = run(farm, "leave", [0, 3, "words"])
+    assert [record["error"]["type"] for record in records] == ["SystemExit"] * 3
+    rows = [line for line in Path(ROOT, "README.md").read_text().splitlines() if line.startswith("|") and "sys.exit" in line]
+    assert rows and all("SystemExit" in row for row in rows), rows
