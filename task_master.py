@@ -46,6 +46,7 @@ import collections
 import contextlib
 import enum
 import errno
+import functools
 import gc
 import heapq
 import importlib.util
@@ -241,7 +242,8 @@ class Ledger:
         self._delayed: list[tuple[float, int, Task]] = []  # a heap: when READY tasks may be retried
         self._ready_bytes = 0
         self._tasks: dict[int, Task] = {}  # all that are not DONE
-        self._held: dict[object, dict[int, Task]] = {RECORDER: {}}
+        self._held: dict[object, dict[int, Task]] = {}
+        self._recording = 0  # how many the RECORDER holds
         self._slots: set[object] = set()
         self._gate_closed = False  # while whoever takes the records cannot take more
         self.phase = Phase.OVER
@@ -352,9 +354,10 @@ class Ledger:
                     self.dropped += 1  # it has a record, or it is going to be run again anyway
                     continue
                 task.ok, task.outcome = ok, outcome
-                task.failures += not ok
+                if not ok:
+                    task.failures += 1
+                    self.failed += not again
                 (retried if again else last).append(task)
-            self.failed += sum([not task.ok for task in last])
             self.retried += len(retried)
             self._move(last, LEASED, RECORDER)
             self._move(retried, READY)
@@ -400,12 +403,12 @@ class Ledger:
     def first_held(self) -> dict[object, int]:
         """By holder: the id of the task that it has leased first, of those that it holds."""
         with self._lock:
-            return {holder: next(iter(held)) for holder, held in self._held.items() if held and holder is not RECORDER}
+            return {holder: next(iter(held)) for holder, held in self._held.items() if held}
 
     def counts(self) -> dict[str, int]:
         """How many tasks are in each state."""
         with self._lock:
-            leased = sum(map(len, self._held.values()))
+            leased = self._recording + sum(map(len, self._held.values()))
             return {READY: len(self._tasks) - leased, LEASED: leased, DONE: self.done}
 
     def audit(self) -> None:
@@ -418,7 +421,7 @@ class Ledger:
                 "submitted is not ready + leased + done": self.submitted - self.done - states[READY] - states[LEASED],
                 "a ready task cannot be leased": len({task.id for task in ready}) - states[READY],
                 "a task is queued twice": len(ready) - states[READY],
-                "a leased task has no holder": len(held) - states[LEASED],
+                "a leased task has no holder": len(held) + self._recording - states[LEASED],
                 "a holder has a task that is not leased to it": len([1 for task, holder in held if task.holder != holder]),
             }
             found = [f"{problem} ({count})" for problem, count in problems.items() if count]
@@ -433,11 +436,15 @@ class Ledger:
             if (old, state) not in MOVES:
                 raise IllegalMove(f"from {old} to {state}")
         for task in tasks:
-            if task.holder is not None:
+            if task.holder is not None and task.holder is not RECORDER:
                 del self._held[task.holder][task.id]
             task.state, task.holder = state, holder
-        if holder is not None and tasks:
+        if holder is RECORDER:
+            self._recording += len(tasks)
+        elif holder is not None and tasks:
             self._held.setdefault(holder, {}).update(zip([task.id for task in tasks], tasks))
+        if state == DONE:
+            self._recording -= len(tasks)
         if state == READY:
             self._look_whether_over()
 
@@ -460,7 +467,7 @@ class Ledger:
     def _look_whether_over(self) -> None:
         if self.phase == Phase.ENDED and not self._tasks:
             self.phase = Phase.OVER
-        if self.phase == Phase.DRAINING and not any(self._held.values()):
+        if self.phase == Phase.DRAINING and not self._recording and not any(self._held.values()):
             self.phase = Phase.CLOSED
         if self.is_over():
             self._over.notify_all()
@@ -605,10 +612,10 @@ class ResultQueue:
         self._master._take_result(this_thread.peer, members)
 
 
-# An outcome whose result is a number, a short word or a string without escapes: most are, and need no closer look.
-match_plain_outcome = re.compile(
-    r'"result": (?:-?(?:0|[1-9][0-9]{0,300})(?:\.[0-9]+)?|true|false|null|"[^"\\\x00-\x1f]*"), '
-    r'"started_at": [0-9]{1,12}\.[0-9]{3}, "seconds": (?:0|[1-9][0-9]{0,9})\.[0-9]{6}'
+# Outcomes, a line each, whose results are numbers, short words or strings without escapes: most are, and need no closer look.
+match_plain_outcomes = re.compile(
+    r'(?:"result": (?:-?(?:0|[1-9][0-9]{0,300})(?:\.[0-9]+)?|true|false|null|"[^"\\\x00-\x1f]*"), '
+    r'"started_at": [0-9]{1,12}\.[0-9]{3}, "seconds": (?:0|[1-9][0-9]{0,9})\.[0-9]{6}(?:\n|\Z))+'
 ).fullmatch
 
 
@@ -625,11 +632,11 @@ def parse_report(text: str) -> list[Outcome]:
     ids = parse_ids(first)
     if rest.count("\n") + 1 != len(ids):
         raise ValueError("not as many outcomes as ids")
-    outcomes = [
-        (task_id, True, False, outcome) if match_plain_outcome(outcome) else (task_id, *check_outcome(outcome))
-        for task_id, outcome in zip(ids, rest.split("\n"))
-    ]
-    return outcomes if len({*ids}) == len(ids) else [*{outcome[0]: outcome for outcome in reversed(outcomes)}.values()]
+    texts = rest.split("\n")
+    if match_plain_outcomes(rest) and not rest.endswith("\n") and len({*ids}) == len(ids):  # as nearly always
+        return [*zip(ids, itertools.repeat(True), itertools.repeat(False), texts)]
+    outcomes = [(task_id, *check_outcome(text)) for task_id, text in zip(ids, texts)]
+    return [*{outcome[0]: outcome for outcome in reversed(outcomes)}.values()][::-1]
 
 
 def check_outcome(outcome: str) -> tuple[bool, bool, str]:
@@ -782,6 +789,11 @@ class PlainListener:
         self.address: tuple[str, int] = self._socket.getsockname()[:2]
         self.close = self._socket.close
 
+    def wake(self) -> None:
+        """Let a thread that accepts see at once that there is no more to accept, where the system can do that."""
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+
     def accept(self) -> RequestConnection:
         """The next connection. Raises TimeoutError (an OSError) when there is none for LOOK_INTERVAL."""
         return RequestConnection(self._socket.accept()[0])
@@ -820,6 +832,7 @@ class QueueServer(managers.Server):
     def stop(self) -> None:
         """Close the port and every connection. Blocks until the port is free."""
         self.stop_event.set()
+        self.listener.wake()
         self._accepting.join()  # it holds the socket while it accepts
         self.listener.close()
         for conn in [*self._pending, *[peer.conn for peer in [*self._master.peers]]]:
@@ -1493,7 +1506,7 @@ class TaskMaster:
             self._begin(encode_tasks(tasks), sink)
             threading.Thread(target=finish, daemon=True).start()
             while settled := records.get():
-                yield from [make_record(task, first) for task in settled]
+                yield from make_records(settled, first)
                 taken += len(settled)
                 self.ledger.close_gate(put - taken > CALLER_LIMIT)
         finally:
@@ -1701,13 +1714,40 @@ def encode_tasks(tasks: Iterable[Any]) -> Iterator[list[str]]:
     yield texts
 
 
-def make_record(task: Task, first: int) -> Record:
-    """A task as a Record, its id counted from `first`."""
+def make_records(tasks: list[Task], first: int) -> Iterable[Record]:
+    """Tasks as Records, their ids counted from `first`: column by column, which takes a third of the time."""
+    columns = (
+        [task.id - first for task in tasks],
+        [value for value, _ in map(scan_json, [task.text for task in tasks], itertools.repeat(0))],
+        *zip(*load_results(tasks) or map(load_outcome_here, tasks)),
+        [task.worker for task in tasks],
+        [task.attempts for task in tasks],
+    )
+    return map(functools.partial(tuple.__new__, Record), zip(*columns))
+
+
+def load_results(tasks: list[Task]) -> Iterable[tuple[Any, ...]] | None:
+    """The result, the error, `started_at` and `seconds` of tasks that all have a result, as nearly always; else None."""
+    texts = [task.outcome for task in tasks if task.ok]
+    if len(texts) == len(tasks):
+        with contextlib.suppress(ValueError, RecursionError):
+            read = [*map(scan_json, texts, itertools.repeat(len(RESULT)))]
+            return [(result, None, *parse_times(text[end:])) for text, (result, end) in zip(texts, read)]
+    return None
+
+
+@functools.lru_cache(1000)
+def parse_times(text: str) -> tuple[Any, Any]:
+    """`started_at` and `seconds`, of the end of an outcome; tiny tasks, of which there are most, begin and last alike."""
+    return load_outcome(f"{RESULT}null{text}")[2:]
+
+
+def load_outcome_here(task: Task) -> tuple[Any, Any, Any, Any]:
+    """What `load_outcome` reads; an error when it cannot: the caller's stack may have less room for nested lists than ours."""
     try:
-        outcome = load_outcome(task.outcome)
-    except ValueError as problem:  # the caller's stack may have less room for nested lists than ours
-        outcome = load_outcome(format_outcome(format_error("ValueError", f"the result cannot be read here: {problem}")))
-    return Record(task.id - first, json.loads(task.text), *outcome, task.worker, task.attempts)
+        return load_outcome(task.outcome)
+    except ValueError as problem:
+        return load_outcome(format_outcome(format_error("ValueError", f"the result cannot be read here: {problem}")))
 
 
 def check_argument(name: str, value: Any, kind: Callable[[str], Any]) -> Any:

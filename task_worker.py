@@ -679,7 +679,8 @@ def run_tasks(function: Callable[[Any], Any], lines: list[str], memory: Memory, 
     """
     clock, words, place, stdout = time.perf_counter, memory.words, memory.bytes, sys.stdout
     command = function if isinstance(function, Command) else None
-    time_limit, began_at = words[TIME_LIMIT], time.time() - clock()
+    time_limit, offset = words[TIME_LIMIT], time.time() - clock()
+    milliseconds, tick = 0, 0.0  # of Unix time, and when the next one begins
     end, checked_at = HEADER, clock()
     for position, line in enumerate(lines):
         task_id, _, text = line.partition(" ")
@@ -691,7 +692,10 @@ def run_tasks(function: Callable[[Any], Any], lines: list[str], memory: Memory, 
             command.task_id = task_id
         members = run_task(function, text)
         now = clock()
-        outcome = (format_outcome(members, began_at + started_at, now - started_at) + "\n").encode()
+        if started_at >= tick:
+            milliseconds = int((offset + started_at) * 1e3)
+            tick = (milliseconds + 1) / 1e3 - offset
+        outcome = (members + format_times(milliseconds, int((now - started_at) * 1e6)) + "\n").encode()
         if end + len(outcome) <= MEMORY_SIZE:
             place[end : end + len(outcome)] = outcome
             end += len(outcome)
@@ -1105,6 +1109,7 @@ class Slot(threading.Thread):
                 lease = self._lease(self._link, limit)
                 if lease is None:
                     self._worker.end_job(self._run_id)
+                    self._link.close()  # before the child has ended, since the master waits for that
                     self._stop_child()  # the next job begins with a fresh one
                     break
                 if lease:

@@ -177,7 +177,7 @@ def test_a_worker_whose_module_has_another_text_is_taken_and_said(farm: Farm, sa
 def test_a_service_uses_the_code_as_it_is_when_a_job_begins(farm: Farm) -> None:
     port = 0
     for number, text in enumerate(["first", "second", "third"]):
-        (farm.folder / "edited.py").write_text(f"def f(n):\n    return '{text}'\n# {'x' * number}")
+        (farm.folder / "edited.py").write_text(f"def f(n):\n    return '{text}'\n# {'x' * 10 * number}")
         master = farm.run("task_master.py", "--port", port, "--results", f"{text}.jsonl", *range(5))
         port = master.port()
         if not number:
