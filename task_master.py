@@ -1952,7 +1952,7 @@ class Job:
             parts.append(f"{count_things(sum(slots), 'process')} on {count_things(len(slots), 'host')}")
         else:
             host, port = self._master.address
-            parts.insert(1, f"no worker is connected: python3 task_worker.py --host {host} --port {port}")
+            parts.insert(0, f"no worker is connected: python3 task_worker.py --host {host} --port {port}")
         seconds, task = self._master._longest()
         return [*parts, f"longest {show_time(seconds)} ({task})"] if seconds >= 1 else parts
 

@@ -210,7 +210,7 @@ def test_what_has_run_longest_is_named(farm: Farm, open_terminal: Any) -> None:
 
 def test_when_nobody_is_connected_the_line_says_what_to_do(farm: Farm, open_terminal: Any) -> None:
     terminal = open_terminal(150, *FILE, 1, 2)
-    terminal.wait_text(BAR + r"0 of 2, no worker is connected: python3 task_worker.py --host 127.0.0.1 --port \d+, ")
+    terminal.wait_text(r"no worker is connected: python3 task_worker.py --host 127.0.0.1 --port \d+, " + BAR + "0 of 2")
     assert re.search(r"--port (\d+), ", terminal.raw)[1] == re.search(r"listening on \S+:(\d+)", terminal.raw)[1]
     farm.worker(int(re.findall(r"--port (\d+)", terminal.raw)[0]), "--function", "functions:stay")
     terminal.wait_text("0 of 2, [^n]*1 process on 1 host")
