@@ -184,7 +184,7 @@ def test_one_line_redraws_and_leaves_no_trace(open_terminal: Any, columns: int, 
     shown = terminal.progress()
     assert len(set(shown)) >= 3, shown
     first = BAR + r"\d+ of 20" if columns > 40 else r"\d+ %  \d+ of 20"
-    assert [text for text in shown if not re.match(first, text)] == []
+    assert [text for text in shown if not re.match(first, text) and not text.startswith("no worker is")] == []
     assert max(map(len, shown)) < columns
     terminal.check_lines()
     lines = terminal.screen().lines()
@@ -273,7 +273,7 @@ def test_without_a_terminal_there_is_a_plain_line_now_and_then(farm: Farm) -> No
     assert master.wait() == 1, master.stderr
     lines = master.said(" of 20")
     assert len(lines) >= 2
-    assert all(re.match(f"task_master: {BAR}", line) for line in lines)
+    assert all(re.match(f"task_master: (no worker is connected.*, )?{BAR}", line) for line in lines)
     assert not any("\r" in line or "\x1b" in line for line in master.stderr)
 
 
