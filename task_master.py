@@ -1046,7 +1046,8 @@ class ResultsFile:
         self._offsets = array.array("q")  # by task id: where its last record begins, -1 where there is none
         self._tasks = array.array("q")  # by task id: the hash of the task, 0 for one that is to run
         self._stale = array.array("q")  # where lines begin that are blank, or replaced by a later record
-        self._end = 0  # of what was there before
+        self._end = 0  # of the records that were there before
+        self._torn = False  # whether there is part of one behind them
         self._unsynced_since: float | None = None
         with self._explaining(2):
             self._open()
@@ -1089,6 +1090,9 @@ class ResultsFile:
         """Append the records of tasks; when this returns, they survive the end of this process. Raises Failure."""
         data = format_records(tasks).encode("utf-8", "replace")
         with self._explaining():
+            if self._torn:  # not before there is something to put there
+                os.ftruncate(self._fd, self._end)
+                self._torn = False
             write_all(data, self._fd)
         self._unsynced_since = self._unsynced_since or time.monotonic()
 
@@ -1103,7 +1107,7 @@ class ResultsFile:
             raise Failure(f"the results file {self._given} was removed or replaced while the job ran: its records are lost", 1)
 
     def _load(self) -> None:
-        """Note which tasks have a result, and cut off a torn end. Raises OSError, Failure."""
+        """Note which tasks have a result, and where a torn end begins. Raises OSError, Failure."""
         number = 1
         torn = b""
         with open(self._fd, "rb", closefd=False, buffering=1 << 20) as file:
@@ -1122,7 +1126,7 @@ class ResultsFile:
                 number += len(lines)
         if torn.lstrip()[:1] not in (b"", b"{", b"\0"):
             self._load_line(number, self._end, torn)  # it was no record
-        os.ftruncate(self._fd, self._end)
+        self._torn = bool(torn)
 
     def _load_line(self, number: int, offset: int, line: bytes) -> None:
         if not line.strip():
