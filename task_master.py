@@ -79,8 +79,8 @@ if "task_worker" not in sys.modules:  # the one beside this file, wherever Pytho
 
 # fmt: off
 from task_worker import (  # noqa: E402, I001
-    COUNT, DEFAULT_KEY_FILE, ERROR, FINAL, LOADING, PLAIN_WARNING, PROTOCOL, RESULT, SILENCE_LIMIT, TEXT_LIMIT, Failure, Parser,
-    PlainConnection, add_connection_options, add_function_options, bounded, catch_signals, check_key, check_spec,
+    COUNT, DEFAULT_KEY_FILE, ERROR, FINAL, LOADING, PLAIN_WARNING, PROTOCOL, RESULT, SILENCE_LIMIT, STOP_SIGNALS, TEXT_LIMIT,
+    Failure, Parser, PlainConnection, add_connection_options, add_function_options, bounded, catch_signals, check_key, check_spec,
     describe_error, encode_result, explain_error, format_error, format_outcome, is_loopback, make_tls_context,
     prepare_process, pack, parse_host, parse_template, read_key, show_address, unpack, write_all,
     write_last_line,
@@ -1090,11 +1090,14 @@ class ResultsFile:
         """Append the records of tasks; when this returns, they survive the end of this process. Raises Failure."""
         data = format_records(tasks).encode("utf-8", "replace")
         with self._explaining():
-            if self._torn:  # not before there is something to put there
-                os.ftruncate(self._fd, self._end)
-                self._torn = False
+            self._cut_torn_end()  # not before there is something to put there
             write_all(data, self._fd)
         self._unsynced_since = self._unsynced_since or time.monotonic()
+
+    def _cut_torn_end(self) -> None:
+        if self._torn:
+            os.ftruncate(self._fd, self._end)
+        self._torn = False
 
     def sync(self, interval: float = SYNC_INTERVAL) -> None:
         """Make what was written survive a power cut, if it has waited for `interval` seconds. Raises Failure."""
@@ -1166,6 +1169,7 @@ class ResultsFile:
     def finish(self, ordered: bool) -> None:
         """Put the lines in order, if wanted, without those that a later record has replaced; close the file. Raises Failure."""
         self.sync(0.0)
+        self._cut_torn_end()
         if self.regular and (ordered or self.repeated or self._stale):
             try:
                 self._rewrite(ordered)
@@ -1977,7 +1981,7 @@ class Job:
     def _conclude(self) -> int:
         """Say how it went; returns the exit status. Raises Failure."""
         ledger, problem = self._master.ledger, self._master.ledger.reason
-        if self._results:
+        if self._results and not isinstance(problem, Refusal):  # else the file is not ours
             try:
                 self._results.finish(self._options.ordered)
             except Failure as failure:
@@ -2039,6 +2043,9 @@ def main(argv: list[str] | None = None) -> int:
         return failure.status
     except KeyboardInterrupt:  # before there was anything to drain
         return 128 + signal.SIGINT
+    finally:
+        for number in STOP_SIGNALS:
+            signal.signal(number, signal.SIG_IGN)  # while Python ends, they would kill it with another status
 
 
 if __name__ == "__main__":

@@ -626,8 +626,7 @@ def leave_terminal() -> None:
         os.setsid()
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        for number in STOP_SIGNALS - {signal.SIGINT}:
-            signal.signal(number, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def die_with_parent() -> NoReturn:

@@ -220,7 +220,7 @@ def test_a_second_signal_leaves_at_once_however_soon_it_comes(farm: Farm, number
         drain(program, number)
         program.signal(number)
     assert [program.wait() for program in [*workers, master]] == [128 + number] * 5
-    assert [len(program.said("leaving at once")) for program in [*workers, master]] == [1] * 5
+    assert [len(program.said("leaving at once")) for program in workers] == [1] * 4, "the master may be over before"
     check_silence(*workers, master)
 
 
