@@ -185,7 +185,7 @@ RECORDER = "recorder"  # the holder of tasks whose records are being written
 
 
 class Phase(enum.IntEnum):
-    """Of a job. It only goes up, save that another job may begin when one is OVER."""
+    """Of a job. It only goes up, but another job may begin when one is OVER."""
 
     OPEN = 0  # there may be more tasks
     ENDED = 1  # there are no more to come; then OVER when all are DONE
