@@ -865,7 +865,7 @@ def find_started(mark: str, root: int | None) -> set[int]:
     parents: dict[int, int] = {}
     found = set()
     for name in filter(str.isdigit, os.listdir("/proc") if sys.platform == "linux" else ()):
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError, PermissionError):  # it has ended, or is another user's
             state, parent = read_file(f"/proc/{name}/stat").rpartition(b")")[2].split()[:2]
             environ = read_file(f"/proc/{name}/environ")
             if state != b"Z":
@@ -880,11 +880,14 @@ def find_started(mark: str, root: int | None) -> set[int]:
 def kill_started(mark: str, root: int | None = None) -> None:
     """Kill what `find_started` finds but this process, again and again, since it may go on starting processes meanwhile."""
     give_up_at = time.monotonic() + EXIT_GRACE
-    while (found := find_started(mark, root) - {os.getpid()}) and time.monotonic() < give_up_at:
-        for pid in found:
-            with contextlib.suppress(OSError):
-                os.kill(pid, signal.SIGKILL)
-        time.sleep(0.002)
+    found = {0}
+    while found and time.monotonic() < give_up_at:
+        with contextlib.suppress(OSError):  # there may be no descriptor free to look, for a moment
+            found = find_started(mark, root) - {os.getpid()}
+            for pid in found:
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.kill(pid, signal.SIGKILL)
+        time.sleep(0.002 * bool(found))
 
 
 # ---- supervisor: leaves nothing behind -----------------------------------------------------------------------------

@@ -117,8 +117,7 @@ class Peer:
 
     def hang_up(self) -> None:
         with contextlib.suppress(OSError), socket.socket(fileno=os.dup(self.connection.fileno())) as sock:
-            sock.shutdown(socket.SHUT_RDWR)  # whoever is still sending is woken
-        self.connection.close()
+            sock.shutdown(socket.SHUT_RDWR)  # the connection stays, since a thread may still be sending there
 
 
 def start_job(farm: Farm, *options: object) -> Program:
