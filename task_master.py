@@ -110,6 +110,10 @@ GOODBYE = 2.0  # seconds for the workers to hear that the job is over
 WORKER_GRACE = 10.0  # seconds for the local worker to leave by itself
 RESTARTS = 5  # of a local worker that ends without having reported anything
 CALLER_LIMIT = 50_000  # records that may wait for the caller of TaskMaster.run
+DOUBT_AFTER = 10  # error outcomes in a row after which a worker gets one task at a time
+FIRST_PAUSE, LAST_PAUSE = 0.25, 60.0  # seconds before such a worker's next task, doubled each time
+OTHERS_GRACE = 2.0  # seconds for other workers to come before such a worker is believed
+AVOID_LIMIT, AVOID_PAUSE = 1000, 0.1  # retries that are left for another worker at a time, and seconds until the next look
 KINDS_LIMIT = 1000  # kinds of failures that are told apart
 KINDS_SHOWN = 10  # kinds of failures in the summary
 
@@ -202,7 +206,7 @@ class IllegalMove(Exception):
 class Task:
     """A task until it is DONE; its state is changed by `Ledger._move` alone."""
 
-    __slots__ = ("failures", "holder", "id", "losses", "ok", "outcome", "state", "text", "worker")
+    __slots__ = ("avoids", "failures", "holder", "id", "losses", "ok", "outcome", "state", "text", "worker")
 
     def __init__(self, task_id: int, text: str) -> None:
         self.id = task_id
@@ -211,6 +215,7 @@ class Task:
         self.failures = 0  # error outcomes so far
         self.losses = 0  # times that its connection was lost
         self.holder: object = None  # who has leased it
+        self.avoids: Standing | None = None  # the worker that it failed on: another one is to retry it
         self.ok = False  # whether the last attempt gave a result
         self.outcome = ""  # of the last attempt, as members of a record; the ledger does not look into it
         self.worker = ""  # that it came from
@@ -219,6 +224,28 @@ class Task:
     def attempts(self) -> int:
         """How often it was started, as far as the master knows."""
         return self.failures + self.losses + self.ok
+
+
+class Standing:
+    """How a worker has done: one whose host lacks a program or a mount fails at once, and would eat the whole queue.
+
+    Users of HTCondor know such a host as a black hole.
+    """
+
+    def __init__(self) -> None:
+        self.slots = 0
+        self.proven = False  # whether it ever had a result
+        self.recent: collections.deque[bool] = collections.deque(maxlen=DOUBT_AFTER)  # whether the last outcomes were ok
+        self.pause = 0.0  # seconds before its next task, while it is in doubt
+        self.resumes_at = 0.0
+
+    def is_failing(self) -> bool:
+        """Whether nothing has worked of late."""
+        return len(self.recent) == DOUBT_AFTER and not any(self.recent)
+
+    def is_good(self) -> bool:
+        """Whether it has had results at least half of the time of late; also when it has not reported yet."""
+        return 2 * sum(self.recent) >= len(self.recent)
 
 
 Sink = Callable[["list[Task]"], None]  # takes tasks that have their last outcome, to record them
@@ -231,8 +258,9 @@ class Ledger:
     A holder is any hashable object that stands for a connection; `now` is a time in seconds, of any clock.
     """
 
-    def __init__(self, retries: int = 0, redeliveries: int = 2, retry_delay: float = 0.0) -> None:
+    def __init__(self, retries: int = 0, redeliveries: int = 2, retry_delay: float = 0.0, others_grace: float = 0.0) -> None:
         self._retries, self._redeliveries, self._retry_delay = retries, redeliveries, retry_delay
+        self._others_grace = others_grace  # seconds after the first worker during which others may come
         self._lock = threading.Lock()
         # Signals `wait_ready`: a task can be leased (once for each one that waits), or `lease` returns None from now on.
         self._leasable = threading.Condition(self._lock)
@@ -244,7 +272,9 @@ class Ledger:
         self._tasks: dict[int, Task] = {}  # all that are not DONE
         self._held: dict[object, dict[int, Task]] = {}
         self._recording = 0  # how many the RECORDER holds
-        self._slots: set[object] = set()
+        self._slots: dict[object, Standing] = {}  # by holder: its worker
+        self._workers: dict[object, Standing] = {}
+        self._others_until = 0.0  # when the grace ends
         self._gate_closed = False  # while whoever takes the records cannot take more
         self.phase = Phase.OVER
         self.reason: BaseException | None = None  # why the job ends early
@@ -300,14 +330,18 @@ class Ledger:
             self._move([task], LEASED, RECORDER)
         return task
 
-    def enlist(self, holder: object) -> None:
-        """Count a holder among the slots between which the READY tasks are divided, until it is dropped."""
+    def enlist(self, holder: object, worker: object, now: float) -> None:
+        """Count a holder among the slots between which the READY tasks are divided, as one of a worker's, until it is dropped."""
         with self._lock:
-            self._slots.add(holder)
+            self._others_until = self._others_until or now + self._others_grace
+            self._slots[holder] = standing = self._workers.setdefault(worker, Standing())
+            standing.slots += 1
 
-    def wait_ready(self, timeout: float, now: float) -> bool:
+    def wait_ready(self, holder: object, timeout: float, now: float) -> bool:
         """Block until `lease` would return tasks or None, for `timeout` seconds at most. Returns whether it would."""
         with self._lock:
+            if (pause := self._pause_of(self._slots.get(holder), now)) > 0:
+                return self._over.wait_for(self.is_over, min(timeout, pause, 1.0))  # nobody else's wake-up
             self._queue_due(now)
             due_in = self._delayed[0][0] - now if self._delayed else timeout
             timeout = min(timeout, due_in, max(1.0, len(self._slots) / IDLE_POLLS))
@@ -321,11 +355,16 @@ class Ledger:
         with self._lock:
             if self.phase > Phase.OVER:
                 return None
-            if self._gate_closed:
+            standing = self._slots.get(holder)
+            if self._gate_closed or self._pause_of(standing, now) > 0:
                 return []
             self._queue_due(now)
             share = len(self._ready) // (2 * len(self._slots) or 1)
-            lease = self._take(max(1, min(limit, max(share, limit // LEASE_FLOOR))), len(self._held.get(holder, ())))
+            limit = max(1, min(limit, max(share, limit // LEASE_FLOOR)))
+            alone = standing is not None and (not standing.proven or self._is_in_doubt(standing, now))
+            lease = self._take(1 if alone else limit, len(self._held.get(holder, ())), standing)
+            if standing:
+                self._slow_down(standing, bool(lease), now)
             self._move(lease, LEASED, holder)
             if self._has_room():
                 self._room.notify_all()
@@ -344,7 +383,12 @@ class Ledger:
         """Take outcomes. Returns tasks to record and then settle, and tasks to be retried. EOFError: nothing is recorded now."""
         last: list[Task] = []
         retried: list[Task] = []
+        outcomes = list(outcomes)
         with self._lock:
+            standing = self._slots.get(holder)
+            if standing:
+                standing.recent.extend([ok for _, ok, _, _ in outcomes[-DOUBT_AFTER:]])
+                standing.proven = standing.proven or any(standing.recent)
             if self.phase == Phase.FAILED or (self.phase == Phase.CLOSED and self._tasks):
                 raise EOFError
             for task_id, ok, final, outcome in outcomes:
@@ -354,6 +398,7 @@ class Ledger:
                     self.dropped += 1  # it has a record, or it is going to be run again anyway
                     continue
                 task.ok, task.outcome = ok, outcome
+                task.avoids = standing if again else None
                 if not ok:
                     task.failures += 1
                     self.failed += not again
@@ -390,8 +435,16 @@ class Ledger:
             self.failed += len(given_up)
             self.redelivered += len(again)
             self._held.pop(holder, None)
-            self._slots.discard(holder)
+            if standing := self._slots.pop(holder, None):
+                standing.slots -= 1
+                self._workers = {worker: standing for worker, standing in self._workers.items() if standing.slots}
         return again, given_up
+
+    def is_in_doubt(self, holder: object, now: float) -> bool:
+        """Whether a holder's worker gets one task at a time, since others do better."""
+        with self._lock:
+            standing = self._slots.get(holder)
+            return standing is not None and self._is_in_doubt(standing, now)
 
     def close_gate(self, closed: bool) -> None:
         """Lease nothing while whoever takes the records cannot take more."""
@@ -484,12 +537,40 @@ class Ledger:
     def _may_lease(self) -> bool:
         return self.phase > Phase.OVER or bool(self._next_ready() and not self._gate_closed)
 
-    def _take(self, limit: int, held: int) -> list[Task]:
-        """Up to `limit` of the tasks to lease next, while they are together small enough and need not be leased alone."""
+    def _is_in_doubt(self, standing: Standing, now: float) -> bool:
+        """Whether a worker fails while another one does not; or may not, having had no time to come."""
+        if not standing.is_failing():
+            return False
+        others = [other for other in self._workers.values() if other is not standing]
+        return any(map(Standing.is_good, others)) or (not others and not standing.proven and now < self._others_until)
+
+    def _pause_of(self, standing: Standing | None, now: float) -> float:
+        """Seconds until a worker may lease again."""
+        if standing is None or (standing.pause and not self._is_in_doubt(standing, now)):
+            return 0.0
+        return standing.resumes_at - now
+
+    def _slow_down(self, standing: Standing, leased: bool, now: float) -> None:
+        """After a lease: set the pause before the worker's next one, if it is in doubt, or if what is READY avoids it."""
+        if not self._is_in_doubt(standing, now):
+            standing.pause = 0.0
+        elif leased:
+            standing.pause = min(LAST_PAUSE, 2 * standing.pause or FIRST_PAUSE)
+        standing.resumes_at = now + (standing.pause if leased else AVOID_PAUSE if self._next_ready() else 0.0)
+
+    def _take(self, limit: int, held: int, standing: Standing | None) -> list[Task]:
+        """Up to `limit` of the tasks to lease next, while they are together small enough and need not be leased alone.
+
+        What failed on this worker is left for another one, if there is one.
+        """
         tasks: list[Task] = []
+        left: list[Task] = []
         room = LEASE_BYTES
         limit = min(limit, LEASE_LIMIT - held)
-        while len(tasks) < limit and (task := self._next_ready()):
+        while len(tasks) < limit and len(left) < AVOID_LIMIT and (task := self._next_ready()):
+            if standing and task.avoids is standing and len(self._workers) > 1:
+                left.append(self._ready.popleft())
+                continue
             room -= len(task.text)
             alone = task.losses or not self._redeliveries
             if tasks and (alone or room < 0):
@@ -498,6 +579,7 @@ class Ledger:
             self._ready_bytes -= len(task.text)
             if alone:
                 break
+        self._ready.extendleft(reversed(left))
         return tasks
 
 
@@ -579,7 +661,7 @@ class TaskQueue:
     def _lease(self, limit: int, wait: float) -> list[Task] | None:
         peer, ledger = this_thread.peer, self._master.ledger
         if wait > 0:
-            ready = ledger.wait_ready(wait, time.monotonic())
+            ready = ledger.wait_ready(peer, wait, time.monotonic())
             if connection.wait([peer.conn.sock], 0):  # its end: it waits for our answer, so it says nothing
                 raise EOFError  # it died while it waited: a task given to it would count as lost
             if not ready:
@@ -1414,7 +1496,8 @@ class TaskMaster:
         self.address = (checked["host"], checked["port"])
         self.timeout = checked["timeout"]
         self.run_id = os.urandom(8).hex()
-        self.ledger = Ledger(checked["retries"], checked["redeliveries"], checked["retry_delay"])
+        grace = 0.0 if workers else OTHERS_GRACE
+        self.ledger = Ledger(checked["retries"], checked["redeliveries"], checked["retry_delay"], grace)
         self.failures: dict[str, list[Any]] = {}  # by kind: how many, and what is said of the first
         self.hosts: dict[str, Host] = collections.defaultdict(Host)
         self.refused: collections.Counter[str] = collections.Counter()  # connections, by host and reason
@@ -1427,6 +1510,7 @@ class TaskMaster:
         arguments = self._worker_arguments(given)
         self._local = [LocalWorker(self, workers, arguments)] if workers else []
         self._restarts = 0
+        self._doubted: set[str] = set()  # workers that were said to fail all their tasks
         self._recording = threading.Lock()  # guards the output, and the order of deciding and writing
         self._counting = threading.Lock()  # guards what is counted for the summary
         self.peers: set[Peer] = set()  # all that are connected
@@ -1585,7 +1669,7 @@ class TaskMaster:
         if problem:
             self._refuse(peer.host, problem)
             return problem
-        self.ledger.enlist(peer)
+        self.ledger.enlist(peer, peer.name, peer.moved_at)
         if first:
             self._log(f"worker {peer.name} connected")
             if digest not in ("", statement.get("digest")):
@@ -1609,6 +1693,10 @@ class TaskMaster:
             last, retried = self.ledger.report(peer, outcomes, peer.moved_at)
             self._record(last, peer.name)
         self._restarts = 0
+        if peer.name not in self._doubted and self.ledger.is_in_doubt(peer, peer.moved_at) and (last or retried):
+            self._doubted.add(peer.name)
+            problem = explain_outcome([*last, *retried][-1])
+            self._log(f"worker {peer.name} fails all its tasks ({problem}) and others do not: it gets one now and then")
         with self._counting:
             host = self.hosts[peer.host]
             host.runs += len(outcomes)

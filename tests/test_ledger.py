@@ -47,6 +47,13 @@ def drop(ledger: Ledger, holder: object) -> tuple[list[int], list[int]]:
     return [task.id for task in again], [task.id for task in given_up]
 
 
+def enlist(ledger: Ledger, *holders: object) -> None:
+    """Workers of one slot each, which have had a result."""
+    for holder in holders:
+        ledger.enlist(holder, holder, 0.0)
+        report(ledger, holder, {-1: OK})
+
+
 def in_thread(target: Any, *args: object) -> threading.Thread:
     thread = threading.Thread(target=target, args=args, daemon=True)
     thread.start()
@@ -337,13 +344,103 @@ def test_the_second_outcome_of_a_task_is_counted_and_dropped(outcome: Any, settl
 def test_the_ready_tasks_are_divided_between_twice_as_many_leases_as_slots() -> None:
     ledger = make_ledger(100)
     for holder in (ANNA, "lost"):
-        ledger.enlist(holder)
+        enlist(ledger, holder)
     ledger.drop("lost")
     assert len(lease(ledger, ANNA, 60)) == 100 // 2
-    ledger.enlist(BERT)
+    enlist(ledger, BERT)
     assert len(lease(ledger, BERT, 40)) == 50 // 4
     assert [len(lease(ledger, BERT, limit)) for limit in (3, 0, -5)] == [3, 1, 1]
     assert len(lease(ledger, BERT, 20 * task_master.LEASE_FLOOR)) == 20  # more than its share
+
+
+def test_a_worker_gets_tasks_singly_until_it_has_had_a_result() -> None:
+    ledger = make_ledger(100)
+    for holder in (ANNA, BERT):
+        ledger.enlist(holder, "their worker", 0.0)
+    assert [lease(ledger, holder, 10) for holder in (ANNA, BERT, ANNA)] == [[0], [1], [2]]
+    report(ledger, BERT, {1: ERROR})
+    assert len(lease(ledger, ANNA, 10)) == 1
+    report(ledger, BERT, {0: OK})
+    assert len(lease(ledger, ANNA, 10)) == 10
+
+
+# ---- a worker that fails all its tasks -----------------------------------------------------------------------------
+
+
+def fail(ledger: Ledger, holder: object, count: int, now: float = 0.0) -> None:
+    for _ in range(count):
+        (task_id,) = lease(ledger, holder, 1, now)
+        report(ledger, holder, {task_id: ERROR}, now)
+
+
+def test_a_worker_that_fails_ten_times_while_another_does_not_gets_single_tasks_with_pauses_that_double() -> None:
+    ledger = make_ledger(100)
+    enlist(ledger, ANNA, BERT)
+    fail(ledger, ANNA, 10)
+    assert ledger.is_in_doubt(ANNA, 0.0) and not ledger.is_in_doubt(BERT, 0.0)
+    got_at, now = [], 0.0
+    while now < 130.0:
+        if ids := lease(ledger, ANNA, 10, now):
+            got_at.append(now)
+            assert len(ids) == 1
+            report(ledger, ANNA, {ids[0]: ERROR}, now)
+        now += 0.25
+    assert got_at == [0.0, 0.25, 0.75, 1.75, 3.75, 7.75, 15.75, 31.75, 63.75, 123.75]  # the last pause is of a minute
+    assert len(lease(ledger, BERT, 10, now)) == 10
+
+
+def test_a_worker_in_doubt_is_like_any_other_with_its_first_result() -> None:
+    ledger = make_ledger(100)
+    enlist(ledger, ANNA, BERT)
+    fail(ledger, ANNA, 10)
+    report(ledger, ANNA, {lease(ledger, ANNA)[0]: OK})
+    assert not ledger.is_in_doubt(ANNA, 0.0)
+    assert len(lease(ledger, ANNA, 10)) == 10
+
+
+def test_a_worker_in_doubt_waits_for_its_pause_and_not_for_tasks() -> None:
+    ledger = make_ledger(100)
+    enlist(ledger, ANNA, BERT)
+    fail(ledger, ANNA, 11)
+    assert lease(ledger, ANNA) == []
+    assert [ledger.wait_ready(holder, 0.01, 0.0) for holder in (ANNA, BERT)] == [False, True]
+    waiter = in_thread(ledger.wait_ready, ANNA, 120.0, 0.0)
+    check_ends([waiter])  # it can hear that the job drains
+    assert ledger.wait_ready(ANNA, 0.01, 0.25) is True
+
+
+@pytest.mark.parametrize("others", ["fail as well", "are not there", "have left"])
+def test_nobody_is_in_doubt_where_nobody_does_better(others: str) -> None:
+    ledger = make_ledger(100)
+    enlist(ledger, ANNA, *[BERT] * (others != "are not there"))
+    if others == "fail as well":
+        fail(ledger, BERT, 7)
+    elif others == "have left":
+        ledger.drop(BERT)
+    fail(ledger, ANNA, 30)
+    assert not ledger.is_in_doubt(ANNA, 0.0)
+
+
+def test_a_worker_that_fails_before_others_can_have_come_is_in_doubt_for_a_while() -> None:
+    ledger = make_ledger(100, others_grace=2.0)
+    ledger.enlist(ANNA, ANNA, 50.0)
+    fail(ledger, ANNA, 10, now=50.0)
+    assert [ledger.is_in_doubt(ANNA, now) for now in (51.9, 52.0)] == [True, False]
+
+
+def test_a_retry_is_left_for_another_worker_if_there_is_one() -> None:
+    ledger = make_ledger(3, retries=2)
+    enlist(ledger, ANNA, BERT)
+    fail(ledger, ANNA, 1)
+    assert lease(ledger, ANNA, 5) + lease(ledger, ANNA, 5) == [1, 2]  # divided between the two
+    assert lease(ledger, ANNA, 5) == []
+    assert ledger.wait_ready(ANNA, 0.01, 0.0) is False  # it does not ask again and again
+    assert ledger.wait_ready(ANNA, 0.01, task_master.AVOID_PAUSE) is True
+    assert lease(ledger, BERT, 5) == [0]
+    report(ledger, BERT, {0: ERROR})
+    drop(ledger, ANNA)
+    assert lease(ledger, BERT, 5) == [0]  # there is nobody else now
+    ledger.audit()
 
 
 def test_a_task_that_was_lost_before_or_may_not_be_lost_is_leased_alone() -> None:
@@ -455,11 +552,11 @@ def test_an_outcome_that_comes_again_after_the_end_is_acknowledged() -> None:
 def start_waiting(ledger: Ledger, count: int, act: Callable[[int], object] = id) -> tuple[list[threading.Thread], list[bool]]:
     """Threads that wait for a task, hear of it and act; among so many slots that each may wait for two minutes."""
     for slot in range(int(120 * task_master.IDLE_POLLS)):
-        ledger.enlist(slot)
+        enlist(ledger, slot)
     answers: list[bool] = []
 
     def wait(holder: int) -> None:
-        answers.append(ledger.wait_ready(120.0, 0.0))
+        answers.append(ledger.wait_ready(holder, 120.0, 0.0))
         act(holder)
 
     waiters = [in_thread(wait, holder) for holder in range(count)]
@@ -497,16 +594,16 @@ def test_one_who_leaves_tasks_behind_wakes_the_next() -> None:
 
 
 def test_waiting_ends_without_a_task_when_the_time_is_over_though_the_gate_is_closed_or_a_retry_is_not_due() -> None:
-    assert make_ledger().wait_ready(0.01, 0.0) is False
+    assert make_ledger().wait_ready(ANNA, 0.01, 0.0) is False
     ledger = make_ledger(1)
     ledger.close_gate(True)
-    assert ledger.wait_ready(0.01, 0.0) is False
+    assert ledger.wait_ready(ANNA, 0.01, 0.0) is False
     ledger.close_gate(False)
-    assert ledger.wait_ready(0.01, 0.0) is True
+    assert ledger.wait_ready(ANNA, 0.01, 0.0) is True
     ledger = make_ledger(1, retries=1, retry_delay=10.0)
     lease(ledger, ANNA)
     report(ledger, ANNA, {0: ERROR})
-    assert [ledger.wait_ready(0.01, now) for now in (0.0, 10.0)] == [False, True]
+    assert [ledger.wait_ready(ANNA, 0.01, now) for now in (0.0, 10.0)] == [False, True]
 
 
 @pytest.mark.parametrize(("limit", "value"), [("READY_LIMIT", 2), ("READY_BYTES", 2)])
@@ -563,7 +660,7 @@ class Walk(RuleBasedStateMachine):
         self.live.add(holder)
         self.held[holder] = set()
         if holder % 3:
-            self.ledger.enlist(holder)
+            self.ledger.enlist(holder, holder % 2, self.now)
 
     def draw_ids(self, data: st.DataObject, ids: Iterable[int]) -> list[int]:
         """All of them, or some that follow each other."""

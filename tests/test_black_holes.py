@@ -1,0 +1,55 @@
+"""A host on which every task fails at once: it gets few of them, and a retry goes elsewhere."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from lab import Farm, Program
+
+FUNCTIONS = """
+import os, time
+
+def work(n):
+    if os.environ.get("LACKS") or n < 0:
+        raise FileNotFoundError(f"/mnt/data/{n}")
+    time.sleep(0.02)
+    return n
+"""
+
+
+def start_farm(farm: Farm, tasks: list[int], *options: object, **hosts: bool) -> tuple[Program, list[Program]]:
+    """A master, and a worker for each host, which may lack something."""
+    (farm.folder / "holes.py").write_text(FUNCTIONS)
+    (farm.folder / "tasks.jsonl").write_text("".join(f"{n}\n" for n in tasks))
+    master = farm.master("--tasks", "tasks.jsonl", "--results", "results.jsonl", *options)
+    where = ("--port", master.port(), "--processes", 2, "--function", "holes:work")
+    return master, [
+        farm.run("task_worker.py", *where, env=farm.env(TASK_HOST=name, LACKS="a mount" if lacks else None))
+        for name, lacks in hosts.items()
+    ]
+
+
+def failed(records: list[dict[str, Any]]) -> list[int]:
+    return [record["id"] for record in records if "error" in record]
+
+
+@pytest.mark.parametrize("first", ["bad", "good"])
+@pytest.mark.parametrize("retries", [0, 1])
+def test_a_host_that_fails_at_once_does_not_eat_the_queue(farm: Farm, retries: int, first: str) -> None:
+    hosts = dict(sorted({"bad": True, "good1": False, "good2": False}.items(), reverse=first == "good"))
+    master, workers = start_farm(farm, [*range(2000)], "--retries", retries, **hosts)
+    assert master.wait() == (1 if retries == 0 else 0)
+    assert [worker.wait() for worker in workers] == [0, 0, 0]
+    records = farm.records()
+    assert len(records) == 2000
+    assert len(failed(records)) <= (30 if retries == 0 else 0)
+    (said,) = [line for line in master.stderr if "fails all its tasks" in line]
+    assert "bad/" in said and "FileNotFoundError: /mnt/data/" in said
+
+
+def test_tasks_that_fail_everywhere_cast_no_doubt_on_anybody(farm: Farm) -> None:
+    master, workers = start_farm(farm, [-1] * 3000, one=False, two=False)
+    assert master.wait() == 1
+    assert [worker.wait() for worker in workers] == [0, 0]
+    assert len(failed(farm.records())) == 3000
