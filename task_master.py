@@ -1905,27 +1905,27 @@ def make_parser() -> Parser:
     )
     group = parser.add_argument_group("tasks")
     group.add_argument("task", nargs="*", metavar="TASK", help="a JSON value (default: ten random integers)")
-    group.add_argument("--tasks", metavar="FILE", help="JSON Lines, one task a line; - is standard input, read as it arrives")
+    group.add_argument("--tasks", metavar="FILE", help="JSON Lines, one task a line; -: standard input")
     group.add_argument("--text", action="store_true", help="a task is a line of text, not of JSON")
-    group.add_argument("-0", "--null", action="store_true", help="a task is a text that ends with a zero byte (find -print0)")
+    group.add_argument("-0", "--null", action="store_true", help="tasks end with a zero byte (find -print0)")
     parser._has_negative_number_optionals.clear()  # of -0; so that --port -1 is a bad port, and -5 a TASK
     group = parser.add_argument_group("results")
-    group.add_argument("--results", metavar="FILE", help="append a record of each task; - is standard output")
+    group.add_argument("--results", metavar="FILE", help="a record of each task; -: standard output")
     group.add_argument("--resume", action="store_true", help="carry on with the job of the results file")
-    group.add_argument("--ordered", action="store_true", help="put the file in the order of the tasks in the end")
+    group.add_argument("--ordered", action="store_true", help="put the file in the order of the tasks")
     group = parser.add_argument_group("workers")
     group.add_argument("--workers", type=TYPES["workers"], default=0, metavar="N", help="start so many processes here, too")
     add_function_options(group)
     group = parser.add_argument_group("limits")
-    text = "before the first retry, doubled for each further one (default: %(default)g)"
-    group.add_argument("--timeout", type=TYPES["timeout"], metavar="SECONDS", help="that a task may take (default: no limit)")
+    text = "before the first retry, then doubled (default: %(default)g)"
+    group.add_argument("--timeout", type=TYPES["timeout"], metavar="S", help="that a task may take (default: no limit)")
     group.add_argument("--retries", type=NUMBER, default=0, metavar="N", help="of a task, after errors (default: %(default)s)")
-    group.add_argument("--retry-delay", type=TYPES["retry_delay"], default=0.0, metavar="SECONDS", help=text)
+    group.add_argument("--retry-delay", type=TYPES["retry_delay"], default=0.0, metavar="S", help=text)
     text = "of a task, after lost workers (default: %(default)s)"
     group.add_argument("--redeliveries", type=NUMBER, default=2, metavar="N", help=text)
     group.add_argument("--max-failures", type=COUNT, metavar="N", help="failed tasks that end the job (default: no limit)")
     group = parser.add_argument_group("where workers reach it")
-    host_help = "address to listen on (default: %(default)s; 0.0.0.0: any)"
+    host_help = "where to listen (default: %(default)s; 0.0.0.0: any)"
     add_connection_options(group, 0, host_help, f"the key (default: {DEFAULT_KEY_FILE}, made if missing)")
     return parser
 

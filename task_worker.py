@@ -323,7 +323,8 @@ class Parser(argparse.ArgumentParser):
     """Says what is wrong with the command line in one line."""
 
     def __init__(self, **options: Any) -> None:
-        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+        formatter = functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=27)
+        super().__init__(allow_abbrev=False, formatter_class=formatter, **options)
         self.add_argument("--quiet", action="store_true", help="say nothing but errors, and where the master listens")
         self.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
 
@@ -360,9 +361,9 @@ def parse_host(text: str) -> str:
 def add_function_options(group: Any) -> None:
     """What is run, and for how long in one process."""
     what = group.add_mutually_exclusive_group()
-    what.add_argument("--function", metavar="MODULE:NAME", help="called with each task (default: the square of a number)")
-    what.add_argument("--command", metavar="TEMPLATE", help="run in a shell for each task; {} stands for the task")
-    group.add_argument("--tasks-per-process", type=COUNT, metavar="N", help="a fresh process after N tasks (default: no limit)")
+    what.add_argument("--function", metavar="MODULE:NAME", help="called with each task (default: squares a number)")
+    what.add_argument("--command", metavar="TEMPLATE", help="run in a shell for each task; {} is the task")
+    group.add_argument("--tasks-per-process", type=COUNT, metavar="N", help="a fresh process after N (default: no limit)")
 
 
 def add_connection_options(group: Any, lowest_port: int, host_help: str, key_help: str) -> None:
@@ -372,7 +373,7 @@ def add_connection_options(group: Any, lowest_port: int, host_help: str, key_hel
     group.add_argument("--port", type=port, default=5000, help="(default: %(default)s)")
     group.add_argument("--authkey-file", metavar="FILE", help=key_help)
     tls = group.add_mutually_exclusive_group()
-    tls.add_argument("--tls", action="store_true", default=None, help="encrypt (default beyond loopback; Python 3.13 or newer)")
+    tls.add_argument("--tls", action="store_true", default=None, help="encrypt (default beyond loopback; Python 3.13+)")
     tls.add_argument("--no-tls", dest="tls", action="store_false", help="do not encrypt")
 
 
@@ -1426,7 +1427,7 @@ def make_parser() -> Parser:
     group = parser.add_argument_group("where the master is")
     add_connection_options(group, 1, "its name or address (default: %(default)s)", f"its key (default: {DEFAULT_KEY_FILE})")
     seconds = bounded(float, 0, 1e9, "a time: it takes seconds, 0 for ever")
-    text = "how long to look for it (default: %(default)g; 0: for ever, and again after each job)"
+    text = "to look for it (default: %(default)g; 0: for ever, and after each job)"
     group.add_argument("--wait", type=seconds, default=60.0, metavar="S", help=text)
     return parser
 
