@@ -566,7 +566,7 @@ class Ledger:
         tasks: list[Task] = []
         left: list[Task] = []
         room = LEASE_BYTES
-        limit = min(limit, LEASE_LIMIT - held)
+        limit = min(limit, LEASE_LIMIT // 2, LEASE_LIMIT - held)  # half, since it asks for more before its report is read
         while len(tasks) < limit and len(left) < AVOID_LIMIT and (task := self._next_ready()):
             if standing and task.avoids is standing and len(self._workers) > 1:
                 left.append(self._ready.popleft())

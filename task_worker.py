@@ -999,7 +999,7 @@ class Link:
         self._answer_limit = limit
 
     def call(self, *messages: bytes, patient: bool = False) -> Any:
-        """Make one or two calls in one round trip; returns what the last one does. Only that one may wait at the master.
+        """Make calls in one round trip. Returns what the first one does; `receive` what each of the others does.
 
         With `patient` the answer may take its time, as long as the connection lives: the master's disk may be slow.
         """
@@ -1009,17 +1009,16 @@ class Link:
         except OSError as error:  # it is closed, since a call before this one was its end
             raise EOFError(str(error)) from error
         self._connection.send_bytes(*messages)
-        value = self._receive()
+        value = self.receive()
         if len(messages) > 1:
-            self.round_trip = min(time.monotonic() - asked_at, 1.25 * self.round_trip)
-            value = self._receive()
-        self.called_at = time.monotonic()
+            self.round_trip = min(self.called_at - asked_at, 1.25 * self.round_trip)
         return value
 
-    def _receive(self) -> Any:
-        """What a call has returned."""
+    def receive(self) -> Any:
+        """What a call has returned; blocks until it is there."""
         try:
             (kind, form, *_), text = unpack(self._connection.recv_bytes())
+            self.called_at = time.monotonic()
             if kind == "#RETURN" and form in ("text", "none"):
                 return text if form == "text" else None
             if kind == "#RETURN" and len(text) < SETTINGS_LIMIT:
@@ -1048,7 +1047,8 @@ class Slot(threading.Thread):
         self._time_limit = math.inf  # seconds for a task
         self._fed: list[str] = []  # what the child has, or is to have next, as `ID TEXT`
         self._done = 0  # how many of those have an outcome
-        self._outcomes: list[str] = []  # that are not yet reported: a line of ids, and a line for each of them
+        self._outcomes: list[str] = []  # that are not acknowledged: a line of ids, and a line for each of them
+        self._sent = 0  # how many of these were sent along with the last request for tasks
         self._reported_at = self._busy_from = 0.0
 
     def run(self) -> None:
@@ -1108,11 +1108,13 @@ class Slot(threading.Thread):
         limit = 1
         try:
             joined = self._link and self._join(self._link)
+            self._report()  # first, so that what was finished without a connection is not leased again
             while joined and self._link and not self._worker.leaving.is_set():
                 lease = self._lease(self._link, limit)
                 if lease is None:
+                    self._report()
                     self._worker.end_job(self._run_id)
-                    self._link.close()  # before the child has ended, since the master waits for that
+                    self._leave()  # before the child has ended, since the master waits for that
                     self._stop_child()  # the next job begins with a fresh one
                     break
                 if lease:
@@ -1121,8 +1123,11 @@ class Slot(threading.Thread):
             self._lose_link(error)
         finally:
             self._report()
-            if self._link:
-                self._link.close()
+            self._leave()
+
+    def _leave(self) -> None:
+        if self._link:
+            self._link.close()
 
     def _join(self, link: Link) -> bool:
         """State what we run. Returns whether to work for this master; if not, waits a little."""
@@ -1142,11 +1147,15 @@ class Slot(threading.Thread):
         return True
 
     def _lease(self, link: Link, limit: int) -> str | None:
-        """Report what is finished and lease anew, in one round trip. Returns lines; None when the job is over."""
+        """Lease anew and report what is finished, in one round trip. Returns lines; None when the job is over.
+
+        The child gets its tasks while the master still records, and the acknowledgement is awaited before the next call.
+        """
         self._report(keep=1)
         reports = [self._pack_report() for _ in self._outcomes]
-        lease = link.call(*reports, pack(f"{TASKS} lease {limit} {LEASE_WAIT}"), patient=bool(reports))
-        self._outcomes.clear()
+        wait = 0 if reports else LEASE_WAIT
+        lease = link.call(pack(f"{TASKS} lease {limit} {wait}"), *reports, patient=bool(reports))
+        self._sent = len(reports)
         self._worker.served_at = time.monotonic()
         if lease is not None and not isinstance(lease, str):
             raise EOFError("it leases what is no task")
@@ -1155,6 +1164,7 @@ class Slot(threading.Thread):
     def _report(self, keep: int = 0) -> None:
         """Hand outcomes to the master, all but `keep`. When the connection is lost meanwhile, the others are kept."""
         self._reported_at = time.monotonic()
+        self._tell()
         while len(self._outcomes) > keep and self._link and self._tell(self._pack_report(), patient=True):
             del self._outcomes[0]
 
@@ -1174,20 +1184,24 @@ class Slot(threading.Thread):
         elif self._link and now - self._link.called_at > BEAT_INTERVAL:
             self._tell(pack(f"{TASKS} beat"))
 
-    def _tell(self, message: bytes, patient: bool = False) -> bool:
-        """Call the master if it can be reached. Returns False when it cannot: the link is gone then."""
+    def _tell(self, *messages: bytes, patient: bool = False) -> bool:
+        """Call the master if it can be reached, after what it still owes. Returns False when it cannot: the link is gone then."""
         try:
+            if self._link and self._sent:
+                self._link.receive()
+                del self._outcomes[: self._sent]
+                self._sent = 0
+            if self._link and messages:
+                self._link.call(*messages, patient=patient)
             if self._link:
-                self._link.call(message, patient=patient)
-                self._worker.served_at = time.monotonic()
+                self._worker.served_at = self._link.called_at
         except EOFError as error:
             self._lose_link(error)
         return self._link is not None
 
     def _lose_link(self, error: EOFError) -> None:
-        if self._link:
-            self._link.close()
-        self._link = None
+        self._leave()
+        self._link, self._sent = None, 0
         self._worker.miss(error)
 
     # with the child
