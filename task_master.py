@@ -1969,6 +1969,7 @@ class Job:
         self._options, self._argv = options, argv
         self._log: Callable[[str], None] = (lambda text: None) if options.quiet else say
         self._stopped_by = 0  # signal number
+        self._drained = False  # because of it: it came before the job was over
         self._began_at = self._shown_at = time.monotonic()
         limits = {name: getattr(options, name) for name in [*TYPES, "function", "command", "tls", "quiet"]}
         self._master = TaskMaster(authkey=find_key(options.authkey_file), log=self._log, **limits)
@@ -2018,6 +2019,7 @@ class Job:
 
     def _look(self) -> None:
         if self._stopped_by and self._master.ledger.phase < Phase.DRAINING:
+            self._drained = True
             self._master.ledger.end(Phase.DRAINING)
             say("draining: waiting for the tasks that run (once more to leave at once)")
         if self._results:
@@ -2076,11 +2078,11 @@ class Job:
                 problem = problem or failure
         if ledger.done or not problem:
             self._summarize()
-        if self._stopped_by or (ledger.done and getattr(problem, "status", 0) == 1):
+        if self._drained or (ledger.done and getattr(problem, "status", 0) == 1):
             say(f"stopped; {self._tell_resume()}")
         if problem:
             raise problem
-        if self._stopped_by:
+        if self._drained:
             return 128 + self._stopped_by
         return 1 if ledger.failed else 0
 

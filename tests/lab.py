@@ -1,4 +1,4 @@
-"""What several test files need: the real programs in a farm of their own, the wire by hand, false masters, relays, processes."""
+"""What several test files need: the real programs in a farm of their own, the wire by hand, relays, processes, the README."""
 
 from __future__ import annotations
 
@@ -369,6 +369,24 @@ def peak_memory(pid: int) -> int:
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
     return int(psutil.Process(pid).memory_info().rss)
+
+
+# ---- the README ----------------------------------------------------------------------------------------------------
+
+README = (ROOT / "README.md").read_text()
+BLOCK = re.compile(r"(?:<!-- test: (?P<name>.+?) -->\n)?```(?P<language>\w+)\n(?P<text>.*?)```", re.DOTALL)
+# By the name in the comment before the block or in its first line, else by that line; there is one unit for systemd
+BLOCKS = {
+    match["name"] or ("service" if match["language"] == "ini" else match["text"].split("\n")[0].removeprefix("# ")): match["text"]
+    for match in BLOCK.finditer(README)
+}
+
+
+def find_block(start: str) -> str:
+    """The block with this name, or the one whose first line begins so."""
+    found = [text for key, text in BLOCKS.items() if key == start or (start not in BLOCKS and key.startswith(start))]
+    assert len(found) == 1, f"{len(found)} blocks for {start!r} in the README"
+    return found[0]
 
 
 # ---- Pythons -------------------------------------------------------------------------------------------------------

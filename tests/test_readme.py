@@ -25,7 +25,20 @@ from typing import Any
 
 import psutil
 import pytest
-from lab import PATIENCE, ROOT, Farm, Program, check_once, children_of, free_port, tls_python, wait_until
+from lab import (
+    BLOCKS,
+    PATIENCE,
+    README,
+    ROOT,
+    Farm,
+    Program,
+    check_once,
+    children_of,
+    find_block,
+    free_port,
+    tls_python,
+    wait_until,
+)
 
 import task_master
 import task_worker
@@ -34,25 +47,12 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # what aiosmtpd imports is deprecated in Python 3.14
     from aiosmtpd.controller import Controller
 
-README = (ROOT / "README.md").read_text()
-BLOCK = re.compile(r"(?:<!-- test: (?P<name>.+?) -->\n)?```(?P<language>\w+)\n(?P<text>.*?)```", re.DOTALL)
-# By the name in the comment before the block or in its first line, else by that line; there is one unit for systemd
-BLOCKS = {
-    match["name"] or ("service" if match["language"] == "ini" else match["text"].split("\n")[0].removeprefix("# ")): match["text"]
-    for match in BLOCK.finditer(README)
-}
 needs = pytest.mark.skipif
 
 
-def find_block(start: str) -> str:
-    """The block with this name, or the one whose first line begins so."""
-    found = [text for key, text in BLOCKS.items() if key == start or (start not in BLOCKS and key.startswith(start))]
-    assert len(found) == 1, f"{len(found)} blocks for {start!r} in the README"
-    return found[0]
-
-
 def test_no_block_is_without_a_test() -> None:
-    asked = re.findall(r"""(?:find_block|write|read_transcript)\((["'])(.+?)\1\)""", Path(__file__).read_text())
+    tests = "".join(Path(__file__).with_name(name).read_text() for name in ("test_readme.py", "test_slurm.py"))
+    asked = re.findall(r"""(?:find_block|write|read_transcript)\((["'])(.+?)\1\)""", tests)
     assert [key for key in BLOCKS if not any(key.startswith(start) for _, start in asked)] == []
     assert README.count("\n```") == 2 * len(BLOCKS), "a block has no language, or two have the same name"
 
@@ -874,6 +874,8 @@ def test_the_table_has_the_options_of_the_help(heading: str, module: Any) -> Non
 
 def test_every_option_that_is_named_is_one_of_the_two_programs() -> None:
     others = {"--now", "--strict", "--quiet", "--editable"}  # of systemctl, mypy and pip
+    others |= {"--nodes", "--ntasks-per-node", "--exclusive", "--time", "--signal", "--requeue", "--open-mode"}  # of sbatch
+    others |= {"--cpus-per-task", "--kill-on-bad-exit"}  # of srun
     assert options_in(README) - options_of(task_master) - options_of(task_worker) <= others
 
 

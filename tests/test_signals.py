@@ -23,6 +23,7 @@ from lab import (
     check_silence,
     children_of,
     descendants_of,
+    ok,
     wait_until,
     without_key,
 )
@@ -142,6 +143,18 @@ def test_the_second_signal_makes_the_master_leave_at_once(farm: Farm, number: in
     check_silence(master)
     farm.let_go()
     finish(farm, farm.run("task_master.py", *master.process.args[2:], "--resume"))
+
+
+def test_a_signal_that_comes_when_the_job_is_over_does_not_say_that_it_was_stopped(farm: Farm) -> None:
+    master = farm.master("3", *RESULTS)
+    peer = farm.peer(master)  # which stays, so that the master waits a while for it to leave
+    run_id = peer.join()
+    (task_id,) = peer.lease_ids()
+    peer.report(run_id, ok(task_id, 9))
+    master.signal(signal.SIGTERM)
+    assert master.wait() == 0, master.stderr
+    assert not master.said("stopped|draining")
+    assert [record["result"] for record in farm.records()] == [9]
 
 
 def test_a_master_that_leaves_at_once_takes_its_local_workers_along(farm: Farm) -> None:
