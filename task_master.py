@@ -565,21 +565,26 @@ class Ledger:
         """
         tasks: list[Task] = []
         left: list[Task] = []
-        room = LEASE_BYTES
+        room, ready = LEASE_BYTES, self._ready
         limit = min(limit, LEASE_LIMIT // 2, LEASE_LIMIT - held)  # half, since it asks for more before its report is read
-        while len(tasks) < limit and len(left) < AVOID_LIMIT and (task := self._next_ready()):
+        while ready and len(tasks) < limit and len(left) < AVOID_LIMIT:
+            task = ready.popleft()
+            self._ready_bytes -= len(task.text)
+            if task.state != READY:  # recorded after a late report
+                continue
             if standing and task.avoids is standing and len(self._workers) > 1:
-                left.append(self._ready.popleft())
+                left.append(task)
                 continue
             room -= len(task.text)
             alone = task.losses or not self._redeliveries
             if tasks and (alone or room < 0):
+                left.append(task)
                 break
-            tasks.append(self._ready.popleft())
-            self._ready_bytes -= len(task.text)
+            tasks.append(task)
             if alone:
                 break
-        self._ready.extendleft(reversed(left))
+        ready.extendleft(reversed(left))
+        self._ready_bytes += sum([len(task.text) for task in left])
         return tasks
 
 
