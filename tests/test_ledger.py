@@ -455,9 +455,9 @@ def test_a_task_that_was_lost_before_or_may_not_be_lost_is_leased_alone() -> Non
 def test_what_one_lease_and_one_connection_hold_is_bounded_unless_a_single_task_is_larger(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(task_master, "LEASE_LIMIT", 3)
+    monkeypatch.setattr(task_master, "LEASE_LIMIT", 4)
     ledger = make_ledger(9)
-    assert [lease(ledger, holder, 2) for holder in (ANNA, ANNA, ANNA, BERT)] == [[0, 1], [2], [], [3, 4]]
+    assert [lease(ledger, holder, 9) for holder in (ANNA, ANNA, ANNA, BERT)] == [[0, 1], [2, 3], [], [4, 5]]
     monkeypatch.setattr(task_master, "LEASE_BYTES", 100)
     ledger = make_ledger()
     ledger.submit([(number, '"%s"' % ("x" * size)) for number, size in enumerate([48, 48, 48, 200, 1])])
