@@ -742,9 +742,12 @@ def sample_night(lab: Lab, product: Product) -> list[Values]:
             time.sleep(0.2)
 
     def look_at(process: psutil.Popen, name: str) -> Values:
+        """What it holds, with all that it has started; tasks that die and time out replace some of these now and then."""
+        tree = [process, *process.children(recursive=True)]
         return {
-            f"MB of the {name}": process.memory_info().rss / MB, f"descriptors of the {name}": process.num_fds(),
-            f"threads of the {name}": process.num_threads(), f"children of the {name}": len(process.children(recursive=True)),
+            f"MB of the {name}": sum(one.memory_info().rss for one in tree) / MB, f"processes of the {name}": len(tree),
+            f"descriptors of the {name}": sum(one.num_fds() for one in tree),
+            f"threads of the {name}": sum(one.num_threads() for one in tree),
         }  # fmt: skip
 
     lab.results.unlink(missing_ok=True)
@@ -756,10 +759,11 @@ def sample_night(lab: Lab, product: Product) -> list[Values]:
         for _ in range(60):
             with lab.running(product.worker(farm.port, 2, "functions:dream")):
                 time.sleep(lab.minutes)  # a sixtieth of the night
-                samples.append({**look_at(farm.process, "master"), **look_at(worker, "worker")})
+                with contextlib.suppress(psutil.NoSuchProcess):  # it just ended
+                    samples.append({**look_at(farm.process, "master"), **look_at(worker, "worker")})
             relay.close()
             relay.enter_context(lab.relay(farm.port, port=near))
-            print(f"  {lab.results.stat().st_size / MB:.0f} MB of records; {samples[-1]}", file=sys.stderr, flush=True)
+            print(f"  {lab.results.stat().st_size / MB:.0f} MB of records; {samples[-1:]}", file=sys.stderr, flush=True)
     return samples
 
 
