@@ -49,6 +49,7 @@ import errno
 import functools
 import gc
 import heapq
+import importlib.machinery
 import importlib.util
 import io
 import itertools
@@ -58,12 +59,14 @@ import queue
 import random
 import re
 import shlex
+import shutil
 import signal
 import socket
 import stat
 import subprocess
 import threading
 import time
+import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from multiprocessing import connection, managers
 from typing import Any, BinaryIO, Callable, NamedTuple
@@ -79,7 +82,8 @@ if "task_worker" not in sys.modules:  # the one beside this file, wherever Pytho
 
 # fmt: off
 from task_worker import (  # noqa: E402, I001
-    COUNT, DEFAULT_KEY_FILE, ERROR, FINAL, LOADING, PLAIN_WARNING, PROTOCOL, RESULT, SILENCE_LIMIT, STOP_SIGNALS, TEXT_LIMIT,
+    BEAT_INTERVAL, COUNT, DEFAULT_KEY_FILE, ERROR, FINAL, LOADING, PLAIN_WARNING, PROTOCOL, RESULT, SILENCE_LIMIT, STANDARD,
+    STOP_SIGNALS, TEXT_LIMIT,
     Failure, Parser, PlainConnection, add_connection_options, add_function_options, bounded, catch_signals, check_key, check_spec,
     describe_error, encode_result, explain_error, format_error, format_outcome, is_loopback, make_tls_context,
     prepare_process, pack, parse_host, parse_template, read_key, show_address, unpack, write_all,
@@ -105,10 +109,12 @@ BACKLOG = 1024  # connections that the system holds for us; multiprocessing's 16
 GAP_LIMIT = 10_000_000  # ids without a record, in a row, that a results file may have
 SYNC_INTERVAL = 0.7  # seconds that records may wait for their fsync; with LOOK_INTERVAL that is less than one
 PROGRESS_INTERVAL = 30.0  # seconds between lines of progress where there is no terminal
-LOOK_INTERVAL = 0.2  # seconds between looks at signals, local workers and the clock
+LOOK_INTERVAL = 0.2  # seconds between looks at signals and the clock
 GOODBYE = 2.0  # seconds for the workers to hear that the job is over
-WORKER_GRACE = 10.0  # seconds for the local worker to leave by itself
+WORKER_GRACE = 10.0  # seconds for a worker that we have started to leave by itself
 RESTARTS = 5  # of a local worker that ends without having reported anything
+PACK_LIMIT = 20 << 20  # bytes of the module or package of --function that go to a host
+RETRY_PAUSE = 60.0  # seconds between attempts to reach a host, at most
 CALLER_LIMIT = 50_000  # records that may wait for the caller of TaskMaster.run
 KINDS_LIMIT = 1000  # kinds of failures that are told apart
 KINDS_SHOWN = 10  # kinds of failures in the summary
@@ -1294,48 +1300,250 @@ def print_text(text: str, encoding: str = "utf-8") -> None:
 
 
 class LocalWorker:
-    """The task_worker.py beside this file, run on this host for as long as the job lasts."""
+    """The task_worker.py beside this file, run on this host; started again when it ends too early, in a thread of its own.
 
-    def __init__(self, master: TaskMaster, processes: int, arguments: list[str]) -> None:
-        self._master = master
-        self._command = [sys.executable, WORKER_FILE, "--processes", str(processes), *arguments]
+    It serves this master alone, and ends with its standard input, so with this process.
+    """
+
+    def __init__(self, master: TaskMaster, arguments: list[str], name: str = "") -> None:
+        self.host = name or socket.gethostname()
+        self.reason = "it has left"  # when it has ended: why it is not started again
+        self.ended = threading.Event()
+        self._master, self._arguments = master, arguments
+        self._environment = {"TASK_AUTHKEY": os.fsdecode(master.authkey), "TASK_RUN": master.run_id, "TASK_HOST": name}
         self._process: subprocess.Popen[bytes] | None = None
+        self._stopping = threading.Event()
 
     def start(self) -> None:
-        """Start the process, with the key in its environment; it ends with its standard input, so with this process.
-
-        What it prints goes to our standard error. When it ends, `replace_worker` is called.
-        """
-        host, port = self._master.address
-        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-        self._process = subprocess.Popen(
-            [*self._command, "--host", host, "--port", str(port)],
-            env={**os.environ, "TASK_AUTHKEY": os.fsdecode(self._master.authkey), "TASK_RUN": self._master.run_id},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE if console.is_terminal else 2,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,  # Ctrl-C in the terminal is for the master, which then drains
-        )
-        threading.Thread(target=self._watch, args=(self._process,), daemon=True).start()
-
-    def _watch(self, process: subprocess.Popen[bytes]) -> None:
-        """Pass on what it prints, so that it does not run into the progress; then see how it ended."""
-        while process.stdout and (line := process.stdout.readline(1 << 16)):
-            console.write(line)
-        with process:
-            status = process.wait()
-        self._master._replace_worker(self, status)
+        """Let it run from now on."""
+        threading.Thread(target=self._keep, daemon=True).start()
 
     def stop(self, grace: float) -> None:
-        """Give it `grace` seconds to leave by itself; then end it with all that it has started."""
+        """Give it `grace` seconds to leave by itself, then end it with all that it has started; blocks until that is done."""
+        self._stopping.set()
+        if not self.ended.wait(grace):
+            self.end()
+        while not self.ended.wait(WORKER_GRACE):
+            if self._process:
+                self._process.kill()
+
+    def end(self) -> None:
+        """Have it leave at once. A signal handler may call this."""
         if self._process and self._process.stdin:
-            end, kill = self._process.stdin.close, self._process.kill
-            timers = [threading.Timer(grace, end), threading.Timer(grace + WORKER_GRACE, kill)]
-            for timer in timers:
-                timer.start()
-            self._process.wait()  # with a timeout it would look only every 50 ms
-            for timer in timers:
-                timer.cancel()
+            self._process.stdin.close()
+
+    def _keep(self) -> None:
+        while self._master.ledger.phase <= Phase.OVER and not self._stopping.is_set():
+            status = self._run()
+            if self._master.ledger.phase > Phase.OVER or not self._may_go_on(status):
+                break
+        self.ended.set()
+        self._master._look_for_workers()
+
+    def _run(self) -> int:
+        """Run it once, to its end, and return the exit status. Each line that it prints goes to `_take`."""
+        command, environ, stdout = self._find_command()
+        try:
+            process = self._process = subprocess.Popen(
+                command,
+                env=environ,
+                stdin=subprocess.PIPE,
+                stdout=stdout,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # Ctrl-C in the terminal is for the master, which then drains
+            )
+        except OSError as error:
+            say(f"cannot run {command[0]}: {explain_error(error)}")
+            return 255
+        if self._stopping.is_set():
+            self.end()
+        while process.stdout and (line := process.stdout.readline(1 << 16)):
+            self._take(process, line)
+        with contextlib.suppress(OSError), process:  # closes its pipes
+            process.wait()
+        return process.returncode
+
+    def _find_command(self) -> tuple[list[str], dict[str, str], int]:
+        """The command line, the environment, and where standard output goes: not into the progress."""
+        host, port = self._find_master()
+        command = [sys.executable, WORKER_FILE, *self._arguments, "--host", host, "--port", str(port)]
+        return command, {**os.environ, **self._environment}, subprocess.PIPE if console.is_terminal else 2
+
+    def _find_master(self) -> tuple[str, int]:
+        """Where this host reaches the master."""
+        host, port = self._master.address
+        return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host), port
+
+    def _take(self, _process: subprocess.Popen[bytes], line: bytes) -> None:
+        console.write(line)
+
+    def _may_go_on(self, status: int) -> bool:
+        """Whether to start it again after this exit status; blocks for as long as one should wait before that."""
+        return self._master._may_restart(status)
+
+
+SSH = "ssh -T -o BatchMode=yes -o ExitOnForwardFailure=yes -o ControlPath=none -o LogLevel=INFO -o ServerAliveInterval=15".split()
+# The next attempt would end so, too: no Python there (126, 127), an old one, a full disk (1), no such function (2), refused (3).
+HOPELESS = (1, 2, 3, 126, 127)
+find_hopeless = re.compile(  # in what ssh says
+    r"Permission denied \(|Too many authentication failures|Host key (verification failed|for .* has changed)|"
+    r"no matching .* found|forwarding (failed|is disabled)|Could not resolve hostname(?!.*emporary)|"
+    r"Bad (owner|configuration)|Cannot execute command-line"
+).search
+match_ssh_host = re.compile(  # no part may begin with `-`: ssh would take it for an option
+    r"(?:([1-9]\d*)/)?(?!-)([^\s/:\[\]]+|[^\s/:\[\]]*\[[\w:.%]+\])(?::(?!-|\d+$)(\S.*))?"
+).fullmatch
+# What runs on the host comes in two stages. LOADER is an argument: every login shell leaves it as it is, and a Python that is
+# too old can read it. It runs BOOTSTRAP, which comes through standard input, with the key and the files behind it.
+LOADER = (
+    "import sys;del sys.path[0];v=sys.version.split()[0];"
+    "sys.version_info<(3,9)and sys.exit('Python '+v+' is too old there: 3.9 or newer is needed');"
+    "import signal;signal.alarm(60);exec(sys.stdin.buffer.readline())"
+)
+BOOTSTRAP = """
+import io, os, shutil, signal, subprocess, sys, tempfile, time, zipfile
+folder, worker, data = "", None, b""
+for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, lambda number, frame: worker and worker.send_signal(number))
+try:
+    while len(data) < size:
+        signal.alarm(60)
+        data += sys.stdin.buffer.read(min(1 << 18, size - len(data))) or sys.exit(255)
+    signal.alarm(0)
+    folder = tempfile.mkdtemp(prefix="task_worker-")
+    zipfile.ZipFile(io.BytesIO(data)).extractall(folder)
+    print("task_worker started", flush=True)
+    command = [sys.executable, folder + "/task_worker.py", *arguments]
+    worker = subprocess.Popen(command, cwd=folder, env={**os.environ, **environment})
+    status = worker.wait()
+    sys.exit(status if status >= 0 else 128 - status)
+except OSError as error:
+    sys.exit("cannot start the worker in %s: %s" % (folder or "a folder of its own", error.strerror or error))
+finally:
+    for _ in range(50):  # what is being killed may still write there
+        shutil.rmtree(folder, ignore_errors=True)
+        time.sleep(0.1 * os.path.exists(folder))
+"""
+
+
+def check_ssh_host(text: str) -> str:
+    """A type for argparse: [N/]HOST[:PYTHON]."""
+    if not match_ssh_host(text):
+        remedy = "it takes [N/]HOST[:PYTHON], as in 4/host1:venv/bin/python; a port goes into ~/.ssh/config"
+        raise argparse.ArgumentTypeError(f"{text!r} is not a host: {remedy}")
+    return text
+
+
+class SshWorker(LocalWorker):
+    """A worker on another host, started through `ssh`, which takes it `files`; started again when the network has failed."""
+
+    def __init__(self, master: TaskMaster, arguments: list[str], text: str, files: bytes) -> None:
+        match = match_ssh_host(text)
+        assert match
+        arguments = arguments + [f"--processes={match[1]}"] * bool(match[1])
+        super().__init__(master, arguments, re.sub(r"[\[\]]", "", match[2]))  # ssh wants an IPv6 address without brackets
+        self._python, self._files = match[3] or "python3", files
+        self._pause, self._began_at = 1.0, 0.0
+        self._said: list[str] = []  # by ssh, and by the host's shell, before the worker was started
+        self._running = False  # whether this ssh has started the worker
+
+    def end(self) -> None:
+        """As for a local one: when ssh has ended, so has the worker's standard input."""
+        if self._process:
+            self._process.kill()
+
+    def _find_command(self) -> tuple[list[str], dict[str, str], int]:
+        self._said, self._running, self._began_at = [], False, time.monotonic()
+        forward = ["-R", f"127.0.0.1:0:{show_address(self._find_master())}"]
+        return [*SSH, *forward, self.host, self._python, "-c", f'"{LOADER}"'], {**os.environ}, subprocess.PIPE
+
+    def _take(self, process: subprocess.Popen[bytes], line: bytes) -> None:
+        text = line.decode("utf-8", "replace").rstrip()
+        if self._running:
+            console.write(f"{self.host}: {text}\n".encode("utf-8", "replace"))
+        elif allocated := re.match(r"Allocated port (\d+) for remote forward to ", text):
+            threading.Thread(target=self._feed, args=(process, allocated[1]), daemon=True).start()
+        else:
+            self._running = text == "task_worker started"
+            self._said.append(text)
+
+    def _feed(self, process: subprocess.Popen[bytes], port: str) -> None:
+        """Send what the host needs, then every 15 s a byte that says that the master lives; blocks until ssh has ended."""
+        arguments = [*self._arguments, "--host=127.0.0.1", f"--port={port}"]
+        names = {"size": len(self._files), "arguments": arguments, "environment": self._environment}
+        data = f"globals().update({names!a}); exec({BOOTSTRAP!a})\n".encode() + self._files
+        with contextlib.suppress(OSError, ValueError):
+            while process.stdin:
+                process.stdin.write(data)
+                process.stdin.flush()
+                data = b"\0"
+                time.sleep(BEAT_INTERVAL)
+
+    def _may_go_on(self, status: int) -> bool:
+        """Not if the worker has left by itself, or if there is no hope."""
+        before, (self.reason, hopeless) = self.reason, self._explain(status)
+        if hopeless:
+            self._master._log(f"{self.host} is given up: {self.reason}")
+            return False
+        if self._running or self.reason != before:
+            self._master._log(f"{self.host}: {self.reason} (trying again)")
+        lasted = time.monotonic() - self._began_at
+        self._pause = 1.0 if lasted > RETRY_PAUSE else min(RETRY_PAUSE, 2 * self._pause)
+        self._stopping.wait(self._pause * random.uniform(0.5, 1.0))
+        return True
+
+    def _explain(self, status: int) -> tuple[str, bool]:
+        """Why ssh has ended, in its own words or those of the host's shell, and whether there is no hope."""
+        if self._running and status in (255, -9):  # of ssh
+            return "the connection was lost", False
+        if self._running:
+            told = f"its worker ended with exit status {status}, see above" if status else "its worker was told to leave"
+            return told, status in (0, *HOPELESS)
+        said = [*filter(find_hopeless, self._said), *filter(None, reversed(self._said)), f"ssh ended with exit status {status}"]
+        hopeless = status in HOPELESS or bool(find_hopeless(said[0]))
+        hints = {255: f" (try: ssh {self.host})", 127: f" (where is Python? --ssh {self.host}:PYTHON)"}
+        return said[0].removeprefix("ssh: ") + hints.get(status, "") * hopeless, hopeless
+
+
+def make_ssh_workers(master: TaskMaster, arguments: list[str], ssh: Any, function: str | None) -> list[SshWorker]:
+    """A worker for each --ssh. Raises Failure for what is no host, without ssh, and when the files cannot travel."""
+    if not isinstance(ssh, (list, tuple)):
+        raise Failure(f"ssh: it takes a list of hosts, {ssh!r} is none")
+    hosts = [check_argument("ssh", text, check_ssh_host) for text in ssh]
+    if hosts and not shutil.which("ssh"):
+        raise Failure("--ssh needs the program ssh, which is not on the PATH: install OpenSSH's client")
+    files = pack_files(function) if hosts else b""
+    return [SshWorker(master, arguments, text, files) for text in hosts]
+
+
+def pack_files(function: str | None) -> bytes:
+    """A zip of task_worker.py and the files of --function. Raises Failure when these are too large or cannot be read."""
+    content = io.BytesIO()
+    try:
+        files = find_files(function) if function else {}
+        if sum(map(os.path.getsize, files)) > PACK_LIMIT:
+            raise Failure(f"--function {function}: {os.path.commonpath(files)} has more than 20 MiB, too much for --ssh")
+        with zipfile.ZipFile(content, "w", zipfile.ZIP_DEFLATED, strict_timestamps=False) as archive:
+            for path, name in {**files, WORKER_FILE: "task_worker.py"}.items():
+                archive.write(path, name)
+    except OSError as error:
+        raise Failure(f"--function {function}: cannot read {error.filename}: {explain_error(error)}") from None
+    return content.getvalue()
+
+
+def find_files(function: str) -> dict[str, str]:
+    """By path, the names of the files of a function's module, or of its whole package; none if it is an installed one."""
+    top, found = re.split("[.:]", function)[0], {}
+    places = [os.getcwd(), os.path.dirname(WORKER_FILE), *sys.path]
+    own = [place for place in places if not place.endswith(("site-packages", "dist-packages"))]
+    spec = importlib.machinery.PathFinder.find_spec(top, own) if top not in STANDARD else None
+    for place in (spec.submodule_search_locations or [spec.origin or ""]) if spec else ():
+        paths = [place]
+        for folder, folders, names in os.walk(place):
+            folders[:] = [name for name in folders if name != "__pycache__" and not name.startswith(".")]
+            paths += [os.path.join(folder, name) for name in names]
+        found.update({path: os.path.relpath(path, os.path.dirname(place)) for path in paths if os.path.isfile(path)})
+    return found
 
 
 # ---- master --------------------------------------------------------------------------------------------------------
@@ -1397,6 +1605,7 @@ class TaskMaster:
         authkey: bytes | None = None,
         *,
         workers: int = 0,
+        ssh: Sequence[str] = (),
         function: str | None = None,
         command: str | None = None,
         timeout: float | None = None,
@@ -1422,10 +1631,12 @@ class TaskMaster:
         self._encrypted = not is_loopback(self.address[0]) if tls is None else tls
         self.authkey = find_key() if authkey is None else check_key(authkey, "authkey")
         self.context = make_tls_context(self.authkey, self.address[0], server_side=True) if self._encrypted else None
-        self._what = {"function": function, "command": command} if workers or function or command else None  # the job is for
+        named = workers or ssh or function or command
+        self._what = {"function": function, "command": command} if named else None  # the job is for
         self._digest = ("", "")  # of the function's module, and the host that stated it
         arguments = self._worker_arguments(given)
-        self._local = [LocalWorker(self, workers, arguments)] if workers else []
+        self._started: list[LocalWorker] = [*make_ssh_workers(self, arguments, ssh, function)]
+        self._started += [LocalWorker(self, [f"--processes={workers}", *arguments])] if workers else []
         self._restarts = 0
         self._recording = threading.Lock()  # guards the output, and the order of deciding and writing
         self._counting = threading.Lock()  # guards what is counted for the summary
@@ -1455,7 +1666,7 @@ class TaskMaster:
         self.close()
 
     def start(self) -> None:
-        """Open the port and start the local workers. Raises Failure."""
+        """Open the port and start the workers. Raises Failure."""
         if LOADING in os.environ:
             remedy = 'put what makes it below `if __name__ == "__main__":` there'
             raise Failure(f"this TaskMaster is made while a worker loads the module: {remedy}")
@@ -1467,7 +1678,7 @@ class TaskMaster:
             raise Failure(f"{few}: use 16 random bytes or more")
         self._server = server
         server.start()
-        for worker in self._local:
+        for worker in self._started:
             worker.start()
         if self.timeout:
             threading.Thread(target=self._limit_clients, args=(server.stop_event,), daemon=True).start()
@@ -1476,14 +1687,23 @@ class TaskMaster:
         """Let the workers leave, or lose them when the job is not done; close the port. Blocks some seconds at most."""
         if self._server:
             finished = self.ledger.is_over() and self.ledger.phase != Phase.FAILED
-            connected = any(any(host.slots.values()) for host in self.hosts.values())
+            connected = {name for name, host in [*self.hosts.items()] if any(host.slots.values())}
             self.ledger.end(Phase.CLOSED)
             give_up_at = time.monotonic() + GOODBYE
             while finished and self.peers and time.monotonic() < give_up_at:
                 time.sleep(0.01)
             self._server.stop()
-            for worker in self._local:
-                worker.stop(WORKER_GRACE if finished and connected else 0.0)
+            graces = [WORKER_GRACE if finished and worker.host in connected else 0.0 for worker in self._started]
+            stops = [threading.Thread(target=worker.stop, args=(grace,)) for worker, grace in zip(self._started, graces)]
+            for stop in stops:
+                stop.start()
+            for stop in stops:
+                stop.join()
+
+    def abandon(self) -> None:
+        """Have the workers that were started leave at once; for a signal handler that ends this process."""
+        for worker in self._started:
+            worker.end()
 
     def run(self, tasks: Iterable[Any]) -> Iterator[Record]:
         """Run tasks (any values that JSON has), read lazily; yields their records as they come, with ids from 0.
@@ -1527,6 +1747,7 @@ class TaskMaster:
         """Start reading tasks. `sink` gets those that have their last outcome; what it raises ends the job."""
         self._sink = sink
         threading.Thread(target=self._read, args=(batches,), daemon=True).start()
+        self._look_for_workers()
 
     def _read(self, batches: Iterable[list[str]]) -> None:
         try:
@@ -1550,17 +1771,21 @@ class TaskMaster:
         busy = [(now - peer.moved_at, f"task {first_held[peer]} on {peer.host}") for peer in [*self.peers] if peer in first_held]
         return max(busy, default=(0.0, ""))
 
-    def _replace_worker(self, worker: LocalWorker, status: int) -> None:
-        """A local worker has ended: start another, unless the job is over or that is hopeless."""
-        if self.ledger.phase >= Phase.OVER:
-            return
+    def _may_restart(self, status: int) -> bool:
+        """Whether to start another local worker after this exit status; not when that is hopeless: then the job has failed."""
         self._restarts += 1
         if status in (2, 3) or self._restarts > RESTARTS:
             text = f"the local worker ended with exit status {status}, see above"
             self.ledger.end(Phase.FAILED, Failure(text, 2 if status == 2 else 1))
-        else:
-            self._log(f"the local worker ended with exit status {status}: starting another")
-            worker.start()
+            return False
+        self._log(f"the local worker ended with exit status {status}: starting another")
+        return True
+
+    def _look_for_workers(self) -> None:
+        """Stop the job as if drained when no started worker is left, and no other one is connected."""
+        gone = [f"{worker.host}: {worker.reason}" for worker in self._started if worker.ended.is_set()]
+        if gone and len(gone) == len(self._started) and not self.peers and self.ledger.phase < Phase.OVER:
+            self.ledger.end(Phase.DRAINING, Failure(f"no worker is left ({'; '.join(gone)})", 1))
 
     # Called by the server's threads
 
@@ -1641,6 +1866,7 @@ class TaskMaster:
             shown = ", ".join([f"{task.id} (attempt {task.attempts})" for task in again[:5]])
             more = f" and {len(again) - 5} more" if len(again) > 5 else ""
             self._log(f"redelivered since {peer.name} was lost: task {shown}{more}")
+        self._look_for_workers()
         if peer.joined_at is not None and not host.slots[peer.name] and self.ledger.phase < Phase.DRAINING:
             self._log(f"worker {peer.name} disconnected")
         for task in given_up:
@@ -1827,6 +2053,8 @@ def make_parser() -> Parser:
     group.add_argument("--ordered", action="store_true", help="put the file in the order of the tasks in the end")
     group = parser.add_argument_group("workers")
     group.add_argument("--workers", type=TYPES["workers"], default=0, metavar="N", help="start so many processes here, too")
+    text = "start workers on a host, through ssh (repeatable; default: a process for each CPU)"
+    group.add_argument("--ssh", type=check_ssh_host, action="append", default=[], metavar="[N/]HOST[:PYTHON]", help=text)
     add_function_options(group)
     group = parser.add_argument_group("limits")
     text = "before the first retry, doubled for each further one (default: %(default)g)"
@@ -1882,7 +2110,7 @@ class Job:
         self._log: Callable[[str], None] = (lambda text: None) if options.quiet else say
         self._stopped_by = 0  # signal number
         self._began_at = self._shown_at = time.monotonic()
-        limits = {name: getattr(options, name) for name in [*TYPES, "function", "command", "tls", "quiet"]}
+        limits = {name: getattr(options, name) for name in [*TYPES, "ssh", "function", "command", "tls", "quiet"]}
         self._master = TaskMaster(authkey=find_key(options.authkey_file), log=self._log, **limits)
         self._results: ResultsFile | None = None
         self._kept = 0  # results of earlier runs
@@ -1968,6 +2196,7 @@ class Job:
         """The first one drains (in `_look`: a handler must not wait for anything), the second leaves at once."""
         if self._stopped_by:
             write_last_line(f"task_master: leaving at once; {self._tell_resume()}")
+            self._master.abandon()
             os._exit(128 + number)
         self._stopped_by = number
 
@@ -1988,7 +2217,7 @@ class Job:
                 problem = problem or failure
         if ledger.done or not problem:
             self._summarize()
-        if self._stopped_by or (ledger.done and getattr(problem, "status", 0) == 1):
+        if self._stopped_by or getattr(problem, "status", 0) == 1:
             say(f"stopped; {self._tell_resume()}")
         if problem:
             raise problem
