@@ -49,11 +49,11 @@ import errno
 import functools
 import gc
 import heapq
-import importlib.machinery
 import importlib.util
 import io
 import itertools
 import json
+import pathlib
 import pickle
 import queue
 import random
@@ -82,12 +82,10 @@ if "task_worker" not in sys.modules:  # the one beside this file, wherever Pytho
 
 # fmt: off
 from task_worker import (  # noqa: E402, I001
-    BEAT_INTERVAL, COUNT, DEFAULT_KEY_FILE, ERROR, FINAL, LOADING, PLAIN_WARNING, PROTOCOL, RESULT, SILENCE_LIMIT, STANDARD,
-    STOP_SIGNALS, TEXT_LIMIT,
-    Failure, Parser, PlainConnection, add_connection_options, add_function_options, bounded, catch_signals, check_key, check_spec,
-    describe_error, encode_result, explain_error, format_error, format_outcome, is_loopback, make_tls_context,
-    prepare_process, pack, parse_host, parse_template, read_key, show_address, unpack, write_all,
-    write_last_line,
+    BEAT_INTERVAL, COUNT, DEFAULT_KEY_FILE, ERROR, FINAL, LOADING, PLAIN_WARNING, PROTOCOL, RESULT, SILENCE_LIMIT, STOP_SIGNALS,
+    TEXT_LIMIT, Failure, Parser, PlainConnection, add_connection_options, add_function_options, bounded, catch_signals, check_key,
+    check_spec, describe_error, encode_result, explain_error, format_error, format_outcome, is_loopback, make_tls_context,
+    prepare_process, pack, parse_host, parse_template, read_key, show_address, unpack, write_all, write_last_line,
 )
 # fmt: on
 
@@ -1307,6 +1305,7 @@ class LocalWorker:
 
     def __init__(self, master: TaskMaster, arguments: list[str], name: str = "") -> None:
         self.host = name or socket.gethostname()
+        self.name = ""  # of the one that runs, as for its peers
         self.reason = "it has left"  # when it has ended: why it is not started again
         self.ended = threading.Event()
         self._master, self._arguments = master, arguments
@@ -1314,14 +1313,19 @@ class LocalWorker:
         self._process: subprocess.Popen[bytes] | None = None
         self._stopping = threading.Event()
 
-    def start(self) -> None:
-        """Let it run from now on."""
-        threading.Thread(target=self._keep, daemon=True).start()
+    def run(self) -> None:
+        """Run it until the job is over or there is no hope; blocks as long."""
+        while self._master.ledger.phase <= Phase.OVER and not self._stopping.is_set():
+            status = self._run_once()
+            if self._master.ledger.phase > Phase.OVER or not self._may_go_on(status):
+                break
+        self.ended.set()
+        self._master._look_for_workers()
 
-    def stop(self, grace: float) -> None:
-        """Give it `grace` seconds to leave by itself, then end it with all that it has started; blocks until that is done."""
+    def stop(self, connected: set[str]) -> None:
+        """Let it leave by itself if it is among these, then end it with all that it has started; blocks until that is done."""
         self._stopping.set()
-        if not self.ended.wait(grace):
+        if not self.ended.wait(WORKER_GRACE if self.name in connected else 0.0):
             self.end()
         while not self.ended.wait(WORKER_GRACE):
             if self._process:
@@ -1332,29 +1336,18 @@ class LocalWorker:
         if self._process and self._process.stdin:
             self._process.stdin.close()
 
-    def _keep(self) -> None:
-        while self._master.ledger.phase <= Phase.OVER and not self._stopping.is_set():
-            status = self._run()
-            if self._master.ledger.phase > Phase.OVER or not self._may_go_on(status):
-                break
-        self.ended.set()
-        self._master._look_for_workers()
-
-    def _run(self) -> int:
-        """Run it once, to its end, and return the exit status. Each line that it prints goes to `_take`."""
-        command, environ, stdout = self._find_command()
-        try:
+    def _run_once(self) -> int:
+        """Run it to its end, and return the exit status. Each line that it prints goes to `_take`."""
+        host, port = self._master.address
+        command, environ, stdout = self._find_command({"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host), port)
+        try:  # in a session of its own: Ctrl-C in the terminal is for the master, which then drains
             process = self._process = subprocess.Popen(
-                command,
-                env=environ,
-                stdin=subprocess.PIPE,
-                stdout=stdout,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,  # Ctrl-C in the terminal is for the master, which then drains
+                command, env=environ, stdin=subprocess.PIPE, stdout=stdout, stderr=subprocess.STDOUT, start_new_session=True
             )
         except OSError as error:
             say(f"cannot run {command[0]}: {explain_error(error)}")
             return 255
+        self.name = f"{self.host}/{process.pid}"
         if self._stopping.is_set():
             self.end()
         while process.stdout and (line := process.stdout.readline(1 << 16)):
@@ -1363,42 +1356,40 @@ class LocalWorker:
             process.wait()
         return process.returncode
 
-    def _find_command(self) -> tuple[list[str], dict[str, str], int]:
-        """The command line, the environment, and where standard output goes: not into the progress."""
-        host, port = self._find_master()
+    def _find_command(self, host: str, port: int) -> tuple[list[str], dict[str, str], int]:
+        """The command line for a master at this address, the environment, and where output goes: not into the progress."""
         command = [sys.executable, WORKER_FILE, *self._arguments, "--host", host, "--port", str(port)]
         return command, {**os.environ, **self._environment}, subprocess.PIPE if console.is_terminal else 2
-
-    def _find_master(self) -> tuple[str, int]:
-        """Where this host reaches the master."""
-        host, port = self._master.address
-        return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host), port
 
     def _take(self, _process: subprocess.Popen[bytes], line: bytes) -> None:
         console.write(line)
 
     def _may_go_on(self, status: int) -> bool:
         """Whether to start it again after this exit status; blocks for as long as one should wait before that."""
-        return self._master._may_restart(status)
+        self._master.restarts += 1
+        self.reason = f"the local worker ended with exit status {status}"
+        hopeless = status in (2, 3) or self._master.restarts > RESTARTS
+        if hopeless:
+            self._master.ledger.end(Phase.FAILED, Failure(f"{self.reason}, see above", 2 if status == 2 else 1))
+        else:
+            self._master._log(f"{self.reason}: starting another")
+        return not hopeless
 
 
 SSH = "ssh -T -o BatchMode=yes -o ExitOnForwardFailure=yes -o ControlPath=none -o LogLevel=INFO -o ServerAliveInterval=15".split()
-# The next attempt would end so, too: no Python there (126, 127), an old one, a full disk (1), no such function (2), refused (3).
-HOPELESS = (1, 2, 3, 126, 127)
+# So the next attempt would end, too: told to leave (0), an old Python, a full disk (1), no such function (2), no Python (127).
+HOPELESS = (0, 1, 2, 3, 126, 127)
 find_hopeless = re.compile(  # in what ssh says
     r"Permission denied \(|Too many authentication failures|Host key (verification failed|for .* has changed)|"
-    r"no matching .* found|forwarding (failed|is disabled)|Could not resolve hostname(?!.*emporary)|"
-    r"Bad (owner|configuration)|Cannot execute command-line"
+    r"no matching .* found|forwarding (failed|is disabled)|Could not resolve hostname(?!.*emporary)|Bad (owner|configuration)"
 ).search
-match_ssh_host = re.compile(  # no part may begin with `-`: ssh would take it for an option
-    r"(?:([1-9]\d*)/)?(?!-)([^\s/:\[\]]+|[^\s/:\[\]]*\[[\w:.%]+\])(?::(?!-|\d+$)(\S.*))?"
-).fullmatch
+# No part of [N/]HOST[:PYTHON] may begin with `-`: ssh would take it for an option.
+match_ssh_host = re.compile(r"(?:([1-9]\d*)/)?(?!-)([^\s/:\[\]]+)(?::(?![-:]|\d+$)(\S.*))?").fullmatch
 # What runs on the host comes in two stages. LOADER is an argument: every login shell leaves it as it is, and a Python that is
 # too old can read it. It runs BOOTSTRAP, which comes through standard input, with the key and the files behind it.
 LOADER = (
-    "import sys;del sys.path[0];v=sys.version.split()[0];"
-    "sys.version_info<(3,9)and sys.exit('Python '+v+' is too old there: 3.9 or newer is needed');"
-    "import signal;signal.alarm(60);exec(sys.stdin.buffer.readline())"
+    "import sys;del sys.path[0];sys.version_info<(3,9)and sys.exit('Python '+sys.version.split()[0]+' is too old there: "
+    "3.9 or newer is needed');import signal;signal.alarm(60);exec(sys.stdin.buffer.readline())"
 )
 BOOTSTRAP = """
 import io, os, shutil, signal, subprocess, sys, tempfile, time, zipfile
@@ -1412,13 +1403,11 @@ try:
     signal.alarm(0)
     folder = tempfile.mkdtemp(prefix="task_worker-")
     zipfile.ZipFile(io.BytesIO(data)).extractall(folder)
-    print("task_worker started", flush=True)
     command = [sys.executable, folder + "/task_worker.py", *arguments]
     worker = subprocess.Popen(command, cwd=folder, env={**os.environ, **environment})
+    print("task_worker", worker.pid, "started", flush=True)
     status = worker.wait()
     sys.exit(status if status >= 0 else 128 - status)
-except OSError as error:
-    sys.exit("cannot start the worker in %s: %s" % (folder or "a folder of its own", error.strerror or error))
 finally:
     for _ in range(50):  # what is being killed may still write there
         shutil.rmtree(folder, ignore_errors=True)
@@ -1429,7 +1418,7 @@ finally:
 def check_ssh_host(text: str) -> str:
     """A type for argparse: [N/]HOST[:PYTHON]."""
     if not match_ssh_host(text):
-        remedy = "it takes [N/]HOST[:PYTHON], as in 4/host1:venv/bin/python; a port goes into ~/.ssh/config"
+        remedy = "it takes [N/]HOST[:PYTHON], as in 4/host1:venv/bin/python; a port or an IPv6 address goes into ~/.ssh/config"
         raise argparse.ArgumentTypeError(f"{text!r} is not a host: {remedy}")
     return text
 
@@ -1438,34 +1427,32 @@ class SshWorker(LocalWorker):
     """A worker on another host, started through `ssh`, which takes it `files`; started again when the network has failed."""
 
     def __init__(self, master: TaskMaster, arguments: list[str], text: str, files: bytes) -> None:
-        match = match_ssh_host(text)
-        assert match
-        arguments = arguments + [f"--processes={match[1]}"] * bool(match[1])
-        super().__init__(master, arguments, re.sub(r"[\[\]]", "", match[2]))  # ssh wants an IPv6 address without brackets
-        self._python, self._files = match[3] or "python3", files
-        self._pause, self._began_at = 1.0, 0.0
-        self._said: list[str] = []  # by ssh, and by the host's shell, before the worker was started
-        self._running = False  # whether this ssh has started the worker
+        processes, host, python = match_ssh_host(text).groups()  # type: ignore[union-attr]
+        super().__init__(master, arguments + [f"--processes={processes}"] * bool(processes), host)
+        self._python, self._files = python or "python3", files
+        self._pause = 1.0  # seconds before the last attempt
+        self._said: list[str] | None = None  # by ssh, and by the host's shell; None when the worker runs
 
     def end(self) -> None:
         """As for a local one: when ssh has ended, so has the worker's standard input."""
         if self._process:
             self._process.kill()
 
-    def _find_command(self) -> tuple[list[str], dict[str, str], int]:
-        self._said, self._running, self._began_at = [], False, time.monotonic()
-        forward = ["-R", f"127.0.0.1:0:{show_address(self._find_master())}"]
+    def _find_command(self, host: str, port: int) -> tuple[list[str], dict[str, str], int]:
+        self._said = []
+        forward = ["-R", f"127.0.0.1:0:{show_address((host, port))}"]
         return [*SSH, *forward, self.host, self._python, "-c", f'"{LOADER}"'], {**os.environ}, subprocess.PIPE
 
     def _take(self, process: subprocess.Popen[bytes], line: bytes) -> None:
         text = line.decode("utf-8", "replace").rstrip()
-        if self._running:
+        if self._said is None:
             console.write(f"{self.host}: {text}\n".encode("utf-8", "replace"))
         elif allocated := re.match(r"Allocated port (\d+) for remote forward to ", text):
             threading.Thread(target=self._feed, args=(process, allocated[1]), daemon=True).start()
-        else:
-            self._running = text == "task_worker started"
-            self._said.append(text)
+        elif started := re.fullmatch(r"task_worker (\d+) started", text):
+            self._said, self._pause, self.name = None, 1.0, f"{self.host}/{started[1]}"
+        elif text:
+            self._said.append(text.removeprefix("ssh: "))
 
     def _feed(self, process: subprocess.Popen[bytes], port: str) -> None:
         """Send what the host needs, then every 15 s a byte that says that the master lives; blocks until ssh has ended."""
@@ -1480,29 +1467,20 @@ class SshWorker(LocalWorker):
                 time.sleep(BEAT_INTERVAL)
 
     def _may_go_on(self, status: int) -> bool:
-        """Not if the worker has left by itself, or if there is no hope."""
-        before, (self.reason, hopeless) = self.reason, self._explain(status)
-        if hopeless:
-            self._master._log(f"{self.host} is given up: {self.reason}")
-            return False
-        if self._running or self.reason != before:
-            self._master._log(f"{self.host}: {self.reason} (trying again)")
-        lasted = time.monotonic() - self._began_at
-        self._pause = 1.0 if lasted > RETRY_PAUSE else min(RETRY_PAUSE, 2 * self._pause)
-        self._stopping.wait(self._pause * random.uniform(0.5, 1.0))
-        return True
-
-    def _explain(self, status: int) -> tuple[str, bool]:
-        """Why ssh has ended, in its own words or those of the host's shell, and whether there is no hope."""
-        if self._running and status in (255, -9):  # of ssh
-            return "the connection was lost", False
-        if self._running:
-            told = f"its worker ended with exit status {status}, see above" if status else "its worker was told to leave"
-            return told, status in (0, *HOPELESS)
-        said = [*filter(find_hopeless, self._said), *filter(None, reversed(self._said)), f"ssh ended with exit status {status}"]
-        hopeless = status in HOPELESS or bool(find_hopeless(said[0]))
-        hints = {255: f" (try: ssh {self.host})", 127: f" (where is Python? --ssh {self.host}:PYTHON)"}
-        return said[0].removeprefix("ssh: ") + hints.get(status, "") * hopeless, hopeless
+        """Not if the next attempt would end so, too. The reason is told in the words of ssh or of the host's shell."""
+        before, hopeless = self.reason, status in HOPELESS
+        if self._said is None:
+            lost = status in (255, -9)  # of ssh
+            self.reason = "the connection was lost" if lost else f"its worker ended with exit status {status}, see above"
+        else:
+            fatal = [*filter(find_hopeless, self._said)]
+            hopeless = hopeless or bool(fatal)
+            said = [*fatal, *self._said[::-1], f"ssh ended with exit status {status}"][0]
+            self.reason = f"{said} (try: ssh {self.host} {self._python})"
+        if hopeless or self._said is None or self.reason != before:
+            self._master._log(f"{self.host}: {self.reason}; {'given up' if hopeless else 'trying again'}")
+        self._pause = min(RETRY_PAUSE, 2 * self._pause)
+        return not hopeless and not self._stopping.wait(self._pause * random.uniform(0.5, 1.0))
 
 
 def make_ssh_workers(master: TaskMaster, arguments: list[str], ssh: Any, function: str | None) -> list[SshWorker]:
@@ -1517,33 +1495,20 @@ def make_ssh_workers(master: TaskMaster, arguments: list[str], ssh: Any, functio
 
 
 def pack_files(function: str | None) -> bytes:
-    """A zip of task_worker.py and the files of --function. Raises Failure when these are too large or cannot be read."""
-    content = io.BytesIO()
+    """A zip of task_worker.py and of the function's module or whole package, if the current folder has it. Raises Failure."""
+    content, top = io.BytesIO(), re.split("[.:]", function or "")[0]
+    paths = [pathlib.Path(f"{top}.py"), *pathlib.Path(top).rglob("*")] if function else []
+    paths = [path for path in paths if path.is_file() and not re.search(r"/(\.|__pycache__/)", path.as_posix())]
+    if sum([path.stat().st_size for path in paths]) > PACK_LIMIT:
+        raise Failure(f"--function {function}: {os.path.abspath(top)} has more than 20 MiB, too much for --ssh")
     try:
-        files = find_files(function) if function else {}
-        if sum(map(os.path.getsize, files)) > PACK_LIMIT:
-            raise Failure(f"--function {function}: {os.path.commonpath(files)} has more than 20 MiB, too much for --ssh")
         with zipfile.ZipFile(content, "w", zipfile.ZIP_DEFLATED, strict_timestamps=False) as archive:
-            for path, name in {**files, WORKER_FILE: "task_worker.py"}.items():
-                archive.write(path, name)
+            archive.write(WORKER_FILE, "task_worker.py")
+            for path in paths:
+                archive.write(path)
     except OSError as error:
         raise Failure(f"--function {function}: cannot read {error.filename}: {explain_error(error)}") from None
     return content.getvalue()
-
-
-def find_files(function: str) -> dict[str, str]:
-    """By path, the names of the files of a function's module, or of its whole package; none if it is an installed one."""
-    top, found = re.split("[.:]", function)[0], {}
-    places = [os.getcwd(), os.path.dirname(WORKER_FILE), *sys.path]
-    own = [place for place in places if not place.endswith(("site-packages", "dist-packages"))]
-    spec = importlib.machinery.PathFinder.find_spec(top, own) if top not in STANDARD else None
-    for place in (spec.submodule_search_locations or [spec.origin or ""]) if spec else ():
-        paths = [place]
-        for folder, folders, names in os.walk(place):
-            folders[:] = [name for name in folders if name != "__pycache__" and not name.startswith(".")]
-            paths += [os.path.join(folder, name) for name in names]
-        found.update({path: os.path.relpath(path, os.path.dirname(place)) for path in paths if os.path.isfile(path)})
-    return found
 
 
 # ---- master --------------------------------------------------------------------------------------------------------
@@ -1631,13 +1596,12 @@ class TaskMaster:
         self._encrypted = not is_loopback(self.address[0]) if tls is None else tls
         self.authkey = find_key() if authkey is None else check_key(authkey, "authkey")
         self.context = make_tls_context(self.authkey, self.address[0], server_side=True) if self._encrypted else None
-        named = workers or ssh or function or command
-        self._what = {"function": function, "command": command} if named else None  # the job is for
+        self._what = {"function": function, "command": command} if workers or ssh or function or command else None  # of the job
         self._digest = ("", "")  # of the function's module, and the host that stated it
         arguments = self._worker_arguments(given)
         self._started: list[LocalWorker] = [*make_ssh_workers(self, arguments, ssh, function)]
         self._started += [LocalWorker(self, [f"--processes={workers}", *arguments])] if workers else []
-        self._restarts = 0
+        self.restarts = 0  # of a local worker, since something was reported
         self._recording = threading.Lock()  # guards the output, and the order of deciding and writing
         self._counting = threading.Lock()  # guards what is counted for the summary
         self.peers: set[Peer] = set()  # all that are connected
@@ -1679,7 +1643,7 @@ class TaskMaster:
         self._server = server
         server.start()
         for worker in self._started:
-            worker.start()
+            threading.Thread(target=worker.run, daemon=True).start()
         if self.timeout:
             threading.Thread(target=self._limit_clients, args=(server.stop_event,), daemon=True).start()
 
@@ -1687,14 +1651,13 @@ class TaskMaster:
         """Let the workers leave, or lose them when the job is not done; close the port. Blocks some seconds at most."""
         if self._server:
             finished = self.ledger.is_over() and self.ledger.phase != Phase.FAILED
-            connected = {name for name, host in [*self.hosts.items()] if any(host.slots.values())}
+            connected = {peer.name for peer in [*self.peers] if finished}
             self.ledger.end(Phase.CLOSED)
             give_up_at = time.monotonic() + GOODBYE
             while finished and self.peers and time.monotonic() < give_up_at:
                 time.sleep(0.01)
             self._server.stop()
-            graces = [WORKER_GRACE if finished and worker.host in connected else 0.0 for worker in self._started]
-            stops = [threading.Thread(target=worker.stop, args=(grace,)) for worker, grace in zip(self._started, graces)]
+            stops = [threading.Thread(target=worker.stop, args=(connected,)) for worker in self._started]
             for stop in stops:
                 stop.start()
             for stop in stops:
@@ -1771,16 +1734,6 @@ class TaskMaster:
         busy = [(now - peer.moved_at, f"task {first_held[peer]} on {peer.host}") for peer in [*self.peers] if peer in first_held]
         return max(busy, default=(0.0, ""))
 
-    def _may_restart(self, status: int) -> bool:
-        """Whether to start another local worker after this exit status; not when that is hopeless: then the job has failed."""
-        self._restarts += 1
-        if status in (2, 3) or self._restarts > RESTARTS:
-            text = f"the local worker ended with exit status {status}, see above"
-            self.ledger.end(Phase.FAILED, Failure(text, 2 if status == 2 else 1))
-            return False
-        self._log(f"the local worker ended with exit status {status}: starting another")
-        return True
-
     def _look_for_workers(self) -> None:
         """Stop the job as if drained when no started worker is left, and no other one is connected."""
         gone = [f"{worker.host}: {worker.reason}" for worker in self._started if worker.ended.is_set()]
@@ -1833,7 +1786,7 @@ class TaskMaster:
         with self._recording:
             last, retried = self.ledger.report(peer, outcomes, peer.moved_at)
             self._record(last, peer.name)
-        self._restarts = 0
+        self.restarts = 0
         with self._counting:
             host = self.hosts[peer.host]
             host.runs += len(outcomes)

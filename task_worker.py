@@ -948,14 +948,13 @@ def drain(number: int, leaving: threading.Event) -> None:
 def listen(descriptor: int, leaving: threading.Event, silence_limit: float | None = None) -> None:
     """Drain when a signal's number comes from a pipe (0: the other end lives); leave at once when it ends, or is silent."""
     with contextlib.suppress(OSError):
-        while silence_limit is None or select.select([descriptor], [], [], silence_limit)[0]:
+        while not silence_limit or select.select([descriptor], [], [], silence_limit)[0]:
             number = os.read(descriptor, 1)
-            if not number:
-                leave_at_once(1)  # whoever holds the other end has ended
+            if number == b"":
+                break
             if number != b"\0":
                 drain(number[0], leaving)
-        write_last_line(f"task_worker: no word from the master for {silence_limit:g} s: leaving at once")
-    leave_at_once(255)  # as ssh ends when the connection is lost
+    leave_at_once(255 if silence_limit else 1)  # as ssh does when the connection is lost
 
 
 def leave_at_once(status: int) -> NoReturn:

@@ -1,4 +1,4 @@
-"""What several test files need: the real programs in a farm of their own, the wire by hand, false masters, relays, processes, hosts."""
+"""What several test files need: the real programs in a farm of their own, the wire by hand, false masters, relays, hosts."""
 
 from __future__ import annotations
 
@@ -667,7 +667,7 @@ class SshHost:
         self.start()
 
     def start(self) -> None:
-        self.server = self.net.farm.start([str(SSHD), "-D", "-e", "-f", str(self.folder / "config")])
+        self.server = Program([str(SSHD), "-D", "-e", "-f", str(self.folder / "config")], self.folder, self.net.farm.env())
         self.server.wait_line("Server listening")
 
     def sessions(self) -> list[psutil.Process]:
@@ -679,6 +679,7 @@ class SshHost:
         for session in self.sessions():
             session.kill()
         self.server.kill()
+        self.server.wait()
 
     def processes(self) -> list[psutil.Process]:
         """What runs on the host, sshd aside."""
@@ -749,9 +750,11 @@ class SshNet:
         return self.farm.env(PATH=f"{self.bin}{os.pathsep}{os.environ['PATH']}")
 
     def close(self) -> None:
-        for process in [process for host in self.hosts for process in [*host.sessions(), *host.processes()]]:
-            with contextlib.suppress(psutil.Error):
-                process.kill()
+        for host in self.hosts:
+            host.stop()
+            for process in host.processes():
+                with contextlib.suppress(psutil.Error):
+                    process.kill()
 
 
 def make_script(path: Path, text: str) -> None:
