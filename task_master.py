@@ -1298,10 +1298,7 @@ def print_text(text: str, encoding: str = "utf-8") -> None:
 
 
 class LocalWorker:
-    """The task_worker.py beside this file, run on this host; started again when it ends too early, in a thread of its own.
-
-    It serves this master alone, and ends with its standard input, so with this process.
-    """
+    """The task_worker.py beside this file, run on this host for this master alone; it ends with its standard input."""
 
     def __init__(self, master: TaskMaster, arguments: list[str], name: str = "") -> None:
         self.host = name or socket.gethostname()
@@ -1314,7 +1311,7 @@ class LocalWorker:
         self._stopping = threading.Event()
 
     def run(self) -> None:
-        """Run it until the job is over or there is no hope; blocks as long."""
+        """Run it, and again if it ends too early, until the job is over or there is no hope; blocks as long."""
         while self._master.ledger.phase <= Phase.OVER and not self._stopping.is_set():
             status = self._run_once()
             if self._master.ledger.phase > Phase.OVER or not self._may_go_on(status):
@@ -1323,7 +1320,7 @@ class LocalWorker:
         self._master._look_for_workers()
 
     def stop(self, connected: set[str]) -> None:
-        """Let it leave by itself if it is among these, then end it with all that it has started; blocks until that is done."""
+        """Let it leave by itself if it is among these, then end it with all that it has started; blocks until it has `ended`."""
         self._stopping.set()
         if not self.ended.wait(WORKER_GRACE if self.name in connected else 0.0):
             self.end()
@@ -1392,34 +1389,29 @@ LOADER = (
     "3.9 or newer is needed');import signal;signal.alarm(60);exec(sys.stdin.buffer.readline())"
 )
 BOOTSTRAP = """
-import io, os, shutil, signal, subprocess, sys, tempfile, time, zipfile
-folder, worker, data = "", None, b""
+import io, os, signal, subprocess, sys, tempfile, time, zipfile
+worker, data = None, b""
 for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
     signal.signal(number, lambda number, frame: worker and worker.send_signal(number))
-try:
-    while len(data) < size:
-        signal.alarm(60)
-        data += sys.stdin.buffer.read(min(1 << 18, size - len(data))) or sys.exit(255)
-    signal.alarm(0)
-    folder = tempfile.mkdtemp(prefix="task_worker-")
+while len(data) < size:
+    signal.alarm(60)
+    data += sys.stdin.buffer.read(min(1 << 18, size - len(data))) or sys.exit(255)
+signal.alarm(0)
+with tempfile.TemporaryDirectory(prefix="task_worker-") as folder:
     zipfile.ZipFile(io.BytesIO(data)).extractall(folder)
     command = [sys.executable, folder + "/task_worker.py", *arguments]
     worker = subprocess.Popen(command, cwd=folder, env={**os.environ, **environment})
     print("task_worker", worker.pid, "started", flush=True)
     status = worker.wait()
-    sys.exit(status if status >= 0 else 128 - status)
-finally:
-    for _ in range(50):  # what is being killed may still write there
-        shutil.rmtree(folder, ignore_errors=True)
-        time.sleep(0.1 * os.path.exists(folder))
+    time.sleep(2 * (status < 0))  # what is being killed may still write there
+sys.exit(status if status >= 0 else 128 - status)
 """
 
 
 def check_ssh_host(text: str) -> str:
     """A type for argparse: [N/]HOST[:PYTHON]."""
     if not match_ssh_host(text):
-        remedy = "it takes [N/]HOST[:PYTHON], as in 4/host1:venv/bin/python; a port or an IPv6 address goes into ~/.ssh/config"
-        raise argparse.ArgumentTypeError(f"{text!r} is not a host: {remedy}")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a host: it takes [N/]HOST[:PYTHON], a port goes into ~/.ssh/config")
     return text
 
 
@@ -1449,15 +1441,14 @@ class SshWorker(LocalWorker):
             console.write(f"{self.host}: {text}\n".encode("utf-8", "replace"))
         elif allocated := re.match(r"Allocated port (\d+) for remote forward to ", text):
             threading.Thread(target=self._feed, args=(process, allocated[1]), daemon=True).start()
-        elif started := re.fullmatch(r"task_worker (\d+) started", text):
+        elif started := re.search(r"task_worker (\d+) started$", text):
             self._said, self._pause, self.name = None, 1.0, f"{self.host}/{started[1]}"
         elif text:
             self._said.append(text.removeprefix("ssh: "))
 
     def _feed(self, process: subprocess.Popen[bytes], port: str) -> None:
         """Send what the host needs, then every 15 s a byte that says that the master lives; blocks until ssh has ended."""
-        arguments = [*self._arguments, "--host=127.0.0.1", f"--port={port}"]
-        names = {"size": len(self._files), "arguments": arguments, "environment": self._environment}
+        names = {"size": len(self._files), "environment": self._environment, "arguments": [*self._arguments, f"--port={port}"]}
         data = f"globals().update({names!a}); exec({BOOTSTRAP!a})\n".encode() + self._files
         with contextlib.suppress(OSError, ValueError):
             while process.stdin:
@@ -1468,15 +1459,14 @@ class SshWorker(LocalWorker):
 
     def _may_go_on(self, status: int) -> bool:
         """Not if the next attempt would end so, too. The reason is told in the words of ssh or of the host's shell."""
-        before, hopeless = self.reason, status in HOPELESS
+        before, fatal = self.reason, [*filter(find_hopeless, self._said or [])]
+        hopeless = status in HOPELESS or bool(fatal)
         if self._said is None:
             lost = status in (255, -9)  # of ssh
             self.reason = "the connection was lost" if lost else f"its worker ended with exit status {status}, see above"
         else:
-            fatal = [*filter(find_hopeless, self._said)]
-            hopeless = hopeless or bool(fatal)
-            said = [*fatal, *self._said[::-1], f"ssh ended with exit status {status}"][0]
-            self.reason = f"{said} (try: ssh {self.host} {self._python})"
+            said = [*fatal, *self._said[::-1], f"ssh ended with exit status {status}"]
+            self.reason = f"{said[0]} (try: ssh {self.host} {self._python})"
         if hopeless or self._said is None or self.reason != before:
             self._master._log(f"{self.host}: {self.reason}; {'given up' if hopeless else 'trying again'}")
         self._pause = min(RETRY_PAUSE, 2 * self._pause)
@@ -1657,11 +1647,10 @@ class TaskMaster:
             while finished and self.peers and time.monotonic() < give_up_at:
                 time.sleep(0.01)
             self._server.stop()
-            stops = [threading.Thread(target=worker.stop, args=(connected,)) for worker in self._started]
-            for stop in stops:
-                stop.start()
-            for stop in stops:
-                stop.join()
+            for worker in self._started:
+                threading.Thread(target=worker.stop, args=(connected,)).start()
+            for worker in self._started:
+                worker.ended.wait()
 
     def abandon(self) -> None:
         """Have the workers that were started leave at once; for a signal handler that ends this process."""

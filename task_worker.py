@@ -77,7 +77,7 @@ MESSAGE_LIMIT = 64 << 20  # bytes; a longer message is refused before it is read
 TEXT_LIMIT = 60 << 20  # bytes of one task or one result as JSON text: a message has room for it
 HANDSHAKE_LIMIT = 10.0  # seconds for a new connection to prove that it knows the key
 SILENCE_LIMIT = 55.0  # seconds without a word after which a peer is given up
-BEAT_INTERVAL = 15.0  # seconds after which who has nothing else to say says that it lives
+BEAT_INTERVAL = 15.0  # seconds after which a busy slot, or a master through ssh, says that it lives
 DEFAULT_KEY_FILE = "~/.task_authkey"
 RESULT, ERROR = '"result": ', '"error": '  # how an outcome begins
 PLAIN_WARNING = "without TLS whoever is on the path can read and alter tasks and results"
@@ -948,10 +948,7 @@ def drain(number: int, leaving: threading.Event) -> None:
 def listen(descriptor: int, leaving: threading.Event, silence_limit: float | None = None) -> None:
     """Drain when a signal's number comes from a pipe (0: the other end lives); leave at once when it ends, or is silent."""
     with contextlib.suppress(OSError):
-        while not silence_limit or select.select([descriptor], [], [], silence_limit)[0]:
-            number = os.read(descriptor, 1)
-            if number == b"":
-                break
+        while (not silence_limit or select.select([descriptor], [], [], silence_limit)[0]) and (number := os.read(descriptor, 1)):
             if number != b"\0":
                 drain(number[0], leaving)
     leave_at_once(255 if silence_limit else 1)  # as ssh does when the connection is lost

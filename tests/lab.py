@@ -672,12 +672,17 @@ class SshHost:
 
     def sessions(self) -> list[psutil.Process]:
         """The sshd processes of the connections."""
-        return [process for process in descendants_of(self.server.pid) if process.name().startswith("sshd")]
+        found = []
+        for process in descendants_of(self.server.pid):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                found += [process] if process.name().startswith("sshd") else []
+        return found
 
     def stop(self) -> None:
         """Switch it off, or cut its cable: sshd and its sessions end, but not what they have started."""
         for session in self.sessions():
-            session.kill()
+            with contextlib.suppress(psutil.NoSuchProcess):
+                session.kill()
         self.server.kill()
         self.server.wait()
 
