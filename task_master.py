@@ -1549,8 +1549,8 @@ class TaskMaster:
     """A task farm: the queues, their server, and workers if wanted; a context manager.
 
     The arguments are those of the command line, but `authkey` is the key itself; without it the key is looked for as there.
-    `port` 0 takes a free one (`address` tells which). `quiet` is for the local workers; `log` is called with each line about
-    workers, retries and failures. Raises Failure when it cannot start.
+    `port` 0 takes a free one (`address` tells which). `quiet` is for the workers that it starts; `log` is called with each line
+    about workers, retries and failures. Raises Failure when it cannot start.
     """
 
     def __init__(

@@ -7,7 +7,6 @@ is the long form: a host falls asleep, and is noticed with the times that are bu
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -113,7 +112,7 @@ def test_what_stands_in_the_home_there_is_not_used_and_a_python_below_it_can_be_
 
 def test_the_key_is_in_no_argument_and_no_file_and_nothing_is_left_when_the_master_is_killed(net: SshNet) -> None:
     host, master = start_long_tasks(net)
-    words = json.dumps([process.cmdline() for process in [*host.processes(), *descendants_of(master.pid)]])
+    words = str([process.cmdline() for process in [*host.processes(), *descendants_of(master.pid)]])
     assert "task_worker.py" in words
     assert net.farm.key not in words
     (folder,) = host.tmp.iterdir()
@@ -272,8 +271,7 @@ def test_a_host_that_is_down_is_tried_until_it_is_up(net: SshNet) -> None:
 
 @pytest.mark.early
 def test_a_connection_that_was_cut_comes_back(farm: Farm) -> None:
-    net = SshNet(farm)
-    host, master = start_long_tasks(net)
+    host, master = start_long_tasks(SshNet(farm))
     before = host.processes()
     for session in host.sessions():
         session.kill()
@@ -293,8 +291,7 @@ def test_a_host_that_falls_asleep_is_noticed_and_comes_back(farm: Farm) -> None:
     silence = "SSH_SILENCE" in os.environ
     net = SshNet(farm, *[] if silence else ["-o ServerAliveInterval=1"])
     host, master = start_long_tasks(net)
-    before = host.processes()
-    asleep = host.sessions()
+    before, asleep = host.processes(), host.sessions()
     for session in asleep:
         session.suspend()
     master.wait_line(r"host1: the connection was lost; trying again", timeout=100)
@@ -312,9 +309,8 @@ def test_a_host_that_falls_asleep_is_noticed_and_comes_back(farm: Farm) -> None:
 
 @pytest.mark.early
 def test_a_worker_that_hears_nothing_of_its_master_leaves_and_is_started_again(farm: Farm) -> None:
-    net = SshNet(farm)
-    patched = make_patched(net.farm, SILENCE_LIMIT=2.0, BEAT_INTERVAL=0.5) / "task_master.py"
-    host, master = start_long_tasks(net, program=patched)
+    patched = make_patched(farm, SILENCE_LIMIT=2.0, BEAT_INTERVAL=0.5) / "task_master.py"
+    host, master = start_long_tasks(SshNet(farm), program=patched)
     before = host.processes()
     master.pause(3)
     assert all(map(is_alive, before))
