@@ -53,17 +53,20 @@ import importlib.util
 import io
 import itertools
 import json
+import pathlib
 import pickle
 import queue
 import random
 import re
 import shlex
+import shutil
 import signal
 import socket
 import stat
 import subprocess
 import threading
 import time
+import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from multiprocessing import connection, managers
 from typing import Any, BinaryIO, Callable, NamedTuple
@@ -79,11 +82,10 @@ if "task_worker" not in sys.modules:  # the one beside this file, wherever Pytho
 
 # fmt: off
 from task_worker import (  # noqa: E402, I001
-    COUNT, DEFAULT_KEY_FILE, ERROR, FINAL, LOADING, PLAIN_WARNING, PROTOCOL, RESULT, SILENCE_LIMIT, STOP_SIGNALS, TEXT_LIMIT,
-    Failure, Parser, PlainConnection, add_connection_options, add_function_options, bounded, catch_signals, check_key, check_spec,
-    describe_error, encode_result, explain_error, format_error, format_outcome, is_loopback, make_tls_context,
-    prepare_process, pack, parse_host, parse_template, read_key, show_address, unpack, write_all,
-    write_last_line,
+    BEAT_INTERVAL, COUNT, DEFAULT_KEY_FILE, ERROR, FINAL, LOADING, PLAIN_WARNING, PROTOCOL, RESULT, SILENCE_LIMIT, STOP_SIGNALS,
+    TEXT_LIMIT, Failure, Parser, PlainConnection, add_connection_options, add_function_options, bounded, catch_signals, check_key,
+    check_spec, describe_error, encode_result, explain_error, format_error, format_outcome, is_loopback, make_tls_context,
+    prepare_process, pack, parse_host, parse_template, read_key, show_address, unpack, write_all, write_last_line,
 )
 # fmt: on
 
@@ -105,10 +107,12 @@ BACKLOG = 1024  # connections that the system holds for us; multiprocessing's 16
 GAP_LIMIT = 10_000_000  # ids without a record, in a row, that a results file may have
 SYNC_INTERVAL = 0.7  # seconds that records may wait for their fsync; with LOOK_INTERVAL that is less than one
 PROGRESS_INTERVAL = 30.0  # seconds between lines of progress where there is no terminal
-LOOK_INTERVAL = 0.2  # seconds between looks at signals, local workers and the clock
+LOOK_INTERVAL = 0.2  # seconds between looks at signals and the clock
 GOODBYE = 2.0  # seconds for the workers to hear that the job is over
-WORKER_GRACE = 10.0  # seconds for the local worker to leave by itself
+WORKER_GRACE = 10.0  # seconds for a worker that we have started to leave by itself
 RESTARTS = 5  # of a local worker that ends without having reported anything
+PACK_LIMIT = 20 << 20  # bytes of the module or package of --function that go to a host
+RETRY_PAUSE = 60.0  # seconds between attempts to reach a host, at most
 CALLER_LIMIT = 50_000  # records that may wait for the caller of TaskMaster.run
 DOUBT_AFTER = 10  # error outcomes in a row after which a worker gets one task at a time
 FIRST_PAUSE, LAST_PAUSE = 0.25, 60.0  # seconds before such a worker's next task, doubled each time
@@ -1381,48 +1385,207 @@ def print_text(text: str, encoding: str = "utf-8") -> None:
 
 
 class LocalWorker:
-    """The task_worker.py beside this file, run on this host for as long as the job lasts."""
+    """The task_worker.py beside this file, run on this host for this master alone; it ends with its standard input."""
 
-    def __init__(self, master: TaskMaster, processes: int, arguments: list[str]) -> None:
-        self._master = master
-        self._command = [sys.executable, WORKER_FILE, "--processes", str(processes), *arguments]
+    def __init__(self, master: TaskMaster, arguments: list[str], name: str = "") -> None:
+        self.host = name or socket.gethostname()
+        self.name = ""  # of the one that runs, as for its peers
+        self.reason = "it has left"  # when it has ended: why it is not started again
+        self.ended = threading.Event()
+        self._master, self._arguments = master, arguments
+        self._environment = {"TASK_AUTHKEY": os.fsdecode(master.authkey), "TASK_RUN": master.run_id, "TASK_HOST": name}
         self._process: subprocess.Popen[bytes] | None = None
+        self._stopping = threading.Event()
 
-    def start(self) -> None:
-        """Start the process, with the key in its environment; it ends with its standard input, so with this process.
+    def run(self) -> None:
+        """Run it, and again if it ends too early, until the job is over or there is no hope; blocks as long."""
+        while self._master.ledger.phase <= Phase.OVER and not self._stopping.is_set():
+            status = self._run_once()
+            if self._master.ledger.phase > Phase.OVER or not self._may_go_on(status):
+                break
+        self.ended.set()
+        self._master._look_for_workers()
 
-        What it prints goes to our standard error. When it ends, `replace_worker` is called.
-        """
-        host, port = self._master.address
-        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-        self._process = subprocess.Popen(
-            [*self._command, "--host", host, "--port", str(port)],
-            env={**os.environ, "TASK_AUTHKEY": os.fsdecode(self._master.authkey), "TASK_RUN": self._master.run_id},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE if console.is_terminal else 2,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,  # Ctrl-C in the terminal is for the master, which then drains
-        )
-        threading.Thread(target=self._watch, args=(self._process,), daemon=True).start()
+    def stop(self, connected: set[str]) -> None:
+        """Let it leave by itself if it is among these, then end it with all that it has started; blocks until it has `ended`."""
+        self._stopping.set()
+        if not self.ended.wait(WORKER_GRACE if self.name in connected else 0.0):
+            self.end()
+        while not self.ended.wait(WORKER_GRACE):
+            if self._process:
+                self._process.kill()
 
-    def _watch(self, process: subprocess.Popen[bytes]) -> None:
-        """Pass on what it prints, so that it does not run into the progress; then see how it ended."""
-        while process.stdout and (line := process.stdout.readline(1 << 16)):
-            console.write(line)
-        with process:
-            status = process.wait()
-        self._master._replace_worker(self, status)
-
-    def stop(self, grace: float) -> None:
-        """Give it `grace` seconds to leave by itself; then end it with all that it has started."""
+    def end(self) -> None:
+        """Have it leave at once. A signal handler may call this."""
         if self._process and self._process.stdin:
-            end, kill = self._process.stdin.close, self._process.kill
-            timers = [threading.Timer(grace, end), threading.Timer(grace + WORKER_GRACE, kill)]
-            for timer in timers:
-                timer.start()
-            self._process.wait()  # with a timeout it would look only every 50 ms
-            for timer in timers:
-                timer.cancel()
+            self._process.stdin.close()
+
+    def _run_once(self) -> int:
+        """Run it to its end, and return the exit status. Each line that it prints goes to `_take`."""
+        host, port = self._master.address
+        command, environ, stdout = self._find_command({"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host), port)
+        try:  # in a session of its own: Ctrl-C in the terminal is for the master, which then drains
+            process = self._process = subprocess.Popen(
+                command, env=environ, stdin=subprocess.PIPE, stdout=stdout, stderr=subprocess.STDOUT, start_new_session=True
+            )
+        except OSError as error:
+            say(f"cannot run {command[0]}: {explain_error(error)}")
+            return 255
+        self.name = f"{self.host}/{process.pid}"
+        if self._stopping.is_set():
+            self.end()
+        while process.stdout and (line := process.stdout.readline(1 << 16)):
+            self._take(process, line)
+        with contextlib.suppress(OSError), process:  # closes its pipes
+            process.wait()
+        return process.returncode
+
+    def _find_command(self, host: str, port: int) -> tuple[list[str], dict[str, str], int]:
+        """The command line for a master at this address, the environment, and where output goes: not into the progress."""
+        command = [sys.executable, WORKER_FILE, *self._arguments, "--host", host, "--port", str(port)]
+        return command, {**os.environ, **self._environment}, subprocess.PIPE if console.is_terminal else 2
+
+    def _take(self, _process: subprocess.Popen[bytes], line: bytes) -> None:
+        console.write(line)
+
+    def _may_go_on(self, status: int) -> bool:
+        """Whether to start it again after this exit status; blocks for as long as one should wait before that."""
+        self._master.restarts += 1
+        self.reason = f"the local worker ended with exit status {status}"
+        hopeless = status in (2, 3) or self._master.restarts > RESTARTS
+        if hopeless:
+            self._master.ledger.end(Phase.FAILED, Failure(f"{self.reason}, see above", 2 if status == 2 else 1))
+        else:
+            self._master._log(f"{self.reason}: starting another")
+        return not hopeless
+
+
+SSH = "ssh -T -o BatchMode=yes -o ExitOnForwardFailure=yes -o ControlPath=none -o LogLevel=INFO -o ServerAliveInterval=15".split()
+# So the next attempt would end, too: told to leave (0), an old Python, a full disk (1), no such function (2), no Python (127).
+HOPELESS = (0, 1, 2, 3, 126, 127)
+find_hopeless = re.compile(  # in what ssh says
+    r"Permission denied \(|Too many authentication failures|Host key (verification failed|for .* has changed)|"
+    r"no matching .* found|forwarding (failed|is disabled)|Could not resolve hostname(?!.*emporary)|Bad (owner|configuration)"
+).search
+# No part of [N/]HOST[:PYTHON] may begin with `-`: ssh would take it for an option.
+match_ssh_host = re.compile(r"(?:([1-9]\d*)/)?(?!-)([^\s/:\[\]]+)(?::(?![-:]|\d+$)(\S.*))?").fullmatch
+# What runs on the host comes in two stages. LOADER is an argument: every login shell leaves it as it is, and a Python that is
+# too old can read it. It runs BOOTSTRAP, which comes through standard input, with the key and the files behind it.
+LOADER = (
+    "import sys;del sys.path[0];sys.version_info<(3,9)and sys.exit('Python '+sys.version.split()[0]+' is too old there: "
+    "3.9 or newer is needed');import signal;signal.alarm(60);exec(sys.stdin.buffer.readline())"
+)
+BOOTSTRAP = """
+import io, os, signal, subprocess, sys, tempfile, time, zipfile
+worker, data = None, b""
+for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, lambda number, frame: worker and worker.send_signal(number))
+while len(data) < size:
+    signal.alarm(60)
+    data += sys.stdin.buffer.read(min(1 << 18, size - len(data))) or sys.exit(255)
+signal.alarm(0)
+with tempfile.TemporaryDirectory(prefix="task_worker-") as folder:
+    zipfile.ZipFile(io.BytesIO(data)).extractall(folder)
+    command = [sys.executable, folder + "/task_worker.py", *arguments]
+    worker = subprocess.Popen(command, cwd=folder, env={**os.environ, **environment})
+    print("task_worker", worker.pid, "started", flush=True)
+    status = worker.wait()
+    time.sleep(2 * (status < 0))  # what is being killed may still write there
+sys.exit(status if status >= 0 else 128 - status)
+"""
+
+
+def check_ssh_host(text: str) -> str:
+    """A type for argparse: [N/]HOST[:PYTHON]."""
+    if not match_ssh_host(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a host: it takes [N/]HOST[:PYTHON], a port goes into ~/.ssh/config")
+    return text
+
+
+class SshWorker(LocalWorker):
+    """A worker on another host, started through `ssh`, which takes it `files`; started again when the network has failed."""
+
+    def __init__(self, master: TaskMaster, arguments: list[str], text: str, files: bytes) -> None:
+        processes, host, python = match_ssh_host(text).groups()  # type: ignore[union-attr]
+        super().__init__(master, arguments + [f"--processes={processes}"] * bool(processes), host)
+        self._python, self._files = python or "python3", files
+        self._pause = 1.0  # seconds before the last attempt
+        self._said: list[str] | None = None  # by ssh, and by the host's shell; None when the worker runs
+
+    def end(self) -> None:
+        """As for a local one: when ssh has ended, so has the worker's standard input."""
+        if self._process:
+            self._process.kill()
+
+    def _find_command(self, host: str, port: int) -> tuple[list[str], dict[str, str], int]:
+        self._said = []
+        forward = ["-R", f"127.0.0.1:0:{show_address((host, port))}"]
+        return [*SSH, *forward, self.host, self._python, "-c", f'"{LOADER}"'], {**os.environ}, subprocess.PIPE
+
+    def _take(self, process: subprocess.Popen[bytes], line: bytes) -> None:
+        text = line.decode("utf-8", "replace").rstrip()
+        if self._said is None:
+            console.write(f"{self.host}: {text}\n".encode("utf-8", "replace"))
+        elif allocated := re.match(r"Allocated port (\d+) for remote forward to ", text):
+            threading.Thread(target=self._feed, args=(process, allocated[1]), daemon=True).start()
+        elif started := re.search(r"task_worker (\d+) started$", text):
+            self._said, self._pause, self.name = None, 1.0, f"{self.host}/{started[1]}"
+        elif text:
+            self._said.append(text.removeprefix("ssh: "))
+
+    def _feed(self, process: subprocess.Popen[bytes], port: str) -> None:
+        """Send what the host needs, then every 15 s a byte that says that the master lives; blocks until ssh has ended."""
+        names = {"size": len(self._files), "environment": self._environment, "arguments": [*self._arguments, f"--port={port}"]}
+        data = f"globals().update({names!a}); exec({BOOTSTRAP!a})\n".encode() + self._files
+        with contextlib.suppress(OSError, ValueError):
+            while process.stdin:
+                process.stdin.write(data)
+                process.stdin.flush()
+                data = b"\0"
+                time.sleep(BEAT_INTERVAL)
+
+    def _may_go_on(self, status: int) -> bool:
+        """Not if the next attempt would end so, too. The reason is told in the words of ssh or of the host's shell."""
+        before, fatal = self.reason, [*filter(find_hopeless, self._said or [])]
+        hopeless = status in HOPELESS or bool(fatal)
+        if self._said is None:
+            lost = status in (255, -9)  # of ssh
+            self.reason = "the connection was lost" if lost else f"its worker ended with exit status {status}, see above"
+        else:
+            said = [*fatal, *self._said[::-1], f"ssh ended with exit status {status}"]
+            self.reason = f"{said[0]} (try: ssh {self.host} {self._python})"
+        if hopeless or self._said is None or self.reason != before:
+            self._master._log(f"{self.host}: {self.reason}; {'given up' if hopeless else 'trying again'}")
+        self._pause = min(RETRY_PAUSE, 2 * self._pause)
+        return not hopeless and not self._stopping.wait(self._pause * random.uniform(0.5, 1.0))
+
+
+def make_ssh_workers(master: TaskMaster, arguments: list[str], ssh: Any, function: str | None) -> list[SshWorker]:
+    """A worker for each --ssh. Raises Failure for what is no host, without ssh, and when the files cannot travel."""
+    if not isinstance(ssh, (list, tuple)):
+        raise Failure(f"ssh: it takes a list of hosts, {ssh!r} is none")
+    hosts = [check_argument("ssh", text, check_ssh_host) for text in ssh]
+    if hosts and not shutil.which("ssh"):
+        raise Failure("--ssh needs the program ssh, which is not on the PATH: install OpenSSH's client")
+    files = pack_files(function) if hosts else b""
+    return [SshWorker(master, arguments, text, files) for text in hosts]
+
+
+def pack_files(function: str | None) -> bytes:
+    """A zip of task_worker.py and of the function's module or whole package, if the current folder has it. Raises Failure."""
+    content, top = io.BytesIO(), re.split("[.:]", function or "")[0]
+    paths = [pathlib.Path(f"{top}.py"), *pathlib.Path(top).rglob("*")] if function else []
+    paths = [path for path in paths if path.is_file() and not re.search(r"/(\.|__pycache__/)", path.as_posix())]
+    if sum([path.stat().st_size for path in paths]) > PACK_LIMIT:
+        raise Failure(f"--function {function}: {os.path.abspath(top)} has more than 20 MiB, too much for --ssh")
+    try:
+        with zipfile.ZipFile(content, "w", zipfile.ZIP_DEFLATED, strict_timestamps=False) as archive:
+            archive.write(WORKER_FILE, "task_worker.py")
+            for path in paths:
+                archive.write(path)
+    except OSError as error:
+        raise Failure(f"--function {function}: cannot read {error.filename}: {explain_error(error)}") from None
+    return content.getvalue()
 
 
 # ---- master --------------------------------------------------------------------------------------------------------
@@ -1473,8 +1636,8 @@ class TaskMaster:
     """A task farm: the queues, their server, and workers if wanted; a context manager.
 
     The arguments are those of the command line, but `authkey` is the key itself; without it the key is looked for as there.
-    `port` 0 takes a free one (`address` tells which). `quiet` is for the local workers; `log` is called with each line about
-    workers, retries and failures. Raises Failure when it cannot start.
+    `port` 0 takes a free one (`address` tells which). `quiet` is for the workers that it starts; `log` is called with each line
+    about workers, retries and failures. Raises Failure when it cannot start.
     """
 
     def __init__(
@@ -1484,6 +1647,7 @@ class TaskMaster:
         authkey: bytes | None = None,
         *,
         workers: int = 0,
+        ssh: Sequence[str] = (),
         function: str | None = None,
         command: str | None = None,
         timeout: float | None = None,
@@ -1510,11 +1674,12 @@ class TaskMaster:
         self._encrypted = not is_loopback(self.address[0]) if tls is None else tls
         self.authkey = find_key() if authkey is None else check_key(authkey, "authkey")
         self.context = make_tls_context(self.authkey, self.address[0], server_side=True) if self._encrypted else None
-        self._what = {"function": function, "command": command} if workers or function or command else None  # the job is for
+        self._what = {"function": function, "command": command} if workers or ssh or function or command else None  # of the job
         self._digest = ("", "")  # of the function's module, and the host that stated it
         arguments = self._worker_arguments(given)
-        self._local = [LocalWorker(self, workers, arguments)] if workers else []
-        self._restarts = 0
+        self._started: list[LocalWorker] = [*make_ssh_workers(self, arguments, ssh, function)]
+        self._started += [LocalWorker(self, [f"--processes={workers}", *arguments])] if workers else []
+        self.restarts = 0  # of a local worker, since something was reported
         self._doubted: set[str] = set()  # workers that were said to fail all their tasks
         self._recording = threading.Lock()  # guards the output, and the order of deciding and writing
         self._counting = threading.Lock()  # guards what is counted for the summary
@@ -1544,7 +1709,7 @@ class TaskMaster:
         self.close()
 
     def start(self) -> None:
-        """Open the port and start the local workers. Raises Failure."""
+        """Open the port and start the workers. Raises Failure."""
         if LOADING in os.environ:
             remedy = 'put what makes it below `if __name__ == "__main__":` there'
             raise Failure(f"this TaskMaster is made while a worker loads the module: {remedy}")
@@ -1556,8 +1721,8 @@ class TaskMaster:
             raise Failure(f"{few}: use 16 random bytes or more")
         self._server = server
         server.start()
-        for worker in self._local:
-            worker.start()
+        for worker in self._started:
+            threading.Thread(target=worker.run, daemon=True).start()
         if self.timeout:
             threading.Thread(target=self._limit_clients, args=(server.stop_event,), daemon=True).start()
 
@@ -1565,14 +1730,21 @@ class TaskMaster:
         """Let the workers leave, or lose them when the job is not done; close the port. Blocks some seconds at most."""
         if self._server:
             finished = self.ledger.is_over() and self.ledger.phase != Phase.FAILED
-            connected = any(any(host.slots.values()) for host in self.hosts.values())
+            connected = {peer.name for peer in [*self.peers] if finished}
             self.ledger.end(Phase.CLOSED)
             give_up_at = time.monotonic() + GOODBYE
             while finished and self.peers and time.monotonic() < give_up_at:
                 time.sleep(0.01)
             self._server.stop()
-            for worker in self._local:
-                worker.stop(WORKER_GRACE if finished and connected else 0.0)
+            for worker in self._started:
+                threading.Thread(target=worker.stop, args=(connected,)).start()
+            for worker in self._started:
+                worker.ended.wait()
+
+    def abandon(self) -> None:
+        """Have the workers that were started leave at once; for a signal handler that ends this process."""
+        for worker in self._started:
+            worker.end()
 
     def run(self, tasks: Iterable[Any]) -> Iterator[Record]:
         """Run tasks (any values that JSON has), read lazily; yields their records as they come, with ids from 0.
@@ -1616,6 +1788,7 @@ class TaskMaster:
         """Start reading tasks. `sink` gets those that have their last outcome; what it raises ends the job."""
         self._sink = sink
         threading.Thread(target=self._read, args=(batches,), daemon=True).start()
+        self._look_for_workers()
 
     def _read(self, batches: Iterable[list[str]]) -> None:
         try:
@@ -1639,17 +1812,11 @@ class TaskMaster:
         busy = [(now - peer.moved_at, f"task {first_held[peer]} on {peer.host}") for peer in [*self.peers] if peer in first_held]
         return max(busy, default=(0.0, ""))
 
-    def _replace_worker(self, worker: LocalWorker, status: int) -> None:
-        """A local worker has ended: start another, unless the job is over or that is hopeless."""
-        if self.ledger.phase >= Phase.OVER:
-            return
-        self._restarts += 1
-        if status in (2, 3) or self._restarts > RESTARTS:
-            text = f"the local worker ended with exit status {status}, see above"
-            self.ledger.end(Phase.FAILED, Failure(text, 2 if status == 2 else 1))
-        else:
-            self._log(f"the local worker ended with exit status {status}: starting another")
-            worker.start()
+    def _look_for_workers(self) -> None:
+        """Stop the job as if drained when no started worker is left, and no other one is connected."""
+        gone = [f"{worker.host}: {worker.reason}" for worker in self._started if worker.ended.is_set()]
+        if gone and len(gone) == len(self._started) and not self.peers and self.ledger.phase < Phase.OVER:
+            self.ledger.end(Phase.DRAINING, Failure(f"no worker is left ({'; '.join(gone)})", 1))
 
     # Called by the server's threads
 
@@ -1697,7 +1864,7 @@ class TaskMaster:
         with self._recording:
             last, retried = self.ledger.report(peer, outcomes, peer.moved_at)
             self._record(last, peer.name)
-        self._restarts = 0
+        self.restarts = 0
         if peer.name not in self._doubted and self.ledger.is_in_doubt(peer, peer.moved_at) and (last or retried):
             self._doubted.add(peer.name)
             problem = explain_outcome([*last, *retried][-1])
@@ -1734,6 +1901,7 @@ class TaskMaster:
             shown = ", ".join([f"{task.id} (attempt {task.attempts})" for task in again[:5]])
             more = f" and {len(again) - 5} more" if len(again) > 5 else ""
             self._log(f"redelivered since {peer.name} was lost: task {shown}{more}")
+        self._look_for_workers()
         if peer.joined_at is not None and not host.slots[peer.name] and self.ledger.phase < Phase.DRAINING:
             self._log(f"worker {peer.name} disconnected")
         for task in given_up:
@@ -1920,6 +2088,8 @@ def make_parser() -> Parser:
     group.add_argument("--ordered", action="store_true", help="put the file in the order of the tasks")
     group = parser.add_argument_group("workers")
     group.add_argument("--workers", type=TYPES["workers"], default=0, metavar="N", help="start so many processes here, too")
+    text = "start workers on a host, through ssh (repeatable)"
+    group.add_argument("--ssh", type=check_ssh_host, action="append", default=[], metavar="[N/]HOST[:PYTHON]", help=text)
     add_function_options(group)
     group = parser.add_argument_group("limits")
     text = "before the first retry, then doubled (default: %(default)g)"
@@ -1976,7 +2146,7 @@ class Job:
         self._stopped_by = 0  # signal number
         self._drained = False  # because of it: it came before the job was over
         self._began_at = self._shown_at = time.monotonic()
-        limits = {name: getattr(options, name) for name in [*TYPES, "function", "command", "tls", "quiet"]}
+        limits = {name: getattr(options, name) for name in [*TYPES, "ssh", "function", "command", "tls", "quiet"]}
         self._master = TaskMaster(authkey=find_key(options.authkey_file), log=self._log, **limits)
         self._results: ResultsFile | None = None
         self._kept = 0  # results of earlier runs
@@ -2063,6 +2233,7 @@ class Job:
         """The first one drains (in `_look`: a handler must not wait for anything), the second leaves at once."""
         if self._stopped_by:
             write_last_line(f"task_master: leaving at once; {self._tell_resume()}")
+            self._master.abandon()
             os._exit(128 + number)
         self._stopped_by = number
 
@@ -2083,7 +2254,7 @@ class Job:
                 problem = problem or failure
         if ledger.done or not problem:
             self._summarize()
-        if self._drained or (ledger.done and getattr(problem, "status", 0) == 1):
+        if self._drained or getattr(problem, "status", 0) == 1:
             say(f"stopped; {self._tell_resume()}")
         if problem:
             raise problem

@@ -77,6 +77,7 @@ MESSAGE_LIMIT = 64 << 20  # bytes; a longer message is refused before it is read
 TEXT_LIMIT = 60 << 20  # bytes of one task or one result as JSON text: a message has room for it
 HANDSHAKE_LIMIT = 10.0  # seconds for a new connection to prove that it knows the key
 SILENCE_LIMIT = 55.0  # seconds without a word after which a peer is given up
+BEAT_INTERVAL = 15.0  # seconds after which a busy slot, or a master through ssh, says that it lives
 DEFAULT_KEY_FILE = "~/.task_authkey"
 RESULT, ERROR = '"result": ', '"error": '  # how an outcome begins
 PLAIN_WARNING = "without TLS whoever is on the path can read and alter tasks and results"
@@ -196,9 +197,7 @@ def make_tls_context(authkey: bytes, host: str, server_side: bool) -> ssl.SSLCon
 
     if not getattr(ssl, "HAS_PSK", False):
         problem = f"TLS, the default beyond loopback ({host}), needs Python 3.13 or newer, not {sys.version.split()[0]}"
-        raise Failure(
-            f"{problem}: let workers come through an SSH tunnel (see README), or use --no-tls where nobody can listen in"
-        )
+        raise Failure(f"{problem}: start workers with the master's --ssh, or use --no-tls where nobody can listen in")
     key = hmac.digest(authkey, b"task_master TLS 1.3 pre-shared key", "sha256")  # not the key that answers challenges
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if server_side else ssl.PROTOCOL_TLS_CLIENT)
     context.minimum_version = ssl.TLSVersion.TLSv1_3
@@ -388,7 +387,6 @@ LEASE_WAIT = 30.0  # seconds that a request for tasks may wait at the master
 ANSWER_LIMIT = 45.0  # seconds to wait for an answer, at least; a request for tasks is answered within LEASE_WAIT
 SETTINGS_LIMIT = 10_000  # characters of an answer that is read as JSON
 REPORT_INTERVAL = 0.3  # seconds between reports while a lease is worked on
-BEAT_INTERVAL = 15.0  # seconds after which a busy slot says that it lives
 SLOW_TASK = 0.5  # seconds after which the tasks behind a running one are released
 REMEDIES = {errno.EMFILE: "see ulimit -n", errno.EAGAIN: "see ulimit -u", errno.ENOMEM: "memory is short"}
 START_ATTEMPTS = 3  # of a child that dies before it could run a task
@@ -948,12 +946,13 @@ def drain(number: int, leaving: threading.Event) -> None:
     say("draining: finishing what runs, releasing the rest (once more to leave at once)")
 
 
-def listen(descriptor: int, leaving: threading.Event) -> None:
-    """Drain when a signal's number comes from a pipe; leave at once when it ends, since whoever holds the other end has ended."""
+def listen(descriptor: int, leaving: threading.Event, silence_limit: float | None = None) -> None:
+    """Drain when a signal's number comes from a pipe (0: the other end lives); leave at once when it ends, or is silent."""
     with contextlib.suppress(OSError):
-        while number := os.read(descriptor, 1):
-            drain(number[0], leaving)
-    leave_at_once(1)
+        while (not silence_limit or select.select([descriptor], [], [], silence_limit)[0]) and (number := os.read(descriptor, 1)):
+            if number != b"\0":
+                drain(number[0], leaving)
+    leave_at_once(255 if silence_limit else 1)  # as ssh does when the connection is lost
 
 
 def leave_at_once(status: int) -> NoReturn:
@@ -1480,7 +1479,8 @@ def main(argv: list[str] | None = None) -> int:
         else:
             catch_signals(lambda number, frame: drain(number, leaving))
         if "TASK_RUN" in os.environ:  # a master has started this worker, which must not outlive it
-            threading.Thread(target=listen, args=(0, leaving), daemon=True).start()
+            silence_limit = SILENCE_LIMIT if os.environ.get("TASK_HOST") else None  # over ssh, which may not notice the end
+            threading.Thread(target=listen, args=(0, leaving, silence_limit), daemon=True).start()
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, CPUS // options.processes)))
         Worker(options, find_key(options, leaving), leaving).run()
     except Failure as failure:

@@ -1,4 +1,4 @@
-"""What several test files need: the real programs in a farm of their own, the wire by hand, relays, processes, the README."""
+"""What several test files need: the real programs in a farm of their own, the wire by hand, relays, hosts, the README."""
 
 from __future__ import annotations
 
@@ -637,3 +637,149 @@ class Relay:
     def close(self) -> None:
         self.cut()
         self._server.close()
+
+
+# ---- other hosts, reached through ssh --------------------------------------------------------------------------------
+
+SSHD = shutil.which("sshd", path=os.pathsep.join([os.environ["PATH"], "/usr/sbin", "/usr/local/sbin"]))
+needs_sshd = pytest.mark.skipif(not SSHD or not shutil.which("ssh"), reason="no sshd here: install openssh-server")
+SSHD_CONFIG = """
+ListenAddress 127.0.0.1
+Port {port}
+HostKey {folder}/host_key
+AuthorizedKeysFile {folder}/authorized_keys
+PidFile none
+StrictModes no
+UsePAM no
+PasswordAuthentication no
+PermitRootLogin prohibit-password
+{more}
+ForceCommand cd {home} && export HOME={home} TMPDIR={home}/tmp PATH={home}/bin:"$PATH" && exec {shell} -c "$SSH_ORIGINAL_COMMAND"
+"""
+SSH_CONFIG = """
+Host *
+    HostName 127.0.0.1
+    IdentityFile {folder}/user_key
+    IdentitiesOnly yes
+    UserKnownHostsFile {folder}/known_hosts
+    GlobalKnownHostsFile /dev/null
+    StrictHostKeyChecking yes
+"""
+
+
+class SshHost:
+    """A "host" on this machine: an sshd with a port, keys and a home of its own. What runs there is told by its home."""
+
+    def __init__(self, net: SshNet, name: str, shell: str, more: str, python: str | None) -> None:
+        self.name, self.net, self.port = name, net, free_port()
+        self.folder = net.folder / name
+        self.home, self.tmp = self.folder / "home", self.folder / "home" / "tmp"
+        for folder in (self.home / "bin", self.tmp):
+            folder.mkdir(parents=True)
+        if python:
+            make_script(self.home / "bin" / "python3", f'exec {os.path.realpath(python)} "$@"')
+        net.make_key(self.folder / "host_key")
+        shutil.copy(net.folder / "user_key.pub", self.folder / "authorized_keys")
+        text = SSHD_CONFIG.format(port=self.port, folder=self.folder, home=self.home, shell=shutil.which(shell), more=more)
+        (self.folder / "config").write_text(text)
+        self.start()
+
+    def start(self) -> None:
+        self.server = Program([str(SSHD), "-D", "-e", "-f", str(self.folder / "config")], self.folder, self.net.farm.env())
+        self.server.wait_line("Server listening")
+
+    def sessions(self) -> list[psutil.Process]:
+        """The sshd processes of the connections."""
+        found = []
+        for process in descendants_of(self.server.pid):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                found += [process] if process.name().startswith("sshd") else []
+        return found
+
+    def stop(self) -> None:
+        """Switch it off, or cut its cable: sshd and its sessions end, but not what they have started."""
+        for session in self.sessions():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                session.kill()
+        self.server.kill()
+        self.server.wait()
+
+    def processes(self) -> list[psutil.Process]:
+        """What runs on the host, sshd aside."""
+        found = []
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                if process.environ().get("HOME") == str(self.home):
+                    found.append(process)
+        return found
+
+    def leftovers(self) -> list[str]:
+        """What should not be there when a worker has gone."""
+        processes = []
+        for process in self.processes():
+            with contextlib.suppress(psutil.Error):
+                processes.append(f"{process.pid} {process.cmdline()}")
+        return [*processes, *(path.name for path in self.tmp.iterdir())]
+
+    def check_clean(self) -> None:
+        """Block until no process and no folder is left there."""
+        try:
+            wait_until(lambda: not self.leftovers())
+        except pytest.fail.Exception:
+            pytest.fail(f"left on {self.name}: {self.leftovers()}")
+
+
+class SshNet:
+    """Hosts for the masters of a farm, which find them: `ssh` on PATH is OpenSSH's with a configuration of its own."""
+
+    def __init__(self, farm: Farm, *options: str) -> None:
+        """These options of ssh go before those of the master, so they count."""
+        self.farm = farm
+        self.folder, self.bin = farm.folder / "ssh", farm.folder / "bin"
+        for made in (self.folder, self.bin):
+            made.mkdir(mode=0o700)
+        if os.geteuid() == 0:
+            Path("/run/sshd").mkdir(mode=0o755, exist_ok=True)  # an empty folder that sshd wants, made by its service
+        self.make_key(self.folder / "user_key")
+        (self.folder / "known_hosts").touch()
+        make_script(self.bin / "ssh", f'exec {shutil.which("ssh")} -F {self.folder}/config {" ".join(options)} "$@"')
+        self._config = SSH_CONFIG.format(folder=self.folder)
+        self.hosts: list[SshHost] = []
+        farm.closing(self)
+
+    def make_key(self, path: Path) -> None:
+        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(path)], check=True)
+
+    def configure(self, name: str, *lines: str) -> None:
+        """Add lines about a host to ssh's configuration."""
+        self._config = "\n    ".join([f"Host {name}", *lines]) + "\n" + self._config
+        (self.folder / "config").write_text(self._config)
+
+    def host(self, name: str, shell: str = "sh", more: str = "", python: str | None = sys.executable) -> SshHost:
+        """Start a host that knows our key, as we know its own; `python` is its python3, `more` goes into sshd_config."""
+        host = SshHost(self, name, shell, more, python)
+        self.hosts.append(host)
+        self.configure(name, f"Port {host.port}", f"HostKeyAlias {name}")
+        with open(self.folder / "known_hosts", "a") as file:
+            file.write(f"{name} {(host.folder / 'host_key.pub').read_text()}")
+        return host
+
+    def master(self, *argv: object, **options: Any) -> Program:
+        """Start a master on a free port."""
+        return self.farm.master(*argv, env=self.env(), **options)
+
+    def env(self) -> dict[str, str]:
+        """The environment of the masters."""
+        return self.farm.env(PATH=f"{self.bin}{os.pathsep}{os.environ['PATH']}")
+
+    def close(self) -> None:
+        for host in self.hosts:
+            host.stop()
+            for process in host.processes():
+                with contextlib.suppress(psutil.Error):
+                    process.kill()
+
+
+def make_script(path: Path, text: str) -> None:
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)

@@ -734,12 +734,12 @@ Host *
     BatchMode yes
     LogLevel ERROR
 """
-# All hosts are this machine: where two would have the same port 5001 each takes one of its own, and the master is here
+# All hosts are this machine, the master's too
 SSH_WRAPPER = """
-case " $* " in {cases} esac
 for argument; do
     shift
-    set -- "$@" "$(printf %s "$argument" | sed "s/5001/$tunnel/; s/^thishost$/{thishost}/")"
+    [ "$argument" = thishost ] && argument={thishost}
+    set -- "$@" "$argument"
 done
 exec {ssh} -F {config} "$@"
 """
@@ -783,10 +783,9 @@ class SshHosts:
         hosts = "".join(f"Host {name}\n    Port {port}\n" for name, port in ports.items())
         self._write("config", hosts + SSH_CONFIG.format(folder=self.folder))
         config = self.folder / "config"
-        cases = " ".join(f'*" {name} "*) tunnel={free_port()};;' for name in ports)
         make_script(
             newcomer.bin / "ssh",
-            SSH_WRAPPER.format(cases=cases, ssh=shutil.which("ssh"), config=config, thishost=socket.gethostname()),
+            SSH_WRAPPER.format(ssh=shutil.which("ssh"), config=config, thishost=socket.gethostname()),
         )
         make_script(newcomer.bin / "scp", f'exec {shutil.which("scp")} -F {config} "$@"\n')
 
@@ -814,27 +813,21 @@ def ssh_hosts(newcomer: Newcomer) -> Iterator[Callable[..., SshHosts]]:
         hosts.stop()
 
 
-def give_tasks(newcomer: Newcomer, command: str, loop: Callable[[], Program], hosts: int) -> tuple[Program, Program]:
-    """Start a master, then what starts workers on hosts; give it two tasks when they are there. Both have ended."""
-    master = newcomer.bash(f"exec {command.strip()} --tasks -", stdin=subprocess.PIPE)
-    master.wait_line("listening on .*:5000")
-    started = loop()
-    master.wait_line(r"worker \S+ connected", count=hosts)
+@pytest.mark.usefixtures("port_5000")
+def test_one_command_starts_workers_on_two_hosts_and_leaves_nothing_there(
+    newcomer: Newcomer, ssh_hosts: Callable[..., SshHosts]
+) -> None:
+    hosts = ssh_hosts("host1", "host2")
+    master = newcomer.bash(f"exec {find_block('hosts').strip()} --tasks -", stdin=subprocess.PIPE)
+    master.wait_line(r"worker host[12]/\d+ connected", count=2)
     master.put("2\n3\n")
     master.end_input()
-    assert (master.wait(), started.wait()) == (0, 0), (master.lines, started.lines)
+    assert master.wait() == 0, master.lines
     assert sorted(master.stdout[-2:]) == ["Result: 2 * 2 = 4", "Result: 3 * 3 = 9"]
-    return master, started
-
-
-@pytest.mark.usefixtures("port_5000")
-def test_workers_on_two_hosts_are_started_through_tunnels(newcomer: Newcomer, ssh_hosts: Callable[..., SshHosts]) -> None:
-    hosts = ssh_hosts("host1", "host2")
-    _, loop = give_tasks(newcomer, "python3 task_master.py", lambda: newcomer.bash(find_block("ssh")), hosts=2)
-    loop.wait_line("worker exit.", "stdout", count=2)
+    assert master.said("host host2: 4 processes")
+    assert master.said("^host[12]: run task 3")
     for home in hosts.homes.values():
-        assert sorted(path.name for path in home.iterdir() if path.is_file()) == [".task_authkey", "task_worker.py"]
-        assert (home / ".task_authkey").stat().st_mode & 0o777 == 0o600
+        assert not [path for path in home.iterdir() if not path.name.startswith(".cache")]
 
 
 @pytest.mark.usefixtures("port_5000")
@@ -845,12 +838,15 @@ def test_a_worker_on_another_host_is_started_with_two_commands(newcomer: Newcome
         pytest.skip("the name of this host has no address")
     newcomer.use_python(tls_python())
     ssh_hosts("otherhost")
-    master, commands = give_tasks(
-        newcomer,
-        find_block("python3 task_master.py --host 0.0.0.0"),
-        lambda: newcomer.bash(find_block("scp task_worker.py ~/.task_authkey otherhost:")),
-        hosts=1,
-    )
+    command = find_block("python3 task_master.py --host 0.0.0.0").strip()
+    master = newcomer.bash(f"exec {command} --tasks -", stdin=subprocess.PIPE)
+    master.wait_line("listening on .*:5000")
+    commands = newcomer.bash(find_block("scp task_worker.py ~/.task_authkey otherhost:"))
+    master.wait_line(r"worker \S+ connected")
+    master.put("2\n3\n")
+    master.end_input()
+    assert (master.wait(), commands.wait()) == (0, 0), (master.lines, commands.lines)
+    assert sorted(master.stdout[-2:]) == ["Result: 2 * 2 = 4", "Result: 3 * 3 = 9"]
     assert commands.stdout == [f"Connect to server {socket.gethostname()}...", *commands.stdout[1:3], "worker exit."]
     assert not master.said("without TLS")
 
@@ -884,6 +880,7 @@ def test_every_option_that_is_named_is_one_of_the_two_programs() -> None:
     [
         ("(1 MiB of each is", task_worker.OUTPUT_LIMIT / (1 << 20)),
         ("have room for 60 MiB", task_worker.TEXT_LIMIT / (1 << 20)),
+        ("up to 20 MiB", task_master.PACK_LIMIT / (1 << 20)),
         ("waits 60 s for its master", task_worker.make_parser().get_default("wait")),
         ("(127.0.0.1, 5000;", task_worker.make_parser().get_default("port")),
         ("(default 2)", task_master.make_parser().get_default("redeliveries")),

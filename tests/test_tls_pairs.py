@@ -56,7 +56,7 @@ def check_refused(program: Program, choice: str) -> None:
     """One line that names the Python that is needed, and the ways out."""
     assert program.wait() == 2
     (line,) = program.stderr
-    for word in ["3.13", "SSH", *([] if choice else ["--no-tls"])]:
+    for word in ["3.13", "--ssh", *([] if choice else ["--no-tls"])]:
         assert word in line
 
 
