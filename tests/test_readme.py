@@ -824,7 +824,7 @@ def test_one_command_starts_workers_on_two_hosts_and_leaves_nothing_there(
     master.end_input()
     assert master.wait() == 0, master.lines
     assert sorted(master.stdout[-2:]) == ["Result: 2 * 2 = 4", "Result: 3 * 3 = 9"]
-    assert master.said(r"host host2: \d process")  # of four; the last ones may have come too late
+    assert master.said("host host2: [1-4] process")  # the last ones may have come too late
     assert master.said("^host[12]: run task 3")
     for home in hosts.homes.values():
         assert not [path for path in home.iterdir() if not path.name.startswith(".cache")]
