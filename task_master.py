@@ -802,11 +802,11 @@ class RequestConnection(PlainConnection):
         else:
             self.send_bytes(pack(kind + " json", json.dumps(value, default=repr)))
 
-    def send_bytes(self, *messages: bytes) -> None:
+    def send_bytes(self, data: bytes) -> None:
         """As for any connection; the handshake says in this way that the key is not ours."""
-        if messages == (b"#FAILURE#",):
+        if data == b"#FAILURE#":
             self.problem = OTHER_KEY
-        super().send_bytes(*messages)
+        super().send_bytes(data)
 
     def read(self, size: int) -> bytes:
         """The next `size` bytes. Large messages come one at a time, so that they do not fill the memory, and must not dawdle."""

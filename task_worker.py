@@ -156,9 +156,9 @@ class PlainConnection:
             self.sock.shutdown(socket.SHUT_RDWR)  # wakes a thread that reads; close alone would not
         self.sock.close()
 
-    def send_bytes(self, *messages: bytes) -> None:
-        """Send messages; blocks until the system has taken them all, EOFError when it takes nothing for too long."""
-        view = memoryview(b"".join([struct.pack("!i", len(data)) + data for data in messages]))
+    def send_bytes(self, data: bytes) -> None:
+        """Send a message; blocks until the system has taken it all, EOFError when it takes nothing for too long."""
+        view = memoryview(struct.pack("!i", len(data)) + data)
         try:
             while view:
                 view = view[self.sock.send(view) :]
@@ -997,21 +997,21 @@ class Link:
         self._connection.end_handshake(limit)
         self._answer_limit = limit
 
-    def call(self, *messages: bytes, patient: bool = False) -> Any:
-        """Make calls in one round trip. Returns what the first one does; `receive` what each of the others does.
+    def call(self, message: bytes, patient: bool = False) -> Any:
+        """Make a call, and return what it does; blocks meanwhile."""
+        self.send(message, patient)
+        return self.receive()
 
-        With `patient` the answer may take its time, as long as the connection lives: the master's disk may be slow.
+    def send(self, message: bytes, patient: bool = False) -> None:
+        """Make a call, whose answer `receive` will give.
+
+        With `patient` that may take its time, as long as the connection lives: the master's disk may be slow.
         """
-        asked_at = time.monotonic()
         try:
             self._connection.sock.settimeout(None if patient else self._answer_limit)
         except OSError as error:  # it is closed, since a call before this one was its end
             raise EOFError(str(error)) from error
-        self._connection.send_bytes(*messages)
-        value = self.receive()
-        if len(messages) > 1:
-            self.round_trip = min(self.called_at - asked_at, 1.25 * self.round_trip)
-        return value
+        self._connection.send_bytes(message)
 
     def receive(self) -> Any:
         """What a call has returned; blocks until it is there."""
@@ -1047,7 +1047,7 @@ class Slot(threading.Thread):
         self._fed: list[str] = []  # what the child has, or is to have next, as `ID TEXT`
         self._done = 0  # how many of those have an outcome
         self._outcomes: list[str] = []  # that are not acknowledged: a line of ids, and a line for each of them
-        self._sent = 0  # how many of these were sent along with the last request for tasks
+        self._sent = False  # whether the first of these was sent, and no answer awaited
         self._reported_at = self._busy_from = 0.0
 
     def run(self) -> None:
@@ -1146,16 +1146,18 @@ class Slot(threading.Thread):
         return True
 
     def _lease(self, link: Link, limit: int) -> str | None:
-        """Lease anew and report what is finished, in one round trip. Returns lines; None when the job is over.
+        """Lease anew, and send a report of what is finished. Returns lines; None when the job is over.
 
-        The child gets its tasks while the master still records, and the acknowledgement is awaited before the next call.
+        The child gets its tasks while the master still records; the acknowledgement is awaited before the next call.
         """
         self._report(keep=1)
-        reports = [self._pack_report() for _ in self._outcomes]
-        wait = 0 if reports else LEASE_WAIT
-        lease = link.call(pack(f"{TASKS} lease {limit} {wait}"), *reports, patient=bool(reports))
-        self._sent = len(reports)
-        self._worker.served_at = time.monotonic()
+        asked_at = time.monotonic()
+        lease = link.call(pack(f"{TASKS} lease {limit} {0 if self._outcomes else LEASE_WAIT}"))
+        if self._outcomes:
+            link.round_trip = min(link.called_at - asked_at, 1.25 * link.round_trip)
+            link.send(self._pack_report(), patient=True)
+            self._sent = True
+        self._worker.served_at = link.called_at
         if lease is not None and not isinstance(lease, str):
             raise EOFError("it leases what is no task")
         return lease
@@ -1183,15 +1185,15 @@ class Slot(threading.Thread):
         elif self._link and now - self._link.called_at > BEAT_INTERVAL:
             self._tell(pack(f"{TASKS} beat"))
 
-    def _tell(self, *messages: bytes, patient: bool = False) -> bool:
+    def _tell(self, message: bytes = b"", patient: bool = False) -> bool:
         """Call the master if it can be reached, after what it still owes. Returns False when it cannot: the link is gone then."""
         try:
             if self._link and self._sent:
                 self._link.receive()
-                del self._outcomes[: self._sent]
-                self._sent = 0
-            if self._link and messages:
-                self._link.call(*messages, patient=patient)
+                self._sent = False
+                del self._outcomes[0]
+            if self._link and message:
+                self._link.call(message, patient)
             if self._link:
                 self._worker.served_at = self._link.called_at
         except EOFError as error:
@@ -1200,7 +1202,7 @@ class Slot(threading.Thread):
 
     def _lose_link(self, error: EOFError) -> None:
         self._leave()
-        self._link, self._sent = None, 0
+        self._link, self._sent = None, False
         self._worker.miss(error)
 
     # with the child
