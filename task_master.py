@@ -1155,7 +1155,7 @@ class ResultsFile:
         try:
             yield
         except OSError as error:
-            hint = "a result that is missing there was not acknowledged, --resume runs it again"
+            hint = "is the path right?" if status == 2 else "what is missing there was not acknowledged, --resume runs it again"
             raise Failure(f"cannot write the results file {self._given}: {explain_error(error)} ({hint})", status) from None
 
     def _open(self) -> None:
@@ -1465,10 +1465,11 @@ SSH = "ssh -T -o BatchMode=yes -o ExitOnForwardFailure=yes -o ControlPath=none -
 HOPELESS = (0, 1, 2, 3, 126, 127)
 find_hopeless = re.compile(  # in what ssh says
     r"Permission denied \(|Too many authentication failures|Host key (verification failed|for .* has changed)|"
-    r"no matching .* found|forwarding (failed|is disabled)|Could not resolve hostname(?!.*emporary)|Bad (owner|configuration)"
+    r"no matching .* found|forwarding (failed|is disabled)|Could not resolve hostname(?!.*emporary)|Bad (owner|configuration)|"
+    r"invalid characters"
 ).search
 # No part of [N/]HOST[:PYTHON] may begin with `-`: ssh would take it for an option.
-match_ssh_host = re.compile(r"(?:([1-9]\d*)/)?(?!-)([^\s/:\[\]]+)(?::(?![-:]|\d+$)(\S.*))?").fullmatch
+match_ssh_host = re.compile(r"(?:([1-9]\d*)/)?(?!-)([^\s/:,\[\]]+)(?::(?![-:]|\d+$)(\S.*))?").fullmatch
 # What runs on the host comes in two stages. LOADER is an argument: every login shell leaves it as it is, and a Python that is
 # too old can read it. It runs BOOTSTRAP, which comes through standard input, with the key and the files behind it.
 LOADER = (
@@ -1677,8 +1678,8 @@ class TaskMaster:
         self._what = {"function": function, "command": command} if workers or ssh or function or command else None  # of the job
         self._digest = ("", "")  # of the function's module, and the host that stated it
         arguments = self._worker_arguments(given)
-        self._started: list[LocalWorker] = [*make_ssh_workers(self, arguments, ssh, function)]
-        self._started += [LocalWorker(self, [f"--processes={workers}", *arguments])] if workers else []
+        self.started: list[LocalWorker] = [*make_ssh_workers(self, arguments, ssh, function)]
+        self.started += [LocalWorker(self, [f"--processes={workers}", *arguments])] if workers else []
         self.restarts = 0  # of a local worker, since something was reported
         self._doubted: set[str] = set()  # workers that were said to fail all their tasks
         self._recording = threading.Lock()  # guards the output, and the order of deciding and writing
@@ -1695,7 +1696,8 @@ class TaskMaster:
         for name, check in (("function", check_spec), ("command", parse_template)):
             if given[name] is not None:
                 if not isinstance(given[name], str) or not given[name]:
-                    raise Failure(f"{name}: it takes a text, {given[name]!r} is none")
+                    example = "MODULE:NAME, as in 'mailer:send'" if name == "function" else "a line for the shell"
+                    raise Failure(f"{name}: it takes a text, {example}, not {given[name]!r}")
                 check(given[name])
         names = ("function", "command", "tasks_per_process")
         values = [f"--{name.replace('_', '-')}={given[name]}" for name in names if given[name]]
@@ -1721,7 +1723,7 @@ class TaskMaster:
             raise Failure(f"{few}: use 16 random bytes or more")
         self._server = server
         server.start()
-        for worker in self._started:
+        for worker in self.started:
             threading.Thread(target=worker.run, daemon=True).start()
         if self.timeout:
             threading.Thread(target=self._limit_clients, args=(server.stop_event,), daemon=True).start()
@@ -1736,14 +1738,14 @@ class TaskMaster:
             while finished and self.peers and time.monotonic() < give_up_at:
                 time.sleep(0.01)
             self._server.stop()
-            for worker in self._started:
+            for worker in self.started:
                 threading.Thread(target=worker.stop, args=(connected,)).start()
-            for worker in self._started:
+            for worker in self.started:
                 worker.ended.wait()
 
     def abandon(self) -> None:
         """Have the workers that were started leave at once; for a signal handler that ends this process."""
-        for worker in self._started:
+        for worker in self.started:
             worker.end()
 
     def run(self, tasks: Iterable[Any]) -> Iterator[Record]:
@@ -1814,8 +1816,8 @@ class TaskMaster:
 
     def _look_for_workers(self) -> None:
         """Stop the job as if drained when no started worker is left, and no other one is connected."""
-        gone = [f"{worker.host}: {worker.reason}" for worker in self._started if worker.ended.is_set()]
-        if gone and len(gone) == len(self._started) and not self.peers and self.ledger.phase < Phase.OVER:
+        gone = [f"{worker.host}: {worker.reason}" for worker in self.started if worker.ended.is_set()]
+        if gone and len(gone) == len(self.started) and not self.peers and self.ledger.phase < Phase.OVER:
             self.ledger.end(Phase.DRAINING, Failure(f"no worker is left ({'; '.join(gone)})", 1))
 
     # Called by the server's threads
@@ -2219,15 +2221,25 @@ class Job:
         parts = [f"{done} done" if total is None else f"{bar}  {done} of {total}"]
         parts += [f"{ledger.failed} failed"] if ledger.failed else []
         parts += [f"{show_rate(rate)}/s", show_time(spent)]
-        parts += [f"{show_time((total - done) / rate)} left"] if total and rate else []
+        seconds, task = self._master._longest()
+        longest = [f"longest {show_time(seconds)} ({task})"] if seconds >= 1 else []
+        left = (total - done) / rate if total and rate else 0.0
+        parts += [f"{show_time(left)} left"] if left > seconds else longest  # a task that hangs makes the estimate void
         slots = [count for host in [*self._master.hosts.values()] if (count := sum(host.slots.values()))]
         if slots:
             parts.append(f"{count_things(sum(slots), 'process')} on {count_things(len(slots), 'host')}")
         else:
-            host, port = self._master.address
-            parts.insert(0, f"no worker is connected: python3 task_worker.py --host {host} --port {port}")
-        seconds, task = self._master._longest()
-        return [*parts, f"longest {show_time(seconds)} ({task})"] if seconds >= 1 else parts
+            parts.insert(0, self._describe_waiting())
+        return parts + longest if left > seconds else parts
+
+    def _describe_waiting(self) -> str:
+        """What the job waits for when nobody works."""
+        if coming := [worker.host for worker in self._master.started if not worker.ended.is_set()]:
+            return f"waiting for the worker on {', '.join(coming)}"
+        (host, port), options = self._master.address, self._options
+        what = {"--function": options.function, "--command": options.command}
+        words = [word for name, value in what.items() if value for word in (name, value)]
+        return f"no worker is connected: {shlex.join(['python3', 'task_worker.py', '--host', host, '--port', str(port), *words])}"
 
     def _handle_signal(self, number: int, _frame: object) -> None:
         """The first one drains (in `_look`: a handler must not wait for anything), the second leaves at once."""
@@ -2242,7 +2254,7 @@ class Job:
         if not self._results:
             return "what is not done is not remembered: use --results FILE to be able to resume"
         argv = [sys.executable, *self._argv, *["--resume"] * (not self._options.resume)]
-        return f"to carry on: {shlex.join(argv)}"
+        return f"to carry on{', with the same input' * (self._options.tasks == '-')}: {shlex.join(argv)}"
 
     def _conclude(self) -> int:
         """Say how it went; returns the exit status. Raises Failure."""

@@ -324,7 +324,7 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **options: Any) -> None:
         formatter = functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=27)
         super().__init__(allow_abbrev=False, formatter_class=formatter, **options)
-        self.add_argument("--quiet", action="store_true", help="say nothing but errors, and where the master listens")
+        self.add_argument("--quiet", action="store_true", help="say only where the master listens, and what stops a program")
         self.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
 
     def error(self, message: str) -> NoReturn:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import shlex
 import socket
 import struct
 import subprocess
@@ -184,7 +185,7 @@ def test_one_line_redraws_and_leaves_no_trace(open_terminal: Any, columns: int, 
     shown = terminal.progress()
     assert len(set(shown)) >= 3, shown
     first = BAR + r"\d+ of 20" if columns > 40 else r"\d+ %  \d+ of 20"
-    assert [text for text in shown if not re.match(first, text) and not text.startswith("no worker is")] == []
+    assert [text for text in shown if not re.match(first, text) and not text.startswith("waiting for the wor")] == []
     assert max(map(len, shown)) < columns
     terminal.check_lines()
     lines = terminal.screen().lines()
@@ -201,9 +202,16 @@ def test_the_line_tells_what_one_wants_to_know(open_terminal: Any) -> None:
     assert all((len(full), len(full + empty), int(part)) == (int(done), 20, 5 * int(done)) for full, empty, part, done in bars)
 
 
+def test_the_command_for_a_worker_that_is_missing_has_the_function_of_the_job(farm: Farm, open_terminal: Any) -> None:
+    """So that it can be copied, and is not refused."""
+    terminal = open_terminal(150, "1", "--command", "wc -c {}")
+    shown = re.escape(shlex.join(["--command", "wc -c {}"]))
+    terminal.wait_text(r"no worker is connected: python3 task_worker.py --host 127.0.0.1 --port \d+ " + shown)
+
+
 def test_what_has_run_longest_is_named(farm: Farm, open_terminal: Any) -> None:
     terminal = open_terminal(150, *FILE, *STAY)
-    terminal.wait_text(rf"1 process on 1 host, longest 0:0[1-9] \(task 0 on {re.escape(socket.gethostname())}\)")
+    terminal.wait_text(rf"0:0\d, longest 0:0[1-9] \(task 0 on {re.escape(socket.gethostname())}\), 1 process on 1 host")
     farm.let_go()
     assert terminal.wait() == 0
 
@@ -273,7 +281,7 @@ def test_without_a_terminal_there_is_a_plain_line_now_and_then(farm: Farm) -> No
     assert master.wait() == 1, master.stderr
     lines = master.said(" of 20")
     assert len(lines) >= 2
-    assert all(re.match(f"task_master: (no worker is connected.*, )?{BAR}", line) for line in lines)
+    assert all(re.match(f"task_master: (waiting for the worker .*, )?{BAR}", line) for line in lines)
     assert not any("\r" in line or "\x1b" in line for line in master.stderr)
 
 
