@@ -386,6 +386,7 @@ ROUND_TRIP_SHARE = 0.05  # at most this part of a slot's time should go to round
 LEASE_WAIT = 30.0  # seconds that a request for tasks may wait at the master
 ANSWER_LIMIT = 45.0  # seconds to wait for an answer, at least; a request for tasks is answered within LEASE_WAIT
 SETTINGS_LIMIT = 10_000  # characters of an answer that is read as JSON
+ALONG_LIMIT = 1 << 16  # bytes that are sent along with a request: what the system takes though the master does not read
 REPORT_INTERVAL = 0.3  # seconds between reports while a lease is worked on
 SLOW_TASK = 0.5  # seconds after which the tasks behind a running one are released
 REMEDIES = {errno.EMFILE: "see ulimit -n", errno.EAGAIN: "see ulimit -u", errno.ENOMEM: "memory is short"}
@@ -998,7 +999,7 @@ class Link:
         self._answer_limit = limit
 
     def call(self, *messages: bytes, patient: bool = False) -> Any:
-        """Make calls in one round trip. Returns what the first one does; `receive` what each of the others does.
+        """Make calls, in one round trip if they are small. Returns what the first one does; `receive` what each other does.
 
         With `patient` the answer may take its time, as long as the connection lives: the master's disk may be slow.
         """
@@ -1007,8 +1008,10 @@ class Link:
             self._connection.sock.settimeout(None if patient else self._answer_limit)
         except OSError as error:  # it is closed, since a call before this one was its end
             raise EOFError(str(error)) from error
-        self._connection.send_bytes(*messages)
+        early = messages if sum(map(len, messages[1:])) <= ALONG_LIMIT else messages[:1]
+        self._connection.send_bytes(*early)
         value = self.receive()
+        self._connection.send_bytes(*messages[len(early) :])  # not before: while both ends send much, neither would read
         if len(messages) > 1:
             self.round_trip = min(self.called_at - asked_at, 1.25 * self.round_trip)
         return value
