@@ -398,8 +398,11 @@ class Ledger:
             for task_id, ok, final, outcome in outcomes:
                 task = self._tasks.get(task_id)
                 again = not ok and not final and task is not None and task.failures < self._retries
-                if task is None or task.holder is RECORDER or (again and task.holder is not holder):
-                    self.dropped += 1  # it has a record, or it is going to be run again anyway
+                if task is None or task.holder is RECORDER:
+                    self.dropped += 1  # it has a record
+                    continue
+                if task.holder is not holder and (again or (not ok and outcome == task.outcome)):
+                    self.dropped += 1  # it is going to be run again anyway; or it came before, and its acknowledgement was lost
                     continue
                 task.ok, task.outcome = ok, outcome
                 task.avoids = standing if again else None

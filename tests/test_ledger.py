@@ -314,6 +314,21 @@ def test_a_late_error_is_dropped_while_there_are_retries_since_the_task_runs_aga
     assert (ledger.dropped, ledger.failed) == (1, 0)
 
 
+@pytest.mark.parametrize("leased_again", [False, True])
+def test_an_error_that_is_reported_again_as_its_acknowledgement_was_lost_counts_once(leased_again: bool) -> None:
+    ledger = make_ledger(1, retries=1)
+    lease(ledger, ANNA)
+    assert report(ledger, ANNA, {0: ERROR}) == ([], [0])
+    drop(ledger, ANNA)
+    if leased_again:
+        assert lease(ledger, BERT) == [0]
+    assert report(ledger, "anna again", {0: ERROR}) == ([], [])
+    check_counts(ledger, ready=not leased_again, leased=leased_again, done=0)
+    assert (ledger.dropped, ledger.failed) == (1, 0)
+    lease(ledger, BERT)
+    assert report(ledger, BERT, {0: ERROR}) == ([0], [])  # another run, which ended in the same way
+
+
 def test_a_late_outcome_settles_a_retry_that_waits_for_its_delay() -> None:
     ledger = make_ledger(1, retries=1, retry_delay=10.0)
     lease(ledger, ANNA)
