@@ -345,7 +345,7 @@ class Ledger:
         """Block until `lease` would return tasks or None, for `timeout` seconds at most. Returns whether it would."""
         with self._lock:
             if (pause := self._pause_of(self._slots.get(holder), now)) > 0:
-                return self._over.wait_for(self.is_over, min(timeout, pause, 1.0))  # nobody else's wake-up
+                return self._over.wait_for(lambda: self.phase > Phase.OVER, min(timeout, pause, 1.0))  # nobody else's wake-up
             self._queue_due(now)
             due_in = self._delayed[0][0] - now if self._delayed else timeout
             timeout = min(timeout, due_in, max(1.0, len(self._slots) / IDLE_POLLS))
@@ -361,6 +361,7 @@ class Ledger:
                 return None
             standing = self._slots.get(holder)
             if self._gate_closed or self._pause_of(standing, now) > 0:
+                self._wake_next()  # it may have been woken for what it must not have
                 return []
             self._queue_due(now)
             share = len(self._ready) // (2 * len(self._slots) or 1)

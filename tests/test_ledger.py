@@ -424,6 +424,21 @@ def test_a_worker_in_doubt_waits_for_its_pause_and_not_for_tasks() -> None:
     assert ledger.wait_ready(ANNA, 0.01, 0.25) is True
 
 
+@pytest.mark.parametrize("end", ["is over", "drains"])
+def test_a_worker_in_doubt_does_not_ask_again_and_again_when_the_job_ends(end: str) -> None:
+    ledger = make_ledger(12)
+    enlist(ledger, ANNA, BERT)
+    fail(ledger, ANNA, 11)
+    if end == "is over":
+        report(ledger, BERT, {lease(ledger, BERT)[0]: OK})
+        ledger.end(Phase.ENDED)
+        assert ledger.phase == Phase.OVER
+    else:
+        lease(ledger, BERT)
+        ledger.end(Phase.DRAINING)
+    assert ledger.wait_ready(ANNA, 0.01, 0.0) is (ledger.lease(ANNA, 1, 0.0) is None) is (end == "drains")
+
+
 @pytest.mark.parametrize("others", ["fail as well", "are not there", "have left"])
 def test_nobody_is_in_doubt_where_nobody_does_better(others: str) -> None:
     ledger = make_ledger(100)
@@ -606,6 +621,26 @@ def test_one_who_leaves_tasks_behind_wakes_the_next() -> None:
     ledger.submit([(n, str(n)) for n in range(3)])
     check_ends(waiters)
     check_counts(ledger, ready=0, leased=3, done=0)
+
+
+def test_one_who_is_woken_for_what_its_worker_must_not_have_wakes_the_next() -> None:
+    ledger = make_ledger(10)
+    for holder in (ANNA, "her second slot", "her third slot"):
+        ledger.enlist(holder, ANNA, 0.0)
+    enlist(ledger, *range(int(120 * task_master.IDLE_POLLS)))  # so many that each may wait for two minutes
+    fail(ledger, ANNA, 10)
+
+    def wait(holder: object) -> None:
+        assert ledger.wait_ready(holder, 120.0, 0.0)
+        lease(ledger, holder)
+
+    waiters = []
+    for holder in ("her second slot", "her third slot", 0):
+        waiters.append(in_thread(wait, holder))
+        check_blocked(waiters[-1])
+    ledger.submit([(10, "10"), (11, "11")])
+    check_ends(waiters)
+    check_counts(ledger, ready=0, leased=2, done=10)
 
 
 def test_waiting_ends_without_a_task_when_the_time_is_over_though_the_gate_is_closed_or_a_retry_is_not_due() -> None:
