@@ -53,6 +53,7 @@ import importlib.util
 import io
 import itertools
 import json
+import math
 import pathlib
 import pickle
 import queue
@@ -117,6 +118,7 @@ CALLER_LIMIT = 50_000  # records that may wait for the caller of TaskMaster.run
 DOUBT_AFTER = 10  # error outcomes in a row after which a worker gets one task at a time
 FIRST_PAUSE, LAST_PAUSE = 0.25, 60.0  # seconds before such a worker's next task, doubled each time
 OTHERS_GRACE = 2.0  # seconds for other workers to come before such a worker is believed
+AVOID_TIME = 10.0  # seconds that a retry is left for another worker, whose processes may all be busy for hours
 AVOID_LIMIT, AVOID_PAUSE = 1000, 0.1  # retries that are left for another worker at a time, and seconds until the next look
 KINDS_LIMIT = 1000  # kinds of failures that are told apart
 KINDS_SHOWN = 10  # kinds of failures in the summary
@@ -210,7 +212,7 @@ class IllegalMove(Exception):
 class Task:
     """A task until it is DONE; its state is changed by `Ledger._move` alone."""
 
-    __slots__ = ("avoids", "failures", "holder", "id", "losses", "ok", "outcome", "state", "text", "worker")
+    __slots__ = ("avoids", "due_at", "failures", "holder", "id", "losses", "ok", "outcome", "state", "text", "worker")
 
     def __init__(self, task_id: int, text: str) -> None:
         self.id = task_id
@@ -220,6 +222,7 @@ class Task:
         self.losses = 0  # times that its connection was lost
         self.holder: object = None  # who has leased it
         self.avoids: Standing | None = None  # the worker that it failed on: another one is to retry it
+        self.due_at = 0.0  # when it may be retried
         self.ok = False  # whether the last attempt gave a result
         self.outcome = ""  # of the last attempt, as members of a record; the ledger does not look into it
         self.worker = ""  # that it came from
@@ -367,7 +370,7 @@ class Ledger:
             share = len(self._ready) // (2 * len(self._slots) or 1)
             limit = max(1, min(limit, max(share, limit // LEASE_FLOOR)))
             alone = standing is not None and (not standing.proven or self._is_in_doubt(standing, now))
-            lease = self._take(1 if alone else limit, len(self._held.get(holder, ())), standing)
+            lease = self._take(1 if alone else limit, len(self._held.get(holder, ())), standing, now)
             if standing:
                 self._slow_down(standing, bool(lease), now)
             self._move(lease, LEASED, holder)
@@ -416,7 +419,8 @@ class Ledger:
             self._move(retried, READY)
             for task in retried:
                 delay = self._retry_delay and self._retry_delay * 2 ** (task.failures - 1)
-                heapq.heappush(self._delayed, (now + delay, task.id, task))
+                task.due_at = now + delay
+                heapq.heappush(self._delayed, (task.due_at, task.id, task))
             self._queue_due(now)
         return last, retried
 
@@ -566,21 +570,27 @@ class Ledger:
             standing.pause = min(LAST_PAUSE, 2 * standing.pause or FIRST_PAUSE)
         standing.resumes_at = now + (standing.pause if leased else AVOID_PAUSE if self._next_ready() else 0.0)
 
-    def _take(self, limit: int, held: int, standing: Standing | None) -> list[Task]:
+    def _patience_of(self, standing: Standing) -> float:
+        """Seconds for which a worker leaves its retries to others: for ever if it mostly fails and another one does not."""
+        others = [other for other in self._workers.values() if other is not standing]
+        return 0.0 if not any(map(Standing.is_good, others)) else AVOID_TIME if standing.is_good() else math.inf
+
+    def _take(self, limit: int, held: int, standing: Standing | None, now: float) -> list[Task]:
         """Up to `limit` of the tasks to lease next, while they are together small enough and need not be leased alone.
 
-        What failed on this worker is left for another one, if there is one.
+        What failed on this worker is left for another one for a while, if one does well.
         """
         tasks: list[Task] = []
         left: list[Task] = []
         room, ready = LEASE_BYTES, self._ready
+        patience = self._patience_of(standing) if standing else 0.0
         limit = min(limit, LEASE_LIMIT // 2, LEASE_LIMIT - held)  # half, since it asks for more before its report is read
         while ready and len(tasks) < limit and len(left) < AVOID_LIMIT:
             task = ready.popleft()
             self._ready_bytes -= len(task.text)
             if task.state != READY:  # recorded after a late report
                 continue
-            if standing and task.avoids is standing and len(self._workers) > 1:
+            if standing and task.avoids is standing and now - task.due_at < patience:
                 left.append(task)
                 continue
             room -= len(task.text)

@@ -473,6 +473,22 @@ def test_a_retry_is_left_for_another_worker_if_there_is_one() -> None:
     ledger.audit()
 
 
+def test_a_retry_is_not_left_for_long_for_a_worker_that_may_be_busy_for_hours() -> None:
+    ledger = make_ledger(2, retries=1)
+    enlist(ledger, ANNA, BERT)
+    assert lease(ledger, BERT) == [0]
+    fail(ledger, ANNA, 1)
+    assert [lease(ledger, ANNA, now=now) for now in (0.0, task_master.AVOID_TIME)] == [[], [1]]
+
+
+def test_a_retry_is_not_left_for_a_worker_that_fails_all_its_tasks() -> None:
+    ledger = make_ledger(11, retries=1)
+    enlist(ledger, ANNA, BERT)
+    fail(ledger, BERT, 10)
+    fail(ledger, ANNA, 1)
+    assert {*lease(ledger, ANNA, 100), *lease(ledger, ANNA, 100), *lease(ledger, ANNA, 100)} == {*range(11)}
+
+
 def test_a_task_that_was_lost_before_or_may_not_be_lost_is_leased_alone() -> None:
     ledger = make_ledger(4)
     lease(ledger, ANNA, 2)
