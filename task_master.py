@@ -1527,8 +1527,10 @@ class SshWorker(LocalWorker):
         self._said: list[str] | None = None  # by ssh, and by the host's shell; None when the worker runs
 
     def end(self) -> None:
-        """As for a local one: when ssh has ended, so has the worker's standard input."""
-        if self._process:
+        """As for a local one: when ssh has ended, so has the worker's standard input. What leads ssh to a jump host ends, too."""
+        if self._process and self._process.returncode is None:
+            with contextlib.suppress(OSError, AttributeError):  # it has just ended; or the system has no groups
+                os.killpg(self._process.pid, signal.SIGKILL)
             self._process.kill()
 
     def _find_command(self, host: str, port: int) -> tuple[list[str], dict[str, str], int]:
