@@ -53,6 +53,7 @@ import importlib.util
 import io
 import itertools
 import json
+import math
 import pathlib
 import pickle
 import queue
@@ -117,6 +118,7 @@ CALLER_LIMIT = 50_000  # records that may wait for the caller of TaskMaster.run
 DOUBT_AFTER = 10  # error outcomes in a row after which a worker gets one task at a time
 FIRST_PAUSE, LAST_PAUSE = 0.25, 60.0  # seconds before such a worker's next task, doubled each time
 OTHERS_GRACE = 2.0  # seconds for other workers to come before such a worker is believed
+AVOID_TIME = 10.0  # seconds that a retry is left for another worker, whose processes may all be busy for hours
 AVOID_LIMIT, AVOID_PAUSE = 1000, 0.1  # retries that are left for another worker at a time, and seconds until the next look
 KINDS_LIMIT = 1000  # kinds of failures that are told apart
 KINDS_SHOWN = 10  # kinds of failures in the summary
@@ -210,7 +212,7 @@ class IllegalMove(Exception):
 class Task:
     """A task until it is DONE; its state is changed by `Ledger._move` alone."""
 
-    __slots__ = ("avoids", "failures", "holder", "id", "losses", "ok", "outcome", "state", "text", "worker")
+    __slots__ = ("avoids", "due_at", "failures", "holder", "id", "losses", "ok", "outcome", "state", "text", "worker")
 
     def __init__(self, task_id: int, text: str) -> None:
         self.id = task_id
@@ -220,6 +222,7 @@ class Task:
         self.losses = 0  # times that its connection was lost
         self.holder: object = None  # who has leased it
         self.avoids: Standing | None = None  # the worker that it failed on: another one is to retry it
+        self.due_at = 0.0  # when it may be retried
         self.ok = False  # whether the last attempt gave a result
         self.outcome = ""  # of the last attempt, as members of a record; the ledger does not look into it
         self.worker = ""  # that it came from
@@ -345,7 +348,7 @@ class Ledger:
         """Block until `lease` would return tasks or None, for `timeout` seconds at most. Returns whether it would."""
         with self._lock:
             if (pause := self._pause_of(self._slots.get(holder), now)) > 0:
-                return self._over.wait_for(self.is_over, min(timeout, pause, 1.0))  # nobody else's wake-up
+                return self._over.wait_for(lambda: self.phase > Phase.OVER, min(timeout, pause, 1.0))  # nobody else's wake-up
             self._queue_due(now)
             due_in = self._delayed[0][0] - now if self._delayed else timeout
             timeout = min(timeout, due_in, max(1.0, len(self._slots) / IDLE_POLLS))
@@ -361,12 +364,13 @@ class Ledger:
                 return None
             standing = self._slots.get(holder)
             if self._gate_closed or self._pause_of(standing, now) > 0:
+                self._wake_next()  # it may have been woken for what it must not have
                 return []
             self._queue_due(now)
             share = len(self._ready) // (2 * len(self._slots) or 1)
             limit = max(1, min(limit, max(share, limit // LEASE_FLOOR)))
             alone = standing is not None and (not standing.proven or self._is_in_doubt(standing, now))
-            lease = self._take(1 if alone else limit, len(self._held.get(holder, ())), standing)
+            lease = self._take(1 if alone else limit, len(self._held.get(holder, ())), standing, now)
             if standing:
                 self._slow_down(standing, bool(lease), now)
             self._move(lease, LEASED, holder)
@@ -398,8 +402,11 @@ class Ledger:
             for task_id, ok, final, outcome in outcomes:
                 task = self._tasks.get(task_id)
                 again = not ok and not final and task is not None and task.failures < self._retries
-                if task is None or task.holder is RECORDER or (again and task.holder is not holder):
-                    self.dropped += 1  # it has a record, or it is going to be run again anyway
+                if task is None or task.holder is RECORDER:
+                    self.dropped += 1  # it has a record
+                    continue
+                if task.holder is not holder and (again or (not ok and outcome == task.outcome)):
+                    self.dropped += 1  # it is going to be run again anyway; or it came before, and its acknowledgement was lost
                     continue
                 task.ok, task.outcome = ok, outcome
                 task.avoids = standing if again else None
@@ -412,7 +419,8 @@ class Ledger:
             self._move(retried, READY)
             for task in retried:
                 delay = self._retry_delay and self._retry_delay * 2 ** (task.failures - 1)
-                heapq.heappush(self._delayed, (now + delay, task.id, task))
+                task.due_at = now + delay
+                heapq.heappush(self._delayed, (task.due_at, task.id, task))
             self._queue_due(now)
         return last, retried
 
@@ -562,21 +570,28 @@ class Ledger:
             standing.pause = min(LAST_PAUSE, 2 * standing.pause or FIRST_PAUSE)
         standing.resumes_at = now + (standing.pause if leased else AVOID_PAUSE if self._next_ready() else 0.0)
 
-    def _take(self, limit: int, held: int, standing: Standing | None) -> list[Task]:
+    def _patience_of(self, standing: Standing) -> float:
+        """Seconds for which a worker leaves its retries to others that do not fail: without a limit if it fails all its tasks."""
+        if all(other is standing or other.is_failing() for other in self._workers.values()):
+            return 0.0
+        return math.inf if standing.is_failing() else AVOID_TIME
+
+    def _take(self, limit: int, held: int, standing: Standing | None, now: float) -> list[Task]:
         """Up to `limit` of the tasks to lease next, while they are together small enough and need not be leased alone.
 
-        What failed on this worker is left for another one, if there is one.
+        What failed on this worker is left for another one, for a while.
         """
         tasks: list[Task] = []
         left: list[Task] = []
         room, ready = LEASE_BYTES, self._ready
+        patience = self._patience_of(standing) if standing else 0.0
         limit = min(limit, LEASE_LIMIT // 2, LEASE_LIMIT - held)  # half, since it asks for more before its report is read
         while ready and len(tasks) < limit and len(left) < AVOID_LIMIT:
             task = ready.popleft()
             self._ready_bytes -= len(task.text)
             if task.state != READY:  # recorded after a late report
                 continue
-            if standing and task.avoids is standing and len(self._workers) > 1:
+            if standing and task.avoids is standing and now - task.due_at < patience:
                 left.append(task)
                 continue
             room -= len(task.text)
@@ -1514,8 +1529,10 @@ class SshWorker(LocalWorker):
         self._said: list[str] | None = None  # by ssh, and by the host's shell; None when the worker runs
 
     def end(self) -> None:
-        """As for a local one: when ssh has ended, so has the worker's standard input."""
-        if self._process:
+        """As for a local one: when ssh has ended, so has the worker's standard input. What leads ssh to a jump host ends, too."""
+        if self._process and self._process.returncode is None:
+            with contextlib.suppress(OSError, AttributeError):  # it has just ended; or the system has no groups
+                os.killpg(self._process.pid, signal.SIGKILL)
             self._process.kill()
 
     def _find_command(self, host: str, port: int) -> tuple[list[str], dict[str, str], int]:

@@ -314,6 +314,21 @@ def test_a_late_error_is_dropped_while_there_are_retries_since_the_task_runs_aga
     assert (ledger.dropped, ledger.failed) == (1, 0)
 
 
+@pytest.mark.parametrize("leased_again", [False, True])
+def test_an_error_that_is_reported_again_as_its_acknowledgement_was_lost_counts_once(leased_again: bool) -> None:
+    ledger = make_ledger(1, retries=1)
+    lease(ledger, ANNA)
+    assert report(ledger, ANNA, {0: ERROR}) == ([], [0])
+    drop(ledger, ANNA)
+    if leased_again:
+        assert lease(ledger, BERT) == [0]
+    assert report(ledger, "anna again", {0: ERROR}) == ([], [])
+    check_counts(ledger, ready=not leased_again, leased=leased_again, done=0)
+    assert (ledger.dropped, ledger.failed) == (1, 0)
+    lease(ledger, BERT)
+    assert report(ledger, BERT, {0: ERROR}) == ([0], [])  # another run, which ended in the same way
+
+
 def test_a_late_outcome_settles_a_retry_that_waits_for_its_delay() -> None:
     ledger = make_ledger(1, retries=1, retry_delay=10.0)
     lease(ledger, ANNA)
@@ -409,6 +424,21 @@ def test_a_worker_in_doubt_waits_for_its_pause_and_not_for_tasks() -> None:
     assert ledger.wait_ready(ANNA, 0.01, 0.25) is True
 
 
+@pytest.mark.parametrize("end", ["is over", "drains"])
+def test_a_worker_in_doubt_does_not_ask_again_and_again_when_the_job_ends(end: str) -> None:
+    ledger = make_ledger(12)
+    enlist(ledger, ANNA, BERT)
+    fail(ledger, ANNA, 11)
+    if end == "is over":
+        report(ledger, BERT, {lease(ledger, BERT)[0]: OK})
+        ledger.end(Phase.ENDED)
+        assert ledger.phase == Phase.OVER
+    else:
+        lease(ledger, BERT)
+        ledger.end(Phase.DRAINING)
+    assert ledger.wait_ready(ANNA, 0.01, 0.0) is (ledger.lease(ANNA, 1, 0.0) is None) is (end == "drains")
+
+
 @pytest.mark.parametrize("others", ["fail as well", "are not there", "have left"])
 def test_nobody_is_in_doubt_where_nobody_does_better(others: str) -> None:
     ledger = make_ledger(100)
@@ -441,6 +471,22 @@ def test_a_retry_is_left_for_another_worker_if_there_is_one() -> None:
     drop(ledger, ANNA)
     assert lease(ledger, BERT, 5) == [0]  # there is nobody else now
     ledger.audit()
+
+
+def test_a_retry_is_not_left_for_long_for_a_worker_that_may_be_busy_for_hours() -> None:
+    ledger = make_ledger(2, retries=1)
+    enlist(ledger, ANNA, BERT)
+    assert lease(ledger, BERT) == [0]
+    fail(ledger, ANNA, 1)
+    assert [lease(ledger, ANNA, now=now) for now in (0.0, task_master.AVOID_TIME)] == [[], [1]]
+
+
+def test_a_retry_is_not_left_for_a_worker_that_fails_all_its_tasks() -> None:
+    ledger = make_ledger(11, retries=1)
+    enlist(ledger, ANNA, BERT)
+    fail(ledger, BERT, 10)
+    fail(ledger, ANNA, 1)
+    assert {*lease(ledger, ANNA, 100), *lease(ledger, ANNA, 100), *lease(ledger, ANNA, 100)} == {*range(11)}
 
 
 def test_a_task_that_was_lost_before_or_may_not_be_lost_is_leased_alone() -> None:
@@ -591,6 +637,26 @@ def test_one_who_leaves_tasks_behind_wakes_the_next() -> None:
     ledger.submit([(n, str(n)) for n in range(3)])
     check_ends(waiters)
     check_counts(ledger, ready=0, leased=3, done=0)
+
+
+def test_one_who_is_woken_for_what_its_worker_must_not_have_wakes_the_next() -> None:
+    ledger = make_ledger(10)
+    for holder in (ANNA, "her second slot", "her third slot"):
+        ledger.enlist(holder, ANNA, 0.0)
+    enlist(ledger, *range(int(120 * task_master.IDLE_POLLS)))  # so many that each may wait for two minutes
+    fail(ledger, ANNA, 10)
+
+    def wait(holder: object) -> None:
+        assert ledger.wait_ready(holder, 120.0, 0.0)
+        lease(ledger, holder)
+
+    waiters = []
+    for holder in ("her second slot", "her third slot", 0):
+        waiters.append(in_thread(wait, holder))
+        check_blocked(waiters[-1])
+    ledger.submit([(10, "10"), (11, "11")])
+    check_ends(waiters)
+    check_counts(ledger, ready=0, leased=2, done=10)
 
 
 def test_waiting_ends_without_a_task_when_the_time_is_over_though_the_gate_is_closed_or_a_retry_is_not_due() -> None:

@@ -30,6 +30,7 @@ from lab import (
     descendants_of,
     false_master,
     good_answer,
+    make_patched,
     name_of,
     ok,
     wait_until,
@@ -307,6 +308,23 @@ def test_an_outcome_that_was_not_acknowledged_is_reported_again(farm: Farm) -> N
     assert first.startswith('0\n"result"')
     for _ in range(3):  # whatever else it has done meanwhile
         assert first.split("\n")[1] in reports.get(timeout=PATIENCE).split("\n")
+
+
+def test_a_large_report_and_a_large_task_do_not_wait_for_each_other(farm: Farm) -> None:
+    """As they would if both ends sent them at the same time, and neither read."""
+    farm.write("large.py", "def work(task):\n    return 'x' * (40 << 20) if task == 7 else len(task)\n")
+    leases = iter(["0 7", f"1 {json.dumps('y' * (40 << 20))}", None])
+    reported: list[str] = []
+
+    def reply(method: str, arguments: list[str]) -> bytes:
+        reported.extend(arguments[-1].split("\n")[:1] if method == REPORT else [])
+        return answer(next(leases)) if method == LEASE else good_answer(method)
+
+    master = farm.closing(FalseServer(false_master(farm, reply)))
+    patched = make_patched(farm, REPORT_INTERVAL=60.0) / "task_worker.py"  # so that a report goes with the next lease
+    worker = farm.run(patched, "--port", master.port, "--processes", 1, "--function", "large:work")
+    assert worker.wait() == 0
+    assert (reported, master.served) == (["0", "1"], 1)
 
 
 def test_a_worker_that_is_thrown_out_again_and_again_takes_its_time(farm: Farm) -> None:

@@ -368,6 +368,17 @@ def test_the_second_ctrl_c_leaves_nothing_and_does_not_wait_for_a_host_that_is_d
         check_ended(processes)
 
 
+def test_a_jump_host_that_hangs_keeps_no_master_from_its_end(net: SshNet) -> None:
+    net.configure("beyond", "ProxyCommand sleep 1000")  # which has the standard error of ssh
+    master = net.master("--workers", 1, *on("beyond"), "--function", "functions:stay", 1)
+    master.wait_line("worker .* connected")
+    wait_until(lambda: any(process.name() == "sleep" for process in descendants_of(master.pid)))
+    processes = descendants_of(master.pid)
+    net.farm.let_go()
+    assert master.wait() == 0
+    check_ended(processes)
+
+
 # ---- what is given -------------------------------------------------------------------------------------------------
 
 
