@@ -1680,14 +1680,13 @@ class TaskMaster:
     ) -> None:
         given = locals()
         checked = {name: check_argument(name, given[name], kind) for name, kind in TYPES.items()}
-        self.address = (checked["host"], checked["port"])
-        self.timeout = checked["timeout"]
+        self.address, self.timeout = (checked["host"], checked["port"]), checked["timeout"]
         self.run_id = os.urandom(8).hex()
-        grace = 0.0 if workers else OTHERS_GRACE
-        self.ledger = Ledger(checked["retries"], checked["redeliveries"], checked["retry_delay"], grace)
+        limits = (checked["retries"], checked["redeliveries"], checked["retry_delay"])
+        self.ledger = Ledger(*limits, others_grace=0.0 if workers else OTHERS_GRACE)
         self.failures: dict[str, list[Any]] = {}  # by kind: how many, and what is said of the first
         self.hosts: dict[str, Host] = collections.defaultdict(Host)
-        self.refused: collections.Counter[str] = collections.Counter()  # connections, by host and reason
+        self.refused = collections.Counter[str]()  # connections, by host and reason
         self._max_failures, self._log = checked["max_failures"], log
         self._encrypted = not is_loopback(self.address[0]) if tls is None else tls
         self.authkey = find_key() if authkey is None else check_key(authkey, "authkey")
