@@ -173,6 +173,11 @@ class PlainConnection:
             raise EOFError("the peer announced a message that is too long")
         return self.read(size)
 
+    def has_data(self) -> bool:
+        """Whether something has come, if only the end."""
+        pending = self._buffer or getattr(self.sock, "pending", int)()  # which TLS has read
+        return bool(pending or self.sock.fileno() < 0 or connection.wait([self.sock], 0))
+
     def read(self, size: int) -> bytes:
         """The next `size` bytes; blocks as `recv_bytes` does."""
         while len(self._buffer) < size:
@@ -978,7 +983,7 @@ class Link:
         self._connection = PlainConnection(socket.create_connection(address, HANDSHAKE_LIMIT))
         self.called_at = 0.0  # the time of the last answer
         self._answer_limit: float | None = HANDSHAKE_LIMIT
-        self.close = self._connection.close
+        self.close, self.has_answer = self._connection.close, self._connection.has_data
         try:
             if context:
                 self._connection.secure(context)
@@ -997,9 +1002,9 @@ class Link:
         self._connection.end_handshake(limit)
         self._answer_limit = limit
 
-    def call(self, message: bytes, patient: bool = False) -> Any:
+    def call(self, message: bytes) -> Any:
         """Make a call, and return what it does; blocks meanwhile."""
-        self.send(message, patient)
+        self.send(message)
         return self.receive()
 
     def send(self, message: bytes, patient: bool = False) -> None:
@@ -1153,25 +1158,35 @@ class Slot(threading.Thread):
         self._report(keep=1)
         asked_at = time.monotonic()
         lease = link.call(pack(f"{TASKS} lease {limit} {0 if self._outcomes else LEASE_WAIT}"))
+        self._worker.served_at = link.called_at
         if self._outcomes:
             link.round_trip = min(link.called_at - asked_at, 1.25 * link.round_trip)
-            link.send(self._pack_report(), patient=True)
-            self._sent = True
-        self._worker.served_at = link.called_at
+            self._send_report()
         if lease is not None and not isinstance(lease, str):
             raise EOFError("it leases what is no task")
         return lease
 
     def _report(self, keep: int = 0) -> None:
-        """Hand outcomes to the master, all but `keep`. When the connection is lost meanwhile, the others are kept."""
-        self._reported_at = time.monotonic()
+        """Hand outcomes to the master, all but `keep`; blocks until they are recorded, or the connection is lost."""
         self._tell()
-        while len(self._outcomes) > keep and self._link and self._tell(self._pack_report(), patient=True):
-            del self._outcomes[0]
+        while len(self._outcomes) > keep and self._link:
+            self._send_report()
+            self._tell()
 
-    def _pack_report(self) -> bytes:
+    def _send_report(self) -> None:
+        """Send the first outcomes. They are recorded when the answer has come, which is awaited before the next call."""
         busy, self._busy_from = time.monotonic() - self._busy_from, time.monotonic()
-        return pack(f"{RESULTS} report {self._run_id} {busy:.6f}", self._outcomes[0])
+        self._reported_at = self._busy_from
+        try:
+            if self._link:
+                self._link.send(pack(f"{RESULTS} report {self._run_id} {busy:.6f}", self._outcomes[0]), patient=True)
+                self._sent = True
+        except EOFError as error:
+            self._lose_link(error)
+
+    def _is_owed(self) -> bool:
+        """Whether the master still records what was sent: to wait for it would suspend the time limit."""
+        return self._sent and self._link is not None and not self._link.has_answer()
 
     def _release(self, lines: list[str]) -> None:
         if lines:
@@ -1180,25 +1195,27 @@ class Slot(threading.Thread):
     def _keep_in_touch(self) -> None:
         """Report now and then, and let the master know that a busy slot lives."""
         now = time.monotonic()
+        if self._is_owed():
+            return
+        self._tell()
         if self._outcomes and now - self._reported_at > REPORT_INTERVAL:
-            self._report()
+            self._send_report()
         elif self._link and now - self._link.called_at > BEAT_INTERVAL:
             self._tell(pack(f"{TASKS} beat"))
 
-    def _tell(self, message: bytes = b"", patient: bool = False) -> bool:
-        """Call the master if it can be reached, after what it still owes. Returns False when it cannot: the link is gone then."""
+    def _tell(self, message: bytes = b"") -> None:
+        """Await the answer that the master still owes; then call it, if it can be reached."""
         try:
             if self._link and self._sent:
                 self._link.receive()
                 self._sent = False
                 del self._outcomes[0]
             if self._link and message:
-                self._link.call(message, patient)
+                self._link.call(message)
             if self._link:
                 self._worker.served_at = self._link.called_at
         except EOFError as error:
             self._lose_link(error)
-        return self._link is not None
 
     def _lose_link(self, error: EOFError) -> None:
         self._leave()
@@ -1235,7 +1252,8 @@ class Slot(threading.Thread):
         child.feed(self._fed[: self._left], self._time_limit)
         message = b""
         while message not in (b".", b"x"):
-            self._shorten(child)
+            if not self._is_owed():
+                self._shorten(child)
             self._keep_in_touch()
             message = child.receive(min(POLL_INTERVAL, max(0.01, self._time_limit - child.running_for()))) or b""
             self._collect(child, message)

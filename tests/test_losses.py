@@ -17,6 +17,7 @@ from lab import (
     LEASE,
     PATIENCE,
     REPORT,
+    SETTINGS,
     TASKS,
     FalseServer,
     Farm,
@@ -325,6 +326,28 @@ def test_a_large_report_and_a_large_task_do_not_wait_for_each_other(farm: Farm) 
     worker = farm.run(patched, "--port", master.port, "--processes", 1, "--function", "large:work")
     assert worker.wait() == 0
     assert (reported, master.served) == (["0", "1"], 1)
+
+
+def test_the_time_limit_holds_while_the_master_records(farm: Farm) -> None:
+    endless = "import os, time\nfrom functions import note\ndef work(n):\n    note(os.getpid())\n    time.sleep(1000 * n)\n"
+    farm.write("endless.py", endless)
+    leases = iter(["0 0", "1 1", None])
+    reports: queue.SimpleQueue[str] = queue.SimpleQueue()
+
+    def reply(method: str, arguments: list[str]) -> bytes:
+        if method == REPORT and reports.empty():
+            wait_until(lambda: len(farm.started()) == 2 and not psutil.pid_exists(int(farm.started()[1])))
+        if method == REPORT:
+            reports.put(arguments[-1])
+        if method == JOIN:
+            return answer({**SETTINGS, "timeout": 0.5})
+        return answer(next(leases)) if method == LEASE else good_answer(method)
+
+    master = farm.closing(FalseServer(false_master(farm, reply)))
+    worker = farm.worker(master.port, "--processes", 1, "--function", "endless:work")
+    assert worker.wait() == 0
+    assert reports.get().startswith('0\n"result"')
+    assert "TimeoutError" in reports.get()
 
 
 def test_a_worker_that_is_thrown_out_again_and_again_takes_its_time(farm: Farm) -> None:
