@@ -1544,7 +1544,7 @@ class SshWorker(LocalWorker):
         text = line.decode("utf-8", "replace").rstrip()
         if self._said is None:
             console.write(f"{self.host}: {text}\n".encode("utf-8", "replace"))
-        elif allocated := re.match(r"Allocated port (\d+) for remote forward to ", text):
+        elif allocated := re.match(rf"Allocated port (\d+) for remote forward to .*:{self._master.address[1]}$", text):
             threading.Thread(target=self._feed, args=(process, allocated[1]), daemon=True).start()
         elif started := re.search(r"task_worker (\d+) started$", text):
             self._said, self._pause, self.name = None, 1.0, f"{self.host}/{started[1]}"

@@ -379,6 +379,14 @@ def test_a_jump_host_that_hangs_keeps_no_master_from_its_end(net: SshNet) -> Non
     check_ended(processes)
 
 
+def test_another_forwarding_of_the_user_is_not_taken_for_ours(net: SshNet) -> None:
+    net.host("host1")
+    net.configure("host1", "RemoteForward 127.0.0.1:0 127.0.0.1:9")
+    master = net.master(*on("1/host1"), "--function", "functions:double", 1)
+    assert master.wait() == 0
+    assert not master.said("trying again")
+
+
 # ---- what is given -------------------------------------------------------------------------------------------------
 
 
