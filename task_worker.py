@@ -1254,6 +1254,8 @@ class Slot(threading.Thread):
         while message not in (b".", b"x"):
             if not self._is_owed():
                 self._shorten(child)
+            elif self._worker.leaving.is_set():
+                child.revoke()  # what it has not started is released later
             self._keep_in_touch()
             message = child.receive(min(POLL_INTERVAL, max(0.01, self._time_limit - child.running_for()))) or b""
             self._collect(child, message)
