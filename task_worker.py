@@ -904,12 +904,14 @@ def supervise(leaving: threading.Event) -> None:
     parent is gone becomes a child of the next "subreaper" (see prctl(2)).
     """
     theirs, ours = os.pipe()
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # until both know what to do with them
     worker = os.fork()
     if not worker:
         os.close(ours)
         os.setpgid(0, 0)  # so that what kills the group of this process leaves one that sees it
         for number in STOP_SIGNALS:
             signal.signal(number, signal.SIG_IGN)  # they come through the pipe, so that each comes once
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
         threading.Thread(target=listen, args=(theirs, leaving), daemon=True).start()
         return
     caught: list[int] = []  # `theirs` stays open, so that nothing fails when one comes after the worker's end
@@ -931,15 +933,21 @@ def supervise(leaving: threading.Event) -> None:
 
     catch_signals(pass_on)
     signal.signal(signal.SIGTSTP, pause)
-    with contextlib.suppress(ImportError, OSError, AttributeError):
-        import ctypes
-
-        ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+    become_subreaper()
     pid = status = 0
     while pid != worker:
         pid, status = os.wait()
     code = os.waitstatus_to_exitcode(status)
     leave_at_once(code if code >= 0 else 128 - code)
+
+
+def become_subreaper() -> None:
+    """Have this process adopt what its descendants leave behind, where Python has ctypes."""
+    with contextlib.suppress(ImportError, OSError, AttributeError):
+        import ctypes
+
+        ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER
 
 
 def drain(number: int, leaving: threading.Event) -> None:
