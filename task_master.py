@@ -2270,7 +2270,7 @@ class Job:
         if not self._results:
             return "what is not done is not remembered: use --results FILE to be able to resume"
         argv = [sys.executable, *self._argv, *["--resume"] * (not self._options.resume)]
-        return f"to carry on{', with the same input' * (self._options.tasks == '-')}: {shlex.join(argv)}"
+        return f"to carry on: {shlex.join(argv)}"
 
     def _conclude(self) -> int:
         """Say how it went; returns the exit status. Raises Failure."""

@@ -1159,15 +1159,20 @@ class Slot(threading.Thread):
         return True
 
     def _lease(self, link: Link, limit: int) -> str | None:
-        """Lease anew, and send a report of what is finished. Returns lines; None when the job is over.
+        """Report what is finished and lease anew, in one round trip. Returns lines; None when the job is over.
 
-        The child gets its tasks while the master still records; the acknowledgement is awaited before the next call.
+        A report of many outcomes is sent when the lease is there, so that the child works while the master records.
         """
         self._report(keep=1)
+        many = bool(self._outcomes) and self._outcomes[0].count("\n") > 1
+        if self._outcomes and not many:
+            self._send_report()
         asked_at = time.monotonic()
-        lease = link.call(pack(f"{TASKS} lease {limit} {0 if self._outcomes else LEASE_WAIT}"))
+        link.send(pack(f"{TASKS} lease {limit} {0 if many else LEASE_WAIT}"), patient=self._sent)
+        self._tell()
+        lease = link.receive()
         self._worker.served_at = link.called_at
-        if self._outcomes:
+        if many:
             link.round_trip = min(link.called_at - asked_at, 1.25 * link.round_trip)
             self._send_report()
         if lease is not None and not isinstance(lease, str):

@@ -88,6 +88,7 @@ def test_a_worker_killed_while_idle_costs_no_task_its_only_chance(any_farm: Farm
     processes = descendants_of(idle.pid)
     idle.kill()
     check_ended(processes)
+    wait_until(lambda: not [1 for conn in psutil.Process(master.pid).net_connections() if conn.status == "ESTABLISHED"])
     master.put("1\n")
     any_farm.worker(master)
     master.wait_line('"id": 0, .*"result": .*"attempts": 1}', "stdout")
@@ -331,7 +332,7 @@ def test_a_large_report_and_a_large_task_do_not_wait_for_each_other(farm: Farm) 
 def test_the_time_limit_holds_while_the_master_records(farm: Farm) -> None:
     endless = "import os, time\nfrom functions import note\ndef work(n):\n    note(os.getpid())\n    time.sleep(1000 * n)\n"
     farm.write("endless.py", endless)
-    leases = iter(["0 0", "1 1", None])
+    leases = iter(["0 0\n1 1", None])
     reports: queue.SimpleQueue[str] = queue.SimpleQueue()
 
     def reply(method: str, arguments: list[str]) -> bytes:
