@@ -32,7 +32,8 @@ This file stands alone: copy it, and the key, to any host that has Python 3.9 or
 #   get_result_queue report RUN BUSY              ids, outcomes   none: they are recorded, which is the acknowledgement
 #
 # When a connection is lost, the master gives its leased tasks to others. The slot finishes the task that runs, connects
-# again and reports it: the master takes it if nobody was faster.
+# again and reports it: the master takes it if nobody was faster. The answer to a report is awaited before the next call, not
+# at once: meanwhile the child works, and the time limit holds.
 
 from __future__ import annotations
 
