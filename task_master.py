@@ -108,6 +108,7 @@ BACKLOG = 1024  # connections that the system holds for us; multiprocessing's 16
 GAP_LIMIT = 10_000_000  # ids without a record, in a row, that a results file may have
 SYNC_INTERVAL = 0.7  # seconds that records may wait for their fsync; with LOOK_INTERVAL that is less than one
 PROGRESS_INTERVAL = 30.0  # seconds between lines of progress where there is no terminal
+HANGING = 5.0  # seconds that a task must run, and longer than all the rest should take, to be shown first
 LOOK_INTERVAL = 0.2  # seconds between looks at signals and the clock
 GOODBYE = 2.0  # seconds for the workers to hear that the job is over
 WORKER_GRACE = 10.0  # seconds for a worker that we have started to leave by itself
@@ -2232,21 +2233,23 @@ class Job:
         done = self._kept + ledger.done
         total = self._kept + ledger.submitted if ledger.phase in (Phase.ENDED, Phase.OVER) else None
         rate = ledger.done / spent
-        share = done / total if total else 1.0
-        bar = f"[{'#' * int(20 * share):-<20}] {100 * share:3.0f} %"
-        parts = [f"{done} done" if total is None else f"{bar}  {done} of {total}"]
-        parts += [f"{ledger.failed} failed"] if ledger.failed else []
-        parts += [f"{show_rate(rate)}/s", show_time(spent)]
+        left = (total - done) / rate if total and rate else 0.0
         seconds, task = self._master._longest()
         longest = [f"longest {show_time(seconds)} ({task})"] if seconds >= 1 else []
-        left = (total - done) / rate if total and rate else 0.0
-        parts += [f"{show_time(left)} left"] if left > seconds else longest  # a task that hangs makes the estimate void
+        hangs = seconds > max(left, HANGING)  # then there must be room for it, and the estimate is void
+        share = done / total if total else 1.0
+        bar = f"[{'#' * int(20 * share):-<20}] " if not hangs else ""
+        parts = [f"{done} done" if total is None else f"{bar}{100 * share:3.0f} %  {done} of {total}"]
+        parts += [f"{ledger.failed} failed"] if ledger.failed else []
+        parts += longest if hangs else []
+        parts += [f"{show_rate(rate)}/s", show_time(spent)]
+        parts += [f"{show_time(left)} left"] if left and not hangs else []
         slots = [count for host in [*self._master.hosts.values()] if (count := sum(host.slots.values()))]
         if slots:
             parts.append(f"{count_things(sum(slots), 'process')} on {count_things(len(slots), 'host')}")
         else:
             parts.insert(0, self._describe_waiting())
-        return parts + longest if left > seconds else parts
+        return parts if hangs else parts + longest
 
     def _describe_waiting(self) -> str:
         """What the job waits for when nobody works."""

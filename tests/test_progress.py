@@ -211,7 +211,14 @@ def test_the_command_for_a_worker_that_is_missing_has_the_function_of_the_job(fa
 
 def test_what_has_run_longest_is_named(farm: Farm, open_terminal: Any) -> None:
     terminal = open_terminal(150, *FILE, *STAY)
-    terminal.wait_text(rf"0:0\d, longest 0:0[1-9] \(task 0 on {re.escape(socket.gethostname())}\), 1 process on 1 host")
+    terminal.wait_text(rf"1 process on 1 host, longest 0:0[1-9] \(task 0 on {re.escape(socket.gethostname())}\)")
+    farm.let_go()
+    assert terminal.wait() == 0
+
+
+def test_what_hangs_is_named_where_there_is_little_room(farm: Farm, open_terminal: Any) -> None:
+    terminal = open_terminal(70, *FILE, *STAY)
+    terminal.wait_text(r"\r  0 %  0 of 1, longest 0:\d\d \(task 0 on ")
     farm.let_go()
     assert terminal.wait() == 0
 
