@@ -225,6 +225,7 @@ asyncio.run(main())
     # that a thousand start in seconds. (Where a product makes its children in another way, they are as heavy as always.)
     "altered": """
 import multiprocessing.context, multiprocessing.popen_fork, os, runpy, sys, time, warnings
+import hashlib, hmac, traceback  # now, since a fork while a thread imports one leaves its lock held in the child
 fsync = os.fsync
 if sys.argv[1] == "slow_fsync":
     os.fsync = os.fdatasync = lambda fd: time.sleep(0.05) or fsync(fd)
