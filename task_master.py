@@ -118,9 +118,9 @@ RETRY_PAUSE = 60.0  # seconds between attempts to reach a host, at most
 CALLER_LIMIT = 50_000  # records that may wait for the caller of TaskMaster.run
 DOUBT_AFTER = 10  # error outcomes in a row after which a worker gets one task at a time
 FIRST_PAUSE, LAST_PAUSE = 0.25, 60.0  # seconds before such a worker's next task, doubled each time
-OTHERS_GRACE = 2.0  # seconds for other workers to come before such a worker is believed
+OTHERS_TIME = 2.0  # seconds after the first worker came, while others may be on their way, and may do better
 AVOID_TIME = 10.0  # seconds that a retry is left for another worker, whose processes may all be busy for hours
-AVOID_LIMIT, AVOID_PAUSE = 1000, 0.1  # retries that are left for another worker at a time, and seconds until the next look
+AVOID_LIMIT, AVOID_PAUSE = 1000, 0.1  # retries that one lease leaves for others, and seconds until a worker asks again
 KINDS_LIMIT = 1000  # kinds of failures that are told apart
 KINDS_SHOWN = 10  # kinds of failures in the summary
 
@@ -266,14 +266,14 @@ class Ledger:
     A holder is any hashable object that stands for a connection; `now` is a time in seconds, of any clock.
     """
 
-    def __init__(self, retries: int = 0, redeliveries: int = 2, retry_delay: float = 0.0, others_grace: float = 0.0) -> None:
+    def __init__(self, retries: int = 0, redeliveries: int = 2, retry_delay: float = 0.0, others_time: float = 0.0) -> None:
         self._retries, self._redeliveries, self._retry_delay = retries, redeliveries, retry_delay
-        self._others_grace = others_grace  # seconds after the first worker during which others may come
+        self._others_time = others_time  # seconds after the first worker during which others may come
         self._lock = threading.Lock()
         # Signals `wait_ready`: a task can be leased (once for each one that waits), or `lease` returns None from now on.
         self._leasable = threading.Condition(self._lock)
         self._room = threading.Condition(self._lock)  # signals `submit`: there is room for READY tasks, or no need of them
-        self._over = threading.Condition(self._lock)  # signals `wait_over`
+        self._over = threading.Condition(self._lock)  # signals `wait_over`, and `wait_ready` of a worker that pauses
         self._ready: collections.deque[Task] = collections.deque()  # in the order of leasing; some may not be READY any more
         self._delayed: list[tuple[float, int, Task]] = []  # a heap: when READY tasks may be retried
         self._ready_bytes = 0
@@ -282,7 +282,7 @@ class Ledger:
         self._recording = 0  # how many the RECORDER holds
         self._slots: dict[object, Standing] = {}  # by holder: its worker
         self._workers: dict[object, Standing] = {}
-        self._others_until = 0.0  # when the grace ends
+        self._others_until = 0.0  # when this time is over; 0: no worker has come
         self._gate_closed = False  # while whoever takes the records cannot take more
         self.phase = Phase.OVER
         self.reason: BaseException | None = None  # why the job ends early
@@ -341,7 +341,7 @@ class Ledger:
     def enlist(self, holder: object, worker: object, now: float) -> None:
         """Count a holder among the slots between which the READY tasks are divided, as one of a worker's, until it is dropped."""
         with self._lock:
-            self._others_until = self._others_until or now + self._others_grace
+            self._others_until = self._others_until or now + self._others_time
             self._slots[holder] = standing = self._workers.setdefault(worker, Standing())
             standing.slots += 1
 
@@ -349,7 +349,8 @@ class Ledger:
         """Block until `lease` would return tasks or None, for `timeout` seconds at most. Returns whether it would."""
         with self._lock:
             if (pause := self._pause_of(self._slots.get(holder), now)) > 0:
-                return self._over.wait_for(lambda: self.phase > Phase.OVER, min(timeout, pause, 1.0))  # nobody else's wake-up
+                # Not for `_leasable`: a signal for others would end here. At most 1 s, since nothing signals a drain.
+                return self._over.wait_for(lambda: self.phase > Phase.OVER, min(timeout, pause, 1.0))
             self._queue_due(now)
             due_in = self._delayed[0][0] - now if self._delayed else timeout
             timeout = min(timeout, due_in, max(1.0, len(self._slots) / IDLE_POLLS))
@@ -365,7 +366,7 @@ class Ledger:
                 return None
             standing = self._slots.get(holder)
             if self._gate_closed or self._pause_of(standing, now) > 0:
-                self._wake_next()  # it may have been woken for what it must not have
+                self._wake_next()  # the signal was perhaps for a task that this holder must not have
                 return []
             self._queue_due(now)
             share = len(self._ready) // (2 * len(self._slots) or 1)
@@ -551,7 +552,7 @@ class Ledger:
         return self.phase > Phase.OVER or bool(self._next_ready() and not self._gate_closed)
 
     def _is_in_doubt(self, standing: Standing, now: float) -> bool:
-        """Whether a worker fails while another one does not; or may not, having had no time to come."""
+        """Whether a worker fails while another one does not, or while others have had no time to come."""
         if not standing.is_failing():
             return False
         others = [other for other in self._workers.values() if other is not standing]
@@ -1683,8 +1684,7 @@ class TaskMaster:
         checked = {name: check_argument(name, given[name], kind) for name, kind in TYPES.items()}
         self.address, self.timeout = (checked["host"], checked["port"]), checked["timeout"]
         self.run_id = os.urandom(8).hex()
-        limits = (checked["retries"], checked["redeliveries"], checked["retry_delay"])
-        self.ledger = Ledger(*limits, others_grace=0.0 if workers else OTHERS_GRACE)
+        self.ledger = Ledger(checked["retries"], checked["redeliveries"], checked["retry_delay"], 0.0 if workers else OTHERS_TIME)
         self.failures: dict[str, list[Any]] = {}  # by kind: how many, and what is said of the first
         self.hosts: dict[str, Host] = collections.defaultdict(Host)
         self.refused = collections.Counter[str]()  # connections, by host and reason

@@ -79,6 +79,22 @@ def stay(task):
 '''
 
 
+# What a reader of the tutorial writes, and runs as `client.py PORT KEY`.
+PLAIN_CLIENT = """
+import math, queue, sys
+from multiprocessing.managers import BaseManager
+
+class QueueManager(BaseManager):
+    pass
+
+QueueManager.register("get_task_queue")
+QueueManager.register("get_result_queue")
+manager = QueueManager(address=("127.0.0.1", int(sys.argv[1])), authkey=sys.argv[2].encode())
+manager.connect()
+tasks, results = manager.get_task_queue(), manager.get_result_queue()
+"""
+
+
 # ---- programs ------------------------------------------------------------------------------------------------------
 
 

@@ -14,7 +14,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from multiprocessing import connection
 from pathlib import Path
 
@@ -65,23 +64,14 @@ def many_files() -> None:
 
 
 @pytest.fixture
-def farm(farm: Farm) -> Iterator[Farm]:
-    (farm.folder / "bounds.py").write_text(FUNCTIONS)
-    yield farm
-    for program in farm.programs:
-        if program.process.stdin:
-            with contextlib.suppress(BrokenPipeError):
-                program.process.stdin.close()
+def farm(farm: Farm) -> Farm:
+    farm.write("bounds.py", FUNCTIONS)
+    return farm
 
 
 def peak_memory(pid: int) -> int:
     (line,) = re.findall(r"^VmHWM:\s+(\d+) kB$", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
     return int(line) * 1024
-
-
-def put(master: Program, text: str) -> None:
-    master.process.stdin.write(text.encode())
-    master.process.stdin.flush()
 
 
 class Peer:
@@ -145,10 +135,10 @@ def recorded_ids(farm: Farm) -> list[int]:
 def test_four_attacks_at_once_leave_the_master_small_and_the_others_served(farm: Farm) -> None:
     master = start_job(farm)
     worker = farm.worker(master, "--function", "bounds:double")
-    put(master, "".join(f"{n}\n" for n in range(100)))
+    master.put("".join(f"{n}\n" for n in range(100)))
     wait_records(farm, master, 100)
     peers = [Peer(farm, master.port(), f"evil/{n}") for n in range(24)]
-    put(master, "".join(f"{n}\n" for n in range(100, 1000)))
+    master.put("".join(f"{n}\n" for n in range(100, 1000)))
     while not (ids := peers[0].lease(1)):
         pass
     report = REPORT.format(run=peers[0].run_id, id=ids[0], outcome=OUTCOME.format(result="[" + "{}," * 8_000_000 + "{}]"))
@@ -160,7 +150,7 @@ def test_four_attacks_at_once_leave_the_master_small_and_the_others_served(farm:
     other = Peer(farm, master.port(), "good/1")
     for n in range(20):  # the others are served meanwhile, and the job goes on
         assert set(other.lease(1)) <= {str(n) for n in range(1000 + 10 * n)}
-        put(master, "".join(f"{n}\n" for n in range(1000 + 10 * n, 1010 + 10 * n)))
+        master.put("".join(f"{n}\n" for n in range(1000 + 10 * n, 1010 + 10 * n)))
     other.hang_up()
     wait_records(farm, master, 1100)
     for attack in attacks[-2:]:
@@ -170,7 +160,7 @@ def test_four_attacks_at_once_leave_the_master_small_and_the_others_served(farm:
         peer.hang_up()
     for attack in attacks:
         attack.join(PATIENCE)
-    master.process.stdin.close()
+    master.end_input()
     assert master.wait(120) in (0, 1)  # 1: what the attacker has reported may count as a failure
     assert worker.wait() == 0
     assert recorded_ids(farm) == list(range(1200))
@@ -203,11 +193,11 @@ def test_a_large_message_that_does_not_come_to_its_end_does_not_stop_another(far
     sender = threading.Thread(target=evil.begin_message, args=(60 * MEGABYTE,), daemon=True)
     sender.start()
     worker = farm.worker(master, "--function", "bounds:large")
-    put(master, "1\n2\n")
+    master.put("1\n2\n")
     wait_records(farm, master, 2)
     evil.hang_up()
     sender.join(PATIENCE)
-    master.process.stdin.close()
+    master.end_input()
     assert (master.wait(), worker.wait()) == (0, 0)
 
 
@@ -229,8 +219,8 @@ def test_silent_connections_do_not_use_up_a_master_with_tls(farm: Farm, said: by
             silent.append(sock)
         where = ("--port", master.port(), "--tls", "--processes", 1, "--function", "bounds:double")
         worker = farm.run("task_worker.py", *where, python=tls_python())
-        put(master, "".join(f"{n}\n" for n in range(50)))
-        master.process.stdin.close()
+        master.put("".join(f"{n}\n" for n in range(50)))
+        master.end_input()
         assert (master.wait(), worker.wait()) == (0, 0), master.stderr
     assert recorded_ids(farm) == list(range(50))
     assert not any("Traceback" in line for line in master.stderr)
@@ -257,8 +247,8 @@ def test_functions_that_are_not_for_clients_are_refused_without_asserts_too(farm
     command = [sys.executable, *flags, str(ROOT / "task_worker.py"), "--port", str(master.port()), "--processes", "1"]
     worker = Program(command, farm.folder, farm.env())
     farm.programs.append(worker)
-    put(master, "3\n")
-    master.process.stdin.close()
+    master.put("3\n")
+    master.end_input()
     assert (master.wait(), worker.wait()) == (0, 0)
     assert farm.records()[0]["result"] == "3 * 3 = 9"
 

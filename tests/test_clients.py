@@ -7,23 +7,9 @@ import subprocess
 import sys
 
 import pytest
-from lab import Farm, Program, find_pythons
+from lab import PLAIN_CLIENT, Farm, Program, find_pythons
 
-# What a reader of the tutorial writes, and runs as `client.py PORT KEY`.
-CLIENT = """
-import queue, sys
-from multiprocessing.managers import BaseManager
-
-class QueueManager(BaseManager):
-    pass
-
-QueueManager.register("get_task_queue")
-QueueManager.register("get_result_queue")
-manager = QueueManager(address=("127.0.0.1", int(sys.argv[1])), authkey=sys.argv[2].encode())
-manager.connect()
-tasks, results = manager.get_task_queue(), manager.get_result_queue()
-print("connected", flush=True)
-"""
+CLIENT = PLAIN_CLIENT + 'print("connected", flush=True)\n'
 
 TUTORIAL = """
 for i in range(10):

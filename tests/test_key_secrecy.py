@@ -7,11 +7,10 @@ import os
 import stat
 import subprocess
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from lab import PATIENCE, Farm
+from lab import PATIENCE, Farm, without_key
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="modes and owners are POSIX's")
 
@@ -35,19 +34,9 @@ def spy(task):
 
 
 @pytest.fixture
-def farm(farm: Farm) -> Iterator[Farm]:
-    (farm.folder / "spies.py").write_text(FUNCTIONS)
-    yield farm
-    for program in farm.programs:
-        if program.process.stdin:
-            with contextlib.suppress(BrokenPipeError):
-                program.process.stdin.close()
-
-
-def without_key(farm: Farm) -> dict[str, str]:
-    env = farm.env()
-    del env["TASK_AUTHKEY"]
-    return env
+def farm(farm: Farm) -> Farm:
+    farm.write("spies.py", FUNCTIONS)
+    return farm
 
 
 def write_key(farm: Farm, mode: int = 0o600) -> Path:

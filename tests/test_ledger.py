@@ -452,7 +452,7 @@ def test_nobody_is_in_doubt_where_nobody_does_better(others: str) -> None:
 
 
 def test_a_worker_that_fails_before_others_can_have_come_is_in_doubt_for_a_while() -> None:
-    ledger = make_ledger(100, others_grace=2.0)
+    ledger = make_ledger(100, others_time=2.0)
     ledger.enlist(ANNA, ANNA, 50.0)
     fail(ledger, ANNA, 10, now=50.0)
     assert [ledger.is_in_doubt(ANNA, now) for now in (51.9, 52.0)] == [True, False]

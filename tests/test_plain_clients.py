@@ -6,25 +6,11 @@ import re
 from typing import Any
 
 import pytest
-from lab import Farm, Program
-
-CLIENT = """
-import math, queue, sys
-from multiprocessing.managers import BaseManager
-
-class QueueManager(BaseManager):
-    pass
-
-QueueManager.register("get_task_queue")
-QueueManager.register("get_result_queue")
-manager = QueueManager(address=("127.0.0.1", int(sys.argv[1])), authkey=sys.argv[2].encode())
-manager.connect()
-tasks, results = manager.get_task_queue(), manager.get_result_queue()
-"""
+from lab import PLAIN_CLIENT, Farm, Program
 
 
 def start_client(farm: Farm, master: Program, code: str) -> Program:
-    (farm.folder / "client.py").write_text(CLIENT + code)
+    (farm.folder / "client.py").write_text(PLAIN_CLIENT + code)
     return farm.run(farm.folder / "client.py", master.port(), farm.key)
 
 
