@@ -53,7 +53,6 @@ import importlib.util
 import io
 import itertools
 import json
-import math
 import pathlib
 import pickle
 import queue
@@ -240,16 +239,13 @@ class Standing:
     Users of HTCondor know such a host as a black hole.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, proven: bool = False) -> None:
         self.slots = 0
-        self.proven = False  # whether it ever had a result
+        self.proven = proven  # whether it ever had a result
         self.recent: collections.deque[bool] = collections.deque(maxlen=DOUBT_AFTER)  # whether the last outcomes were ok
+        self.failing = False  # whether nothing has worked of late
         self.pause = 0.0  # seconds before its next task, while it is in doubt
-        self.resumes_at = 0.0
-
-    def is_failing(self) -> bool:
-        """Whether nothing has worked of late."""
-        return len(self.recent) == DOUBT_AFTER and not any(self.recent)
+        self.resumes_at = 0.0  # when it may have the next one
 
     def is_good(self) -> bool:
         """Whether it has had results at least half of the time of late; also when it has not reported yet."""
@@ -348,9 +344,10 @@ class Ledger:
     def wait_ready(self, holder: object, timeout: float, now: float) -> bool:
         """Block until `lease` would return tasks or None, for `timeout` seconds at most. Returns whether it would."""
         with self._lock:
-            if (pause := self._pause_of(self._slots.get(holder), now)) > 0:
+            standing = self._slots.get(holder)
+            if standing and standing.resumes_at > now:
                 # Not for `_leasable`: a signal for others would end here. At most 1 s, since nothing signals a drain.
-                return self._over.wait_for(lambda: self.phase > Phase.OVER, min(timeout, pause, 1.0))
+                return self._over.wait_for(lambda: self.phase > Phase.OVER, min(timeout, standing.resumes_at - now, 1.0))
             self._queue_due(now)
             due_in = self._delayed[0][0] - now if self._delayed else timeout
             timeout = min(timeout, due_in, max(1.0, len(self._slots) / IDLE_POLLS))
@@ -364,18 +361,21 @@ class Ledger:
         with self._lock:
             if self.phase > Phase.OVER:
                 return None
-            standing = self._slots.get(holder)
-            if self._gate_closed or self._pause_of(standing, now) > 0:
+            standing = self._slots.get(holder) or Standing(proven=True)  # a plain client has none
+            if self._gate_closed or standing.resumes_at > now:
                 self._wake_next()  # the signal was perhaps for a task that this holder must not have
                 return []
             self._queue_due(now)
             share = len(self._ready) // (2 * len(self._slots) or 1)
             limit = max(1, min(limit, max(share, limit // LEASE_FLOOR)))
-            alone = standing is not None and (not standing.proven or self._is_in_doubt(standing, now))
-            lease = self._take(1 if alone else limit, len(self._held.get(holder, ())), standing, now)
-            if standing:
-                self._slow_down(standing, bool(lease), now)
+            doubtful = self._is_in_doubt(standing, now)
+            lease = self._take(1 if doubtful or not standing.proven else limit, len(self._held.get(holder, ())), standing, now)
             self._move(lease, LEASED, holder)
+            if doubtful and lease:
+                standing.pause = min(LAST_PAUSE, 2 * standing.pause or FIRST_PAUSE)
+                standing.resumes_at = now + standing.pause
+            elif not lease and self._ready:  # what is there is left for others
+                standing.resumes_at = now + AVOID_PAUSE
             if self._has_room():
                 self._room.notify_all()
             self._wake_next()
@@ -397,8 +397,7 @@ class Ledger:
         with self._lock:
             standing = self._slots.get(holder)
             if standing:
-                standing.recent.extend([ok for _, ok, _, _ in outcomes[-DOUBT_AFTER:]])
-                standing.proven = standing.proven or any(standing.recent)
+                self._note_outcomes(standing, [ok for _, ok, _, _ in outcomes[-DOUBT_AFTER:]])
             if self.phase == Phase.FAILED or (self.phase == Phase.CLOSED and self._tasks):
                 raise EOFError
             for task_id, ok, final, outcome in outcomes:
@@ -451,7 +450,9 @@ class Ledger:
             self._held.pop(holder, None)
             if standing := self._slots.pop(holder, None):
                 standing.slots -= 1
-                self._workers = {worker: standing for worker, standing in self._workers.items() if standing.slots}
+                if not standing.slots:
+                    self._workers = {worker: other for worker, other in self._workers.items() if other is not standing}
+                    self._end_pauses()
         return again, given_up
 
     def is_in_doubt(self, holder: object, now: float) -> bool:
@@ -551,49 +552,43 @@ class Ledger:
     def _may_lease(self) -> bool:
         return self.phase > Phase.OVER or bool(self._next_ready() and not self._gate_closed)
 
+    def _note_outcomes(self, standing: Standing, oks: list[bool]) -> None:
+        standing.recent.extend(oks)
+        standing.proven = standing.proven or any(oks)
+        before, standing.failing = standing.failing, len(standing.recent) == DOUBT_AFTER and not any(standing.recent)
+        if standing.failing != before:
+            self._end_pauses()
+
+    def _end_pauses(self) -> None:
+        """A worker has left, or another one fails now, or no longer: who is in doubt has to be seen anew."""
+        for standing in self._workers.values():
+            standing.pause = standing.resumes_at = 0.0
+
     def _is_in_doubt(self, standing: Standing, now: float) -> bool:
         """Whether a worker fails while another one does not, or while others have had no time to come."""
-        if not standing.is_failing():
+        if not standing.failing:
             return False
         others = [other for other in self._workers.values() if other is not standing]
         return any(map(Standing.is_good, others)) or (not others and not standing.proven and now < self._others_until)
 
-    def _pause_of(self, standing: Standing | None, now: float) -> float:
-        """Seconds until a worker may lease again."""
-        if standing is None or (standing.pause and not self._is_in_doubt(standing, now)):
-            return 0.0
-        return standing.resumes_at - now
+    def _is_left(self, task: Task, standing: Standing, now: float) -> bool:
+        """Whether a retry is left for workers that do not fail: for a while, or for long if this one fails all its tasks."""
+        if all(other is standing or other.failing for other in self._workers.values()):
+            return False
+        return standing.failing or now - task.due_at < AVOID_TIME
 
-    def _slow_down(self, standing: Standing, leased: bool, now: float) -> None:
-        """After a lease: set the pause before the worker's next one, if it is in doubt, or if what is READY avoids it."""
-        if not self._is_in_doubt(standing, now):
-            standing.pause = 0.0
-        elif leased:
-            standing.pause = min(LAST_PAUSE, 2 * standing.pause or FIRST_PAUSE)
-        standing.resumes_at = now + (standing.pause if leased else AVOID_PAUSE if self._next_ready() else 0.0)
-
-    def _patience_of(self, standing: Standing) -> float:
-        """Seconds for which a worker leaves its retries to others that do not fail: without a limit if it fails all its tasks."""
-        if all(other is standing or other.is_failing() for other in self._workers.values()):
-            return 0.0
-        return math.inf if standing.is_failing() else AVOID_TIME
-
-    def _take(self, limit: int, held: int, standing: Standing | None, now: float) -> list[Task]:
-        """Up to `limit` of the tasks to lease next, while they are together small enough and need not be leased alone.
-
-        What failed on this worker is left for another one, for a while.
-        """
+    def _take(self, limit: int, held: int, standing: Standing, now: float) -> list[Task]:
+        """Up to `limit` of the tasks to lease next, while they are together small enough and need not be leased alone."""
         tasks: list[Task] = []
         left: list[Task] = []
         room, ready = LEASE_BYTES, self._ready
-        patience = self._patience_of(standing) if standing else 0.0
         limit = min(limit, LEASE_LIMIT // 2, LEASE_LIMIT - held)  # half, since it asks for more before its report is read
         while ready and len(tasks) < limit and len(left) < AVOID_LIMIT:
             task = ready.popleft()
             self._ready_bytes -= len(task.text)
             if task.state != READY:  # recorded after a late report
                 continue
-            if standing and task.avoids is standing and now - task.due_at < patience:
+            if task.avoids is standing and self._is_left(task, standing, now):
                 left.append(task)
                 continue
             room -= len(task.text)
@@ -1884,15 +1879,16 @@ class TaskMaster:
             last, retried = self.ledger.report(peer, outcomes, peer.moved_at)
             self._record(last, peer.name)
         self.restarts = 0
-        if peer.name not in self._doubted and self.ledger.is_in_doubt(peer, peer.moved_at) and (last or retried):
-            self._doubted.add(peer.name)
-            problem = explain_outcome([*last, *retried][-1])
-            self._log(f"worker {peer.name} fails all its tasks ({problem}) and others do not: it gets one now and then")
+        failed = sum([not ok for _, ok, _, _ in outcomes])
         with self._counting:
             host = self.hosts[peer.host]
             host.runs += len(outcomes)
-            host.failed += sum([not ok for _, ok, _, _ in outcomes])
+            host.failed += failed
             host.busy += busy
+        if failed and peer.name not in self._doubted and self.ledger.is_in_doubt(peer, peer.moved_at) and (last or retried):
+            self._doubted.add(peer.name)
+            problem = explain_outcome([*last, *retried][-1])
+            self._log(f"worker {peer.name} fails all its tasks ({problem}) and others do not: it gets one now and then")
         for task in retried:
             self._log(f"task {task.id} is retried: {explain_outcome(task)} on {peer.name}, attempt {task.attempts}")
 

@@ -397,6 +397,7 @@ SLOW_TASK = 0.5  # seconds after which the tasks behind a running one are releas
 REMEDIES = {errno.EMFILE: "see ulimit -n", errno.EAGAIN: "see ulimit -u", errno.ENOMEM: "memory is short"}
 START_ATTEMPTS = 3  # of a child that dies before it could run a task
 START_POLL = 0.02  # seconds between looks around while a child loads the function
+MANY = 200  # outcomes, whose recording takes as long as a round trip
 POLL_INTERVAL = 0.25  # seconds after which a slot looks around while its child works
 EXIT_GRACE = 5.0  # seconds for a child to leave by itself
 OUTPUT_LIMIT = 1 << 20  # bytes kept of each stream of a --command
@@ -812,7 +813,9 @@ class Child:
     def receive(self, timeout: float) -> bytes | None:
         """The next message, or None when there was none for `timeout` seconds. Raises ChildDied."""
         with contextlib.suppress(EOFError, OSError):
-            if not self._pipe.poll(timeout) and self._process.is_alive():
+            if self._pipe.poll(timeout):
+                return self._pipe.recv_bytes()
+            if self._process.is_alive():
                 return None  # asked, since a process that it started may keep the pipe open
             if self._pipe.poll(0):  # what it said before it died counts
                 return self._pipe.recv_bytes()
@@ -1165,7 +1168,7 @@ class Slot(threading.Thread):
         A report of many outcomes is sent when the lease is there, so that the child works while the master records.
         """
         self._report(keep=1)
-        many = bool(self._outcomes) and self._outcomes[0].count("\n") > 1
+        many = bool(self._outcomes) and self._outcomes[0].count("\n") > MANY
         if self._outcomes and not many:
             self._send_report()
         asked_at = time.monotonic()
