@@ -84,8 +84,8 @@ if "task_worker" not in sys.modules:  # the one beside this file, wherever Pytho
 from task_worker import (  # noqa: E402, I001
     BEAT_INTERVAL, COUNT, DEFAULT_KEY_FILE, ERROR, FINAL, LOADING, PLAIN_WARNING, PROTOCOL, RESULT, SILENCE_LIMIT, STOP_SIGNALS,
     TEXT_LIMIT, Failure, Parser, PlainConnection, add_connection_options, add_function_options, bounded, catch_signals, check_key,
-    check_spec, describe_error, encode_result, explain_error, format_error, format_outcome, is_loopback, make_tls_context,
-    prepare_process, pack, parse_host, parse_template, read_key, show_address, unpack, write_all, write_last_line,
+    check_spec, check_template, describe_error, encode_result, explain_error, format_error, format_outcome, is_loopback,
+    make_tls_context, prepare_process, pack, parse_host, read_key, show_address, unpack, write_all, write_last_line,
 )
 # fmt: on
 
@@ -97,6 +97,7 @@ LEASE_LIMIT = 10_000  # tasks that one connection may hold
 LEASE_BYTES = 8 << 20  # characters of text in one lease, unless a single task has more
 LEASE_FLOOR = 16  # a slot gets this part of what it asked for even if its share is smaller
 IDLE_POLLS = 25.0  # requests for tasks a second from all idle slots together, at most (but each may ask every second)
+PLAIN_SIZE = 1000  # characters of an outcome, on average; larger ones are read faster as JSON
 VALUE_LIMIT = 2_000_000  # strings and lists in an outcome, some 60 bytes of memory each while it is checked
 OBJECT_LIMIT = 200_000  # values in a plain client's message
 LARGE = 1 << 20  # bytes; larger messages are received one at a time
@@ -736,7 +737,8 @@ def parse_report(text: str) -> list[Outcome]:
     if rest.count("\n") + 1 != len(ids):
         raise ValueError("not as many outcomes as ids")
     texts = rest.split("\n")
-    if match_plain_outcomes(rest) and not rest.endswith("\n") and len({*ids}) == len(ids):  # as nearly always
+    plain = len(rest) < PLAIN_SIZE * len(ids) and match_plain_outcomes(rest) and not rest.endswith("\n")
+    if plain and len({*ids}) == len(ids):  # as nearly always
         return [*zip(ids, itertools.repeat(True), itertools.repeat(False), texts)]
     outcomes = [(task_id, *check_outcome(text)) for task_id, text in zip(ids, texts)]
     return [*{outcome[0]: outcome for outcome in reversed(outcomes)}.values()][::-1]
@@ -1058,11 +1060,12 @@ def parse_line(line: bytes, as_text: bool) -> str:
 def parse_plain_lines(lines: list[bytes]) -> list[str]:
     """The JSON texts if each line is one value and nothing else, as nearly always; [] when they need a closer look."""
     try:
-        texts = b"\n".join(lines).decode().split("\n")
+        text = b"\n".join(lines).decode()
+        texts = text.split("\n")
         ends = [end for _, end in map(scan_json, texts, itertools.repeat(0))]
     except (ValueError, RecursionError):
         return []
-    return texts if ends == [*map(len, texts)] and max(ends) <= TEXT_LIMIT and b"\r" not in b"".join(lines) else []
+    return texts if ends == [*map(len, texts)] and max(ends) <= TEXT_LIMIT and "\r" not in text else []
 
 
 def read_tasks(descriptor: int, name: str, as_text: bool, null: bool) -> Iterator[list[str]]:
@@ -1103,24 +1106,19 @@ def skip_recorded(batches: Iterable[list[str]], results: ResultsFile) -> Iterato
 
 
 def read_lines(descriptor: int, name: str, end: bytes) -> Iterator[list[bytes]]:
-    """Lines without their end, in batches as they arrive; one that is too long comes cut, as far as it was read. Raises Failure.
+    """Lines without their end, in batches as they arrive; one that is too long is cut behind TEXT_LIMIT. Raises Failure.
 
     From the descriptor, since a thread that waits in sys.stdin.buffer would crash the interpreter at its end.
     """
     rest = bytearray()
-    skipping = False  # what comes is the rest of a line that was too long
     try:
         while chunk := os.read(descriptor, 1 << 18):
-            if skipping:
-                _, found, chunk = chunk.partition(end)
-                skipping = not found
             rest += chunk
-            if end in chunk or len(rest) > TEXT_LIMIT:
+            if end in chunk:
                 *lines, last = bytes(rest).split(end)
-                if len(last) > TEXT_LIMIT:
-                    lines, last, skipping = [*lines, last], b"", True
                 rest = bytearray(last)
                 yield lines
+            del rest[TEXT_LIMIT + 1 :]
     except OSError as error:
         raise Failure(f"cannot read {name}: {explain_error(error)}") from None
     if rest:
@@ -1677,6 +1675,8 @@ class TaskMaster:
     ) -> None:
         given = locals()
         checked = {name: check_argument(name, given[name], kind) for name, kind in TYPES.items()}
+        if function is not None and command is not None:
+            raise Failure("function and command: give one of them")
         self.address, self.timeout = (checked["host"], checked["port"]), checked["timeout"]
         self.run_id = os.urandom(8).hex()
         self.ledger = Ledger(checked["retries"], checked["redeliveries"], checked["retry_delay"], 0.0 if workers else OTHERS_TIME)
@@ -1684,12 +1684,13 @@ class TaskMaster:
         self.hosts: dict[str, Host] = collections.defaultdict(Host)
         self.refused = collections.Counter[str]()  # connections, by host and reason
         self._max_failures, self._log = checked["max_failures"], log
-        self._encrypted = not is_loopback(self.address[0]) if tls is None else tls
+        encrypted = not is_loopback(self.address[0]) if tls is None else tls
         self.authkey = find_key() if authkey is None else check_key(authkey, "authkey")
-        self.context = make_tls_context(self.authkey, self.address[0], server_side=True) if self._encrypted else None
+        self.context = make_tls_context(self.authkey, self.address[0], server_side=True) if encrypted else None
         self._what = {"function": function, "command": command} if workers or ssh or function or command else None  # of the job
         self._digest = ("", "")  # of the function's module, and the host that stated it
-        arguments = self._worker_arguments(given)
+        arguments = [f"--{name.replace('_', '-')}={given[name]}" for name in WORKER_OPTIONS if given[name] is not None]
+        arguments += ["--tls" if encrypted else "--no-tls", *["--quiet"] * bool(quiet)]
         self.started: list[LocalWorker] = [*make_ssh_workers(self, arguments, ssh, function)]
         self.started += [LocalWorker(self, [f"--processes={workers}", *arguments])] if workers else []
         self.restarts = 0  # of a local worker, since something was reported
@@ -1700,20 +1701,6 @@ class TaskMaster:
         self._sink: Sink = lambda tasks: None
         self._server: QueueServer | None = None
         self._next_id = 0
-
-    def _worker_arguments(self, given: dict[str, Any]) -> list[str]:
-        """What a worker's command line has from ours. Raises Failure for a function or a command that cannot be."""
-        if given["function"] is not None and given["command"] is not None:
-            raise Failure("function and command: give one of them")
-        for name, check in (("function", check_spec), ("command", parse_template)):
-            if given[name] is not None:
-                if not isinstance(given[name], str) or not given[name]:
-                    example = "MODULE:NAME, as in 'mailer:send'" if name == "function" else "a line for the shell"
-                    raise Failure(f"{name}: it takes a text, {example}, not {given[name]!r}")
-                check(given[name])
-        names = ("function", "command", "tasks_per_process")
-        values = [f"--{name.replace('_', '-')}={given[name]}" for name in names if given[name]]
-        return [*values, "--tls" if self._encrypted else "--no-tls", *["--quiet"] * bool(given["quiet"])]
 
     def __enter__(self) -> TaskMaster:
         self.start()
@@ -1755,11 +1742,6 @@ class TaskMaster:
             for worker in self.started:
                 worker.ended.wait()
 
-    def abandon(self) -> None:
-        """Have the workers that were started leave at once; for a signal handler that ends this process."""
-        for worker in self.started:
-            worker.end()
-
     def run(self, tasks: Iterable[Any]) -> Iterator[Record]:
         """Run tasks (any values that JSON has), read lazily; yields their records as they come, with ids from 0.
 
@@ -1789,7 +1771,8 @@ class TaskMaster:
             self._begin(encode_tasks(tasks), sink)
             threading.Thread(target=finish, daemon=True).start()
             while settled := records.get():
-                yield from make_records(settled, first)
+                for task in settled:
+                    yield make_record(task, first)
                 taken += len(settled)
                 self.ledger.close_gate(put - taken > CALLER_LIMIT)
         finally:
@@ -1998,45 +1981,27 @@ def encode_tasks(tasks: Iterable[Any]) -> Iterator[list[str]]:
     yield texts
 
 
-def make_records(tasks: list[Task], first: int) -> Iterable[Record]:
-    """Tasks as Records, their ids counted from `first`: column by column, which takes a third of the time."""
-    columns = (
-        [task.id - first for task in tasks],
-        [value for value, _ in map(scan_json, [task.text for task in tasks], itertools.repeat(0))],
-        *zip(*load_results(tasks) or map(load_outcome_here, tasks)),
-        [task.worker for task in tasks],
-        [task.attempts for task in tasks],
-    )
-    return map(functools.partial(tuple.__new__, Record), zip(*columns))
-
-
-def load_results(tasks: list[Task]) -> Iterable[tuple[Any, ...]] | None:
-    """The result, the error, `started_at` and `seconds` of tasks that all have a result, as nearly always; else None."""
-    texts = [task.outcome for task in tasks if task.ok]
-    if len(texts) == len(tasks):
-        with contextlib.suppress(ValueError, RecursionError):
-            read = [*map(scan_json, texts, itertools.repeat(len(RESULT)))]
-            return [(result, None, *parse_times(text[end:])) for text, (result, end) in zip(texts, read)]
-    return None
+def make_record(task: Task, first: int) -> Record:
+    """A task as a Record, its id counted from `first`."""
+    ok, (text, _, times) = task.ok, task.outcome.rpartition(', "started_at": ')
+    try:
+        value = scan_json(text, len(RESULT if ok else ERROR))[0]
+    except RecursionError:  # the caller's stack may have less room for nested lists than ours
+        ok, value = False, {"type": "ValueError", "message": "the result cannot be read here: nested too deeply", "traceback": ""}
+    result, error = (value, None) if ok else (None, value)
+    return Record(task.id - first, scan_json(task.text, 0)[0], result, error, *parse_times(times), task.worker, task.attempts)
 
 
 @functools.lru_cache(1000)
 def parse_times(text: str) -> tuple[Any, Any]:
     """`started_at` and `seconds`, of the end of an outcome; tiny tasks, of which there are most, begin and last alike."""
-    return load_outcome(f"{RESULT}null{text}")[2:]
-
-
-def load_outcome_here(task: Task) -> tuple[Any, Any, Any, Any]:
-    """What `load_outcome` reads; an error when it cannot: the caller's stack may have less room for nested lists than ours."""
-    try:
-        return load_outcome(task.outcome)
-    except ValueError as problem:
-        return load_outcome(format_outcome(format_error("ValueError", f"the result cannot be read here: {problem}")))
+    started_at, seconds = map(json.loads, text.split(', "seconds": '))
+    return started_at, seconds
 
 
 def check_argument(name: str, value: Any, kind: Callable[[str], Any]) -> Any:
     """An argument of TaskMaster, as the command line would read it. Raises Failure."""
-    if value is None and name in ("timeout", "max_failures", "tasks_per_process"):
+    if value is None and name in ("timeout", "max_failures", *WORKER_OPTIONS):
         return None
     try:
         read = kind(str(value))
@@ -2079,7 +2044,10 @@ TYPES: dict[str, Callable[[str], Any]] = {  # of the options that are arguments 
     "redeliveries": NUMBER,
     "max_failures": COUNT,
     "tasks_per_process": COUNT,
+    "function": check_spec,
+    "command": check_template,
 }
+WORKER_OPTIONS = ("function", "command", "tasks_per_process")  # that are passed to a worker
 
 
 def make_parser() -> Parser:
@@ -2161,7 +2129,7 @@ class Job:
         self._stopped_by = 0  # signal number
         self._drained = False  # because of it: it came before the job was over
         self._began_at = self._shown_at = time.monotonic()
-        limits = {name: getattr(options, name) for name in [*TYPES, "ssh", "function", "command", "tls", "quiet"]}
+        limits = {name: getattr(options, name) for name in [*TYPES, "ssh", "tls", "quiet"]}
         self._master = TaskMaster(authkey=find_key(options.authkey_file), log=self._log, **limits)
         self._results: ResultsFile | None = None
         self._kept = 0  # results of earlier runs
@@ -2260,7 +2228,8 @@ class Job:
         """The first one drains (in `_look`: a handler must not wait for anything), the second leaves at once."""
         if self._stopped_by:
             write_last_line(f"task_master: leaving at once; {self._tell_resume()}")
-            self._master.abandon()
+            for worker in self._master.started:
+                worker.end()
             os._exit(128 + number)
         self._stopped_by = number
 
@@ -2310,26 +2279,32 @@ class Job:
         )
 
 
-def main(argv: list[str] | None = None) -> int:
-    """The command line; returns the exit status."""
-    prepare_process()
-    parser = make_parser()
-    options = parser.parse_args(argv)
-    if sys.stdout is None and options.results in (None, "-"):
+def check_options(parser: Parser, options: argparse.Namespace) -> None:
+    """Ends the program when options do not go together, or a stream is closed that they need."""
+    to_file = options.results not in (None, "-")
+    if sys.stdout is None and not to_file:
         parser.error("standard output is closed, where the results should go: use --results FILE")
     if sys.stdin is None and options.tasks == "-":
         parser.error("standard input is closed, where the tasks should come from: use --tasks FILE")
     if options.task and options.tasks is not None:
         parser.error("TASK and --tasks: give one of them")
-    if options.resume and options.results in (None, "-"):
+    if options.resume and not to_file:
         parser.error("--resume needs the --results FILE of the job to carry on")
     if options.resume and not options.task and options.tasks is None:
         parser.error("--resume needs the tasks again, as TASK or with --tasks FILE")
-    if options.ordered and options.results in (None, "-"):
+    if options.ordered and not to_file:
         parser.error("--ordered needs --results FILE: the file is put in order in the end")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    prepare_process()
     gc.set_threshold(100_000, 50, 100)  # tasks come and go by the thousand, and make no cycles: a quarter less time
     sys.setswitchinterval(0.0005)  # seconds; slots wait for the threads that answer them, not for the one that reads
+    parser = make_parser()
     try:
+        options = parser.parse_args(argv)
+        check_options(parser, options)
         return Job(options, [sys.argv[0], *(sys.argv[1:] if argv is None else argv)]).run()
     except Failure as failure:
         say(str(failure))

@@ -366,8 +366,9 @@ def parse_host(text: str) -> str:
 def add_function_options(group: Any) -> None:
     """What is run, and for how long in one process."""
     what = group.add_mutually_exclusive_group()
-    what.add_argument("--function", metavar="MODULE:NAME", help="called with each task (default: squares a number)")
-    what.add_argument("--command", metavar="TEMPLATE", help="run in a shell for each task; {} is the task")
+    text = "called with each task (default: squares a number)"
+    what.add_argument("--function", type=check_spec, metavar="MODULE:NAME", help=text)
+    what.add_argument("--command", type=check_template, metavar="TEMPLATE", help="run in a shell for each task; {} is the task")
     group.add_argument("--tasks-per-process", type=COUNT, metavar="N", help="a fresh process after N (default: no limit)")
 
 
@@ -434,7 +435,7 @@ STANDARD = getattr(sys, "stdlib_module_names", None) or {  # the names of the st
 
 def load_function(spec: str) -> Callable[[Any], Any]:
     """The function that MODULE:NAME names, imported from the current directory or the path. Raises Failure with the reason."""
-    module_name, name = check_spec(spec)
+    module_name, _, name = check_spec(spec).partition(":")
     folder = os.getcwd()
     try:  # search the user's folders behind the standard library, so that no file there stands in for a module of that
         folders = [folder, os.path.dirname(os.path.realpath(__file__))]
@@ -455,8 +456,8 @@ def load_function(spec: str) -> Callable[[Any], Any]:
     return function
 
 
-def check_spec(spec: str) -> tuple[str, str]:
-    """The module and the name in it of --function MODULE:NAME. Raises Failure."""
+def check_spec(spec: str) -> str:
+    """A type for argparse: MODULE:NAME. Raises Failure."""
     module, _, name = spec.partition(":")
     if module.endswith(".py") or "/" in module or os.sep in module:
         stem = re.sub(r"\.py$", "", os.path.basename(module))
@@ -469,7 +470,7 @@ def check_spec(spec: str) -> tuple[str, str]:
     top = module.partition(".")[0]
     if top in STANDARD and (os.path.exists(top) or os.path.exists(f"{top}.py")):
         raise Failure(f"--function {spec}: {top} is a module of Python's standard library: rename yours")
-    return module, name
+    return spec
 
 
 def parse_template(template: str) -> tuple[str, list[str]]:
@@ -481,23 +482,27 @@ def parse_template(template: str) -> tuple[str, list[str]]:
         raise Failure("--command needs a POSIX shell, which this system does not have: use --function MODULE:NAME")
     shown = f"--command {' '.join(template.split())}"
     names: list[str] = []
-    script = quote = previous = ""
-    for part in re.findall(r"\\.|['\"]|\{\w*\}|.", template, re.DOTALL):
-        if part in "'\"" and quote in ("", part):
-            quote = "" if quote else part
-        elif part == "{}" and quote:
+    script = ""
+    for part in re.findall(r"""\\.|'[^']*'?|"(?:\\.|[^"\\])*"?|\$\{\w+\}|\{\w*\}|.""", template, re.DOTALL):
+        if part[0] in "'\"" and "{}" in part:
             raise Failure(f'{shown}: {{}} in quotes is not replaced: take the quotes away, or write "$TASK"')
-        elif part == "{}":
+        if part == "{}":
             part = '"$TASK"'
-        elif part[0] == "{" and part[1:-1].isidentifier() and not quote and previous != "$":
+        elif part[0] == "{" and part[1:-1].isidentifier():
             names.append(part[1:-1])
             part = f'"$TASK__{part[1:-1]}"'
-        script, previous = script + part, part
+        script += part
     if "TASK" in script:
         return script, names
-    if set(template) & set("|;&<>\n"):
+    if set(template) & set("|;&<>\n") or not template.strip():
         raise Failure(f"{shown}: say with {{}} where the task goes")
     return f'{script} "$TASK"', names
+
+
+def check_template(template: str) -> str:
+    """A type for argparse: a --command TEMPLATE. Raises Failure."""
+    parse_template(template)
+    return template
 
 
 class CommandFailed(Exception):
@@ -1486,32 +1491,28 @@ def make_parser() -> Parser:
 
 def find_key(options: argparse.Namespace, leaving: threading.Event) -> bytes:
     """The key, waited for when the master, which makes it, will be started on this host. Raises Failure."""
-    give_up_at = time.monotonic() + options.wait
-    told = False
+    give_up_at = time.monotonic() + (options.wait or math.inf)
     path = os.path.expanduser(DEFAULT_KEY_FILE)
     missing = f"there is no key in {path}: copy that file from the master's host"
-    while True:
+    told = False
+    while not leaving.is_set():
         with contextlib.suppress(FileNotFoundError):
             if options.authkey_file or "TASK_AUTHKEY" in os.environ or os.stat(path).st_size or not os.path.isfile(path):
                 return read_key(options.authkey_file)
-        if not is_loopback(options.host) or (options.wait and time.monotonic() > give_up_at):
+        if not is_loopback(options.host) or time.monotonic() > give_up_at:
             raise Failure(missing)
         if not told:
             say(f"{missing}, or start the master on this one (waiting for it)")
-            told = True
-        if leaving.wait(0.1):
-            raise SystemExit(0)
+        told = True
+        leaving.wait(0.1)
+    raise SystemExit(0)
 
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
     prepare_process()
-    options = make_parser().parse_args(argv)
     try:
-        if options.function:
-            check_spec(options.function)
-        if options.command:
-            parse_template(options.command)
+        options = make_parser().parse_args(argv)
         leaving = threading.Event()
         if sys.platform == "linux":
             supervise(leaving)  # from here on in a process of its own
