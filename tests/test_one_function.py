@@ -198,7 +198,7 @@ def test_a_coroutine_function_is_run_to_its_end(farm: Farm, spec: str) -> None:
         ("sweep.py:vdp", r"\bsweep:vdp"),
         ("{folder}/sweep.py:vdp", r"\bsweep:vdp"),
         ("__main__:f", "__main__:f.*(file|script)"),
-        *[(f"{name}:f", f"--function {name}:f.*standard") for name in ("token", "queue", "json", "antigravity")],
+        *[(f"{name}:f", f"{name}:f.*standard") for name in ("token", "queue", "json", "antigravity")],
     ],
 )
 @pytest.mark.parametrize("program", ["master", "worker"])
