@@ -229,6 +229,11 @@ class Farm:
         path = ROOT / str(argv[0]) if (ROOT / str(argv[0])).exists() else argv[0]
         return self.start([python or self.python, str(path), *map(str, argv[1:])], **options)
 
+    def run_after(self, code: str, program: str, *argv: object, **options: Any) -> Program:
+        """Start a program of this repository in a process that has run some code before."""
+        code = f"import fcntl, os, resource, signal, sys\n{code}\nos.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+        return self.run("-c", code, ROOT / program, *argv, **options)
+
     def master(self, *argv: object, **options: Any) -> Program:
         """Start a master on a free port."""
         return self.run("task_master.py", "--port", 0, *self.tls, *argv, **options)
@@ -266,6 +271,10 @@ class Farm:
     def records(self, name: str = "results.jsonl") -> list[dict[str, Any]]:
         """The records in a results file."""
         return [json.loads(line) for line in (self.folder / name).read_text().splitlines()]
+
+    def in_order(self, name: str = "results.jsonl") -> list[dict[str, Any]]:
+        """The records in the order of the tasks."""
+        return sorted(self.records(name), key=lambda record: record["id"])
 
     def started(self) -> list[str]:
         """The tasks that were noted in started.log, in this order."""
@@ -339,6 +348,15 @@ def check_silence(*programs: Program) -> None:
     """No traceback on anybody's standard error."""
     for program in programs:
         assert not program.said("Traceback|internal error"), program.stderr
+
+
+def check_said(program: Program, status: int, *patterns: str) -> str:
+    """It ends with this status and without a traceback; the only line on standard error that has all of these."""
+    assert program.wait() == status, program.stderr
+    check_silence(program)
+    lines = [line for line in program.stderr if all(re.search(pattern, line, re.IGNORECASE) for pattern in patterns)]
+    assert len(lines) == 1, (patterns, program.stderr)
+    return lines[0]
 
 
 def name_of(worker: Program) -> str:

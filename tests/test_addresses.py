@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import socket
 
 import pytest
-from lab import Farm, Program
+from lab import Farm, check_silence
 
 ODD_HOSTS = [
     "a..b",
@@ -33,26 +34,18 @@ ODD_HOSTS = [
 ]
 
 
-def only_line(program: Program) -> str:
-    assert not any("Traceback" in line or "internal error" in line for line in program.stderr), program.stderr
-    assert len(program.stderr) <= 2, program.stderr  # a worker says that it waits, and then that it gives up
-    return program.stderr[-1]
+@pytest.mark.parametrize(("program", "options"), [("task_master", [0, "1"]), ("task_worker", [1, "--wait", 0.2])])
+def test_an_odd_host_is_one_line_that_names_it(farm: Farm, program: str, options: list[object]) -> None:
+    programs = {host: farm.run(f"{program}.py", "--host", host, "--port", *options) for host in ODD_HOSTS}
+    for host, ended in programs.items():
+        assert ended.wait() in (2, 3), (host, ended.stderr)
+        check_silence(ended)
+        assert len(ended.stderr) <= 2, ended.stderr  # a worker says that it waits, and then that it gives up
+        assert ended.stderr[-1].startswith(f"{program}: ")
+        assert not (host.isascii() and host.isprintable()) or host[:60] in ended.stderr[-1]
 
 
-def test_an_odd_host_is_one_line_that_names_it(farm: Farm) -> None:
-    masters = {host: farm.run("task_master.py", "--host", host, "--port", 0, "1") for host in ODD_HOSTS}
-    for host, master in masters.items():
-        assert master.wait() in (2, 3), (host, master.stderr)
-        assert only_line(master).startswith("task_master: ")
-        assert not (host.isascii() and host.isprintable()) or host[:60] in only_line(master)
-
-
-def test_a_worker_with_an_odd_host_ends_with_one_line(farm: Farm) -> None:
-    options = ("--port", 1, "--wait", 0.2, "--processes", 1)
-    workers = {host: farm.run("task_worker.py", "--host", host, *options) for host in ODD_HOSTS}
-    for host, worker in workers.items():
-        assert worker.wait() in (2, 3), (host, worker.stderr)
-        assert only_line(worker).startswith("task_worker: ")
+LOOPBACK = ["127.0.0.1", "127.0.0.2", "localhost", "::1"]
 
 
 def connects(address: str, port: int) -> bool:
@@ -83,8 +76,13 @@ def test_a_master_on_every_address_of_both_kinds_takes_workers_of_both_kinds(far
     assert (worker.wait(), master.wait()) == (0, 0)
 
 
-@pytest.mark.parametrize("host", ["::", "::1", "", "localhost", "127.0.0.2"])
-def test_local_workers_find_a_master_on_any_address(farm: Farm, host: str) -> None:
-    master = farm.master("--host", host, "--no-tls", "--workers", 1, "3")
+@pytest.mark.parametrize(
+    ("host", "choice"),
+    [*itertools.product(["::", "::1", "", "localhost", "127.0.0.2"], ["--no-tls"]), *itertools.product(LOOPBACK, [""])],
+)
+def test_local_workers_find_a_master_on_any_address_and_loopback_by_any_name_needs_no_choice(
+    farm: Farm, host: str, choice: str
+) -> None:
+    master = farm.master("--host", host, *choice.split(), "--workers", 1, "3")
     assert master.wait() == 0, master.stderr
     assert "Result: 3 * 3 = 9" in master.stdout

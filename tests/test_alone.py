@@ -5,12 +5,10 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import stat
 from pathlib import Path
-from typing import Any
 
 import pytest
-from lab import ROOT, Farm, Program, free_port, without_key
+from lab import ROOT, Farm
 
 ALONE = ("-I", "-S")  # Python takes nothing from the environment, the folder of the file, or site-packages
 
@@ -22,9 +20,6 @@ def copy_alone(farm: Farm, *names: str) -> Path:
     for name in names:
         shutil.copy(ROOT / name, folder)
     return folder
-
-
-# ---- the files -----------------------------------------------------------------------------------------------------
 
 
 def test_a_worker_copied_alone_serves_a_master(farm: Farm) -> None:
@@ -87,52 +82,3 @@ def test_both_work_when_they_are_started_from_another_folder(farm: Farm, relativ
     assert master.wait() == 0, master.stderr
     assert [record["result"] for record in farm.records("work/results.jsonl")] == [42]
     assert {entry.name for entry in folder.iterdir()} <= {"task_master.py", "task_worker.py", "__pycache__"}
-
-
-# ---- the key -------------------------------------------------------------------------------------------------------
-
-
-def run_pair(farm: Farm, env: dict[str, str], **options: Any) -> Program:
-    """A master and a worker with this environment, to their end."""
-    master = farm.master("3", env=env, **options)
-    worker = farm.worker(master, env=env)
-    assert (worker.wait(), master.wait()) == (0, 0), (worker.stderr, master.stderr)
-    return master
-
-
-@pytest.mark.skipif(os.name != "posix", reason="file modes are of POSIX")
-def test_a_master_makes_the_key_file_once_for_its_user_alone_and_workers_find_it(farm: Farm) -> None:
-    first = run_pair(farm, without_key(farm), umask=0)
-    path = farm.home / ".task_authkey"
-    key = path.read_text()
-    assert stat.S_IMODE(path.stat().st_mode) == 0o600
-    assert re.fullmatch(r"[0-9a-f]{64}\n", key)  # 256 bits
-    assert first.said(rf"made the key file {path}\b")
-    assert key.strip() not in "\n".join(first.stderr + first.stdout)
-    second = run_pair(farm, without_key(farm))
-    assert path.read_text() == key
-    assert not second.said("key file")
-
-
-def test_a_key_in_the_environment_makes_no_key_file(farm: Farm) -> None:
-    run_pair(farm, farm.env())
-    assert list(farm.home.iterdir()) == []
-
-
-@pytest.mark.parametrize("home", ["missing", "functions.py/home"], ids=["missing", "below a file"])
-def test_a_home_where_no_key_file_can_be_made_is_one_line(farm: Farm, home: str) -> None:
-    path = farm.folder / home
-    master = farm.master("3", env=without_key(farm, HOME=str(path)))
-    assert master.wait() == 2
-    pattern = rf"task_master: cannot (make|read) the key file {re.escape(str(path))}/\.task_authkey: "
-    assert re.match(pattern, *master.stderr)
-
-
-def test_a_worker_may_be_started_before_the_master_and_before_the_key_exists(farm: Farm) -> None:
-    port = free_port()
-    worker = farm.worker(port, env=without_key(farm))
-    worker.wait_line(rf"no key in {farm.home}/\.task_authkey.*start the master")
-    master = farm.run("task_master.py", "--port", port, "3", env=without_key(farm))
-    assert (worker.wait(), master.wait()) == (0, 0), (worker.stderr, master.stderr)
-    assert master.stdout[-1] == "Result: 3 * 3 = 9"
-    assert worker.stdout == ["Connect to server 127.0.0.1...", "run task 3 * 3...", "worker exit."]

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
-from lab import Farm, Program
+from lab import Farm, Program, check_once
 
 FUNCTIONS = """
 import os, time
@@ -20,9 +18,8 @@ def work(n):
 
 def start_farm(farm: Farm, tasks: list[int], *options: object, **hosts: bool) -> tuple[Program, list[Program]]:
     """A master, and a worker for each host, which may lack something."""
-    (farm.folder / "holes.py").write_text(FUNCTIONS)
-    (farm.folder / "tasks.jsonl").write_text("".join(f"{n}\n" for n in tasks))
-    master = farm.master("--tasks", "tasks.jsonl", "--results", "results.jsonl", *options)
+    farm.write("holes.py", FUNCTIONS)
+    master = farm.master("--tasks", farm.write_tasks(tasks), "--results", "results.jsonl", *options)
     where = ("--port", master.port(), "--processes", 2, "--function", "holes:work")
     return master, [
         farm.run("task_worker.py", *where, env=farm.env(TASK_HOST=name, LACKS="a mount" if lacks else None))
@@ -30,8 +27,10 @@ def start_farm(farm: Farm, tasks: list[int], *options: object, **hosts: bool) ->
     ]
 
 
-def failed(records: list[dict[str, Any]]) -> list[int]:
-    return [record["id"] for record in records if "error" in record]
+def count_failed(farm: Farm, count: int) -> int:
+    """How many of so many records tell of an error."""
+    check_once(farm.records(), count)
+    return len([record for record in farm.records() if "error" in record])
 
 
 @pytest.mark.parametrize("first", ["bad", "good"])
@@ -41,10 +40,8 @@ def test_a_host_that_fails_at_once_does_not_eat_the_queue(farm: Farm, retries: i
     master, workers = start_farm(farm, [*range(2000)], "--retries", retries, **hosts)
     assert master.wait() == (1 if retries == 0 else 0)
     assert [worker.wait() for worker in workers] == [0, 0, 0]
-    records = farm.records()
-    assert len(records) == 2000
-    assert len(failed(records)) <= (30 if retries == 0 else 0)
-    (said,) = [line for line in master.stderr if "fails all its tasks" in line]
+    assert count_failed(farm, 2000) <= (30 if retries == 0 else 0)
+    (said,) = master.said("fails all its tasks")
     assert "bad/" in said and "FileNotFoundError: /mnt/data/" in said
 
 
@@ -52,4 +49,4 @@ def test_tasks_that_fail_everywhere_cast_no_doubt_on_anybody(farm: Farm) -> None
     master, workers = start_farm(farm, [-1] * 3000, one=False, two=False)
     assert master.wait() == 1
     assert [worker.wait() for worker in workers] == [0, 0]
-    assert len(failed(farm.records())) == 3000
+    assert count_failed(farm, 3000) == 3000

@@ -1,15 +1,16 @@
-"""Clients that share no code with this repository, and masters and workers of different Python versions."""
+"""Clients that share no code with this repository, and masters and workers of different Python versions.
+
+A plain client is a few lines of BaseManager: one put for each get, in order, whatever goes wrong with one of them.
+"""
 
 from __future__ import annotations
 
-import json
+import re
 import subprocess
 import sys
 
 import pytest
 from lab import PLAIN_CLIENT, Farm, Program, find_pythons
-
-CLIENT = PLAIN_CLIENT + 'print("connected", flush=True)\n'
 
 TUTORIAL = """
 for i in range(10):
@@ -21,7 +22,14 @@ for i in range(10):
         print("task queue is empty.", flush=True)
 print("worker exit.")
 """
-
+ASK_ONCE = """
+for options in [{"timeout": 0.05}, {"block": False}]:
+    try:
+        print(tasks.get(**options))
+    except queue.Empty as error:
+        print(type(error), tasks.qsize())
+print("nothing yet", flush=True)
+"""
 UNTIL_EMPTY = """
 while True:
     try:
@@ -31,14 +39,6 @@ while True:
     results.put(n * n)
 print("worker exit.")
 """
-
-ASK_ONCE = """
-try:
-    tasks.get(timeout=0.01)
-except queue.Empty:
-    print("nothing yet", flush=True)
-"""
-
 TAKE_AND_WAIT = """
 print("took", tasks.get(timeout=30), flush=True)
 sys.stdin.read()
@@ -56,10 +56,17 @@ def meet(n):
 PYTHONS = find_pythons()
 
 
-def start_client(
-    farm: Farm, master: Program, code: str, python: str = sys.executable, key: str = "", **options: object
-) -> Program:
-    return farm.run(farm.write("client.py", CLIENT + code), master.port(), key or farm.key, python=python, **options)
+def start_client(farm: Farm, master: Program, code: str, python: str = sys.executable, **options: object) -> Program:
+    client = farm.write("client.py", PLAIN_CLIENT + code)
+    return farm.run(client, master.port(), options.pop("key", farm.key), python=python, **options)
+
+
+def start_master(farm: Farm, *tasks: object) -> Program:
+    return farm.master("--tasks", farm.write_tasks(tasks), "--results", "results.jsonl")
+
+
+def results(farm: Farm) -> list[object]:
+    return [record.get("result") for record in farm.in_order()]
 
 
 # ---- the tutorial's client -----------------------------------------------------------------------------------------
@@ -70,53 +77,36 @@ def test_a_client_of_a_dozen_lines_drains_the_master(farm: Farm, version: str) -
     master = farm.master(*range(10))
     client = start_client(farm, master, TUTORIAL, PYTHONS[version])
     assert (client.wait(), master.wait()) == (0, 0), client.stderr
-    assert client.stdout[1:] == [f"run task {n} * {n}..." for n in range(10)] + ["worker exit."]
+    assert client.stdout == [f"run task {n} * {n}..." for n in range(10)] + ["worker exit."]
     assert master.stdout[11:] == [f"Result: {n} * {n} = {n * n}" for n in range(10)]
 
 
-def test_queue_empty_reaches_a_client_when_there_is_no_task_in_time(farm: Farm) -> None:
-    code = """
-for options in [{"timeout": 0.05}, {"block": False}]:
-    try:
-        print(tasks.get(**options))
-    except queue.Empty as error:
-        print(type(error), tasks.qsize())
-print("asked", flush=True)
-n = tasks.get()
-results.put(n + 1)
-"""
-    master = farm.master("--tasks", "-", "--results", "-", stdin=subprocess.PIPE)
-    client = start_client(farm, master, code)
-    client.wait_line("^asked$", "stdout")
-    assert client.stdout[1:3] == ["<class '_queue.Empty'> 0"] * 2
-    master.put("41\n")
+def test_queue_empty_reaches_a_client_when_there_is_no_task_in_time_and_when_the_job_is_over(farm: Farm) -> None:
+    master = farm.master("--tasks", "-", "--results", "results.jsonl", stdin=subprocess.PIPE)
+    client = start_client(farm, master, ASK_ONCE + UNTIL_EMPTY)
+    client.wait_line("^nothing yet$", "stdout")
+    assert client.stdout[:2] == ["<class '_queue.Empty'> 0"] * 2
+    master.put("0\n1\n2\n")
     master.end_input()
-    assert (client.wait(), master.wait()) == (0, 0)
-    assert json.loads(master.stdout[0])["result"] == 42
-
-
-def test_queue_empty_reaches_a_client_when_the_job_is_over(farm: Farm) -> None:
-    master = farm.master("--results", "results.jsonl", *range(3))
-    client = start_client(farm, master, UNTIL_EMPTY)
     assert (client.wait(), master.wait()) == (0, 0), client.stderr
     assert client.stdout[-1] == "worker exit."
-    assert [record["result"] for record in farm.records()] == [0, 1, 4]
+    assert results(farm) == [0, 1, 4]
 
 
 def test_a_client_that_waits_for_a_task_hears_that_the_job_is_over(farm: Farm) -> None:
-    master = farm.master("--results", "results.jsonl", 2)
+    master = start_master(farm, 2)
     busy = start_client(farm, master, TAKE_AND_WAIT + "results.put('late')\n", stdin=subprocess.PIPE)
     busy.wait_line("^took 2$", "stdout")
     waiting = start_client(farm, master, ASK_ONCE + UNTIL_EMPTY)
     waiting.wait_line("^nothing yet$", "stdout")
     busy.end_input()
     assert (waiting.wait(), busy.wait(), master.wait()) == (0, 0, 0), waiting.stderr
-    assert [record["result"] for record in farm.records()] == ["late"]
+    assert results(farm) == ["late"]
 
 
 @pytest.mark.parametrize("how", ["killed", "ended"])
 def test_the_end_of_a_client_gives_its_task_back(farm: Farm, how: str) -> None:
-    master = farm.master("--results", "results.jsonl", 5)
+    master = start_master(farm, 5)
     client = start_client(farm, master, TAKE_AND_WAIT, stdin=subprocess.PIPE)
     client.wait_line("^took 5$", "stdout")
     if how == "killed":
@@ -129,10 +119,10 @@ def test_the_end_of_a_client_gives_its_task_back(farm: Farm, how: str) -> None:
 
 
 def test_results_settle_the_tasks_of_a_client_in_the_order_of_taking(farm: Farm) -> None:
-    master = farm.master("--results", "results.jsonl", '"a"', '"b"', '"c"')
+    master = start_master(farm, "a", "b", "c")
     code = "for task in [tasks.get() for _ in range(3)]:\n    results.put(task.upper())\n"
     assert (start_client(farm, master, code).wait(), master.wait()) == (0, 0)
-    assert [(record["task"], record["result"]) for record in farm.records()] == [("a", "A"), ("b", "B"), ("c", "C")]
+    assert results(farm) == ["A", "B", "C"]
 
 
 def test_a_result_without_a_task_is_a_value_error_for_the_client(farm: Farm) -> None:
@@ -143,12 +133,12 @@ try:
 except ValueError as error:
     print("refused:", error)
 n = tasks.get()
-results.put({"n": n, "list": [1.5, None, True]})
+results.put({"n": n, "list": [1.5, math.nan, True], "x": -math.inf})
 """
     client = start_client(farm, master, code)
     assert (client.wait(), master.wait()) == (0, 0)
-    assert client.stdout[1].startswith("refused: put without get")
-    assert master.stdout[-1] == 'Result: {"n": 7, "list": [1.5, null, true]}'
+    assert client.stdout[0].startswith("refused: put without get")
+    assert master.stdout[-1] == 'Result: {"n": 7, "list": [1.5, null, true], "x": null}'
 
 
 def test_a_client_with_another_key_is_refused(farm: Farm) -> None:
@@ -157,6 +147,75 @@ def test_a_client_with_another_key_is_refused(farm: Farm) -> None:
     assert client.wait() == 1
     assert "AuthenticationError" in client.stderr[-1]
     assert (farm.worker(master).wait(), master.wait()) == (0, 0)
+
+
+def test_a_client_may_ask_whether_there_is_something_to_do(farm: Farm) -> None:
+    master = start_master(farm, 1, 2, 3)
+    code = """
+while not tasks.empty():
+    n = tasks.get_nowait()
+    assert tasks.empty() == (tasks.qsize() == 0)
+    results.put(n + 1) if n < 3 else None
+try:
+    tasks.get_nowait()
+except queue.Empty:
+    print("empty")
+results.put(4)
+"""
+    client = start_client(farm, master, code)
+    assert client.wait() == 0, client.stderr
+    assert (client.stdout, master.wait()) == (["empty"], 0)
+    assert results(farm) == [2, 3, 4]
+
+
+# ---- tasks and results that are refused ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("depth", [100, 450, 600, 900])
+def test_a_task_that_cannot_be_sent_does_not_shift_the_results_of_the_others(farm: Farm, depth: int) -> None:
+    deep = "[" * depth + "]" * depth
+    farm.write("tasks", "\n".join(['"a"', deep, '"b"', deep, '"c"']))
+    master = farm.master("--tasks", "tasks", "--results", "results.jsonl")
+    code = """
+for _ in range(20):
+    try:
+        task = tasks.get(timeout=1)
+    except queue.Empty:
+        break
+    except Exception as error:
+        print("no", type(error).__name__)
+    else:
+        results.put(task.upper() if isinstance(task, str) else "list")
+"""
+    client = start_client(farm, master, code)
+    assert client.wait() in (0, 1), client.stderr  # 1: the job is over
+    farm.write("rest.py", "def f(task):\n    return 'list'\n")  # what the client could not get is for workers
+    farm.worker(master, "--wait", 0.5, "--function", "rest:f").wait()
+    assert master.wait() in (0, 1), master.stderr
+    text = (farm.folder / "results.jsonl").read_text()
+    assert sorted(re.findall(r'"task": "(\w)", "result": "(\w+)"', text)) == [("a", "A"), ("b", "B"), ("c", "C")]
+    assert len(re.findall(r'\]+, ("result": "list"|"error": )', text)) == 2
+
+
+@pytest.mark.parametrize(
+    "result", ["{1, 2}", "object()", "b'x'", "1j", "{(1, 2): 3}", "__import__('decimal').Decimal(1)", "__import__('os').getcwd"]
+)
+def test_a_result_that_is_refused_is_an_error_of_its_task_and_is_said(farm: Farm, result: str) -> None:
+    master = start_master(farm, "a", "b", "c")
+    code = f"""
+for value in ["first", {result}]:
+    tasks.get()
+    try:
+        results.put(value)
+    except Exception as error:
+        print("refused", repr(error))
+"""
+    start_client(farm, master, code).wait()
+    master.wait_line("task 1 failed|result of task 1|put.*refused|refused.*put")
+    assert start_client(farm, master, "tasks.get()\nresults.put('last')\n").wait() == 0
+    assert master.wait() == 1, master.stderr
+    assert results(farm) == ["first", None, "last"]
+    assert farm.in_order()[1]["error"]["message"]
 
 
 # ---- different Pythons ---------------------------------------------------------------------------------------------

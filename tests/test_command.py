@@ -1,4 +1,7 @@
-"""--command: a shell command for each task, with the quoting, the output, the exit status and the end of it."""
+"""--command: where a task goes in the template, which templates are refused, and how a command's end becomes a record.
+
+No task's text ever becomes code: where one tries to, there would be a file `stolen`.
+"""
 
 from __future__ import annotations
 
@@ -11,48 +14,41 @@ from typing import Any
 
 import psutil
 import pytest
-from lab import MEGABYTE, Farm, Program, is_alive, wait_until
+from lab import MEGABYTE, Farm, Program, check_said, is_alive, wait_until
 
 pytestmark = pytest.mark.skipif(os.name != "posix" or not shutil.which("sh"), reason="the commands are for a POSIX shell")
 
-
-def run_command(farm: Farm, template: str, tasks: list[Any], *options: object) -> tuple[dict[int, dict[str, Any]], Program]:
-    """Run a job of one local worker process; returns the records by task id, and the master, which has ended."""
-    argv = ["--tasks", farm.write_tasks(tasks), "--results", "results.jsonl", "--workers", 1, "--command", template]
-    master = farm.master(*argv, *options)
-    assert master.wait() in (0, 1), master.stderr
-    return {record["id"]: record for record in farm.records()}, master
-
-
-NASTY = [
-    "two  spaces ",
-    " \t",
-    "",
-    "it's",
-    'a "quoted" word',
-    "$(touch stolen) `touch stolen` ${HOME} $HOME \\ !x",
-    "; touch stolen & touch stolen | touch stolen > stolen",
-    "two\nlines\n",
-    "-n",
-    "--help",
-    "* ? [a-z] ~ {} %s \\n",
-    "ünïcode ☃ 名前",
-    "\x01\x7f",
-    "x" * 100_000,
-]
+CODE = "$(touch stolen) `touch stolen`; touch stolen & touch stolen | touch stolen\n\"; touch stolen; '; touch stolen; \\"
+WORDS = [
+    "plain", "two  words ", " \t", "", "-n", "--help", "* ? [a-z] ~ {} %s \\n {x}", "it's", 'a "quoted" \\ word', "${HOME} $HOME",
+    "two\nlines\n", "ünï ☃ 名前", "\x01\x7f", "EOF\ntouch stolen\n", CODE, "x" * 100_000,
+]  # fmt: skip
 OTHERS = [3, -1.5, True, None, [1, "two words"], {"to": "me@example.org", "it's": "$(touch stolen)"}]
 
 
-def test_a_task_arrives_as_one_word_whatever_is_in_it(farm: Farm) -> None:
-    records, _ = run_command(farm, "printf %s {}", NASTY)
-    assert [records[number]["result"]["stdout"] for number in range(len(NASTY))] == NASTY
+def run_command(farm: Farm, template: str, tasks: list[Any], *options: object) -> tuple[list[dict[str, Any]], Program]:
+    """Run a job of one local worker process; returns the records in the order of the tasks, and the master, which has ended."""
+    argv = ["--tasks", farm.write_tasks(tasks), "--results", "results.jsonl", "--workers", 1, "--command", template]
+    master = farm.master(*argv, *options)
+    assert master.wait() in (0, 1), master.stderr
     assert not (farm.folder / "stolen").exists()
+    return farm.in_order(), master
 
 
-def test_a_task_that_is_no_string_arrives_as_json(farm: Farm) -> None:
-    records, _ = run_command(farm, "printf %s {}", OTHERS)
-    assert [json.loads(records[number]["result"]["stdout"]) for number in range(len(OTHERS))] == OTHERS
-    assert not (farm.folder / "stolen").exists()
+def outputs(farm: Farm, template: str, tasks: list[Any]) -> list[str | None]:
+    """What commands that succeeded wrote; None for the others."""
+    return [record.get("result", {}).get("stdout") for record in run_command(farm, template, tasks)[0]]
+
+
+# ---- the template --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("template", ["printf %s", "printf %s {}", 'printf %s "$TASK"', 'x={}; printf %s "$x"', "printenv TASK"])
+def test_a_task_arrives_as_one_word_whatever_is_in_it_or_else_as_json(farm: Farm, template: str) -> None:
+    ends = "\n" if template == "printenv TASK" else ""
+    got = [text.removesuffix(ends) for text in outputs(farm, template, [*WORDS, *OTHERS]) if text is not None]
+    assert got[: len(WORDS)] == WORDS
+    assert [json.loads(text) for text in got[len(WORDS) :]] == OTHERS
 
 
 def test_a_file_name_that_is_not_utf_8_finds_its_file(farm: Farm) -> None:
@@ -60,67 +56,146 @@ def test_a_file_name_that_is_not_utf_8_finds_its_file(farm: Farm) -> None:
         Path(os.fsdecode(os.fsencode(farm.folder) + b"/\xff.txt")).write_text("found")
     except OSError:
         pytest.skip("this file system wants UTF-8")
-    (farm.folder / "names.txt").write_bytes(b"\xff.txt\n")
-    options = ["--tasks", "names.txt", "--text", "--results", "results.jsonl", "--workers", 1]
-    assert farm.master(*options, "--command", "cat {}").wait() == 0
+    farm.write("names.txt", b"\xff.txt\n")
+    farm.run_job("--tasks", "names.txt", "--text", "--command", "cat")
     assert farm.records()[0]["result"]["stdout"] == "found"
 
 
-def test_every_pair_of_braces_is_replaced(farm: Farm) -> None:
-    records, _ = run_command(farm, "printf '%s,' {} {}.mp3", ["a b"])
-    assert records[0]["result"]["stdout"] == "a b,a b.mp3,"
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        ("echo ${TASK##*/}", "b c.tar.gz"),
+        ('echo "${TASK%.*}" $TASK_ID', "/a/b c.tar 0"),
+        ("echo $TASK_ID {}", "0 /a/b c.tar.gz"),
+        ("echo {}.{}", "/a/b c.tar.gz./a/b c.tar.gz"),
+        ('echo "$(basename "$TASK")"', "b c.tar.gz"),
+        ("echo $(dirname {})", "/a"),
+        ("echo {} | awk '{print $1}'", "/a/b"),
+        ("echo {} | awk '{print}' | sed -E 's/[a-z]{3}.//'", "/a/b c.gz"),
+        ("{ echo {}; } | { cat; }", "/a/b c.tar.gz"),
+        ('f() { echo "$1"; }; f {}', "/a/b c.tar.gz"),
+        ("X=1; echo ${X} ${Y:-{}} {}", None),
+        ("sh -c 'echo \"$TASK\"'", "/a/b c.tar.gz"),
+        ("cat <<'EOF'\n$TASK\nEOF", "$TASK"),
+        ("cat <<EOF\n${TASK}\nEOF", "/a/b c.tar.gz"),
+        ("echo a{1,2} {file name} {-} {}", None),
+    ],
+)
+def test_the_braces_of_the_shell_and_of_awk_stay(farm: Farm, template: str, expected: str | None) -> None:
+    (got,) = outputs(farm, template, ["/a/b c.tar.gz"])
+    assert got is not None
+    assert got.endswith(" /a/b c.tar.gz\n") if expected is None else got == expected + "\n"
 
 
-def test_success_gives_exit_status_and_both_streams(farm: Farm) -> None:
-    records, _ = run_command(farm, "echo out {}; echo err {} >&2; cat", ["x"])  # `cat` finds its input empty
-    assert records[0]["result"] == {"exit": 0, "stdout": "out x\n", "stderr": "err x\n"}
+def test_a_name_in_braces_stands_for_a_member(farm: Farm) -> None:
+    tasks = [{"to": CODE, "n": 1, "more": [1, "it's"]}, {"to": "x"}, {"n": 2}, "text", 5, [{"to": 1}], None]
+    records, _ = run_command(farm, "printf '%s|%s|%s' {to} {n} {more}", [*tasks, {"n": None, "to": True, "more": {"a": 1}}])
+    *parts, more = records[0]["result"]["stdout"].split("|")
+    assert ["|".join(parts[:-1]), parts[-1], json.loads(more)] == [CODE, "1", [1, "it's"]]
+    assert records[-1]["result"]["stdout"].startswith("true|null|{")
+    assert ["error" in record for record in records] == [False, *[True] * 6, False]
+    assert "more" in records[1]["error"]["message"] or "n" in records[1]["error"]["message"]
+    assert "to" in records[2]["error"]["message"]
 
 
-def test_another_exit_status_is_an_error_that_names_it(farm: Farm) -> None:
-    records, master = run_command(farm, "echo trouble >&2; exit {}", [0, 1, 3, 255])
+QUOTED = ['echo "{}"', "echo '{}'", 'echo "a {} b"', "sh -c 'echo {}'", "awk '{print \"{}\"}'", 'echo x"y{}"', "echo \"'{}'\""]
+UNPLACED = ["sort | uniq", "cd x; make", "sleep 1 & wait", "cat <x", "cat >x", "make && make install", "cd x\nmake", "make 2>&1"]
+
+
+@pytest.mark.parametrize(("template", "remedy"), [(t, "quot") for t in QUOTED] + [(t, r"\{\}|TASK") for t in UNPLACED])
+@pytest.mark.parametrize("program", ["master", "worker"])
+def test_a_template_that_would_go_wrong_is_refused_before_anything_is_read(
+    farm: Farm, program: str, template: str, remedy: str
+) -> None:
+    options = ("--results", "results.jsonl", "--workers", 1, "1") if program == "master" else ("--wait", 0.1)
+    refused = farm.run(f"task_{program}.py", "--port", 1, "--command", template, *options)
+    check_said(refused, 2, f"--command.*({remedy})")
+    assert len(refused.stderr) == 1
+    assert not (farm.folder / "results.jsonl").exists()
+
+
+ANYWHERE = r"""
+echo "$(echo {})" / echo `echo {}` / echo "`echo {}`" / echo $(echo $(echo {})) / echo \{} {} / echo \"{}\" / echo $((1 + 1)) {}
+case {} in x) echo {};; *) echo {};; esac / printf "%s" "a"{}"b" / echo ${X:-{}} / echo "a" {} "{}" / echo '{}' "{}"
+"""
+LINES = [
+    "cat <<EOF\n{}\nEOF",
+    "cat <<'EOF'\n{}\nEOF",
+    "cat <<EOF\n$(echo {})\n`echo {}`\nEOF",
+    "echo # {}\necho {}",
+    "cat <<E\n'{}'\nE",
+]
+
+
+@pytest.mark.parametrize("template", [*re.split("\n| / ", ANYWHERE.strip()), *LINES])
+@pytest.mark.parametrize("braces", ["{}", "{to}"])
+def test_wherever_a_task_stands_its_text_is_no_code(farm: Farm, template: str, braces: str) -> None:
+    """Run rightly, or refused."""
+    texts = [CODE, "$(touch stolen)", "`touch stolen`", '"; touch stolen; "', "'; touch stolen; '", "\nEOF\ntouch stolen\n"]
+    farm.write_tasks(texts if braces == "{}" else [{"to": text} for text in texts])
+    options = ["--tasks", "tasks.jsonl", "--results", "results.jsonl", "--workers", 1]
+    assert farm.master(*options, "--command", template.replace("{}", braces)).wait() in (0, 1, 2)
+    assert not (farm.folder / "stolen").exists()
+
+
+# ---- its end -------------------------------------------------------------------------------------------------------
+
+
+def test_the_exit_status_and_both_streams_are_the_result_or_members_of_the_error(farm: Farm) -> None:
+    """The standard input is empty, so that `cat` ends."""
+    records, master = run_command(farm, "echo out; echo trouble >&2; cat; exit {}", [0, 1, 3, 255])
     assert master.wait() == 1
-    assert records[0]["result"]["exit"] == 0
-    for number, status in ((1, 1), (2, 3), (3, 255)):
-        assert re.search(f"exit status {status}.*trouble", records[number]["error"]["message"], re.DOTALL)
-        assert "result" not in records[number]
+    assert records[0]["result"] == {"exit": 0, "stdout": "out\n", "stderr": "trouble\n"}
+    for record in records[1:]:
+        assert re.fullmatch(f"exit status {record['task']}: trouble", record["error"].pop("message"))
+        streams = {"exit": record["task"], "stdout": "out\n", "stderr": "trouble\n"}
+        assert record["error"] == {"type": "CommandFailed", "traceback": "", **streams}
+        assert "result" not in record
 
 
 @pytest.mark.parametrize(
-    ("template", "words"), [("no-such-program {}", "exit status 127.*not found"), ("kill -9 $$; {}", "SIGKILL")]
+    ("template", "words"), [("no-such-program {}", "exit status 127.*not found"), ("echo out; kill -9 $$; {}", "SIGKILL")]
 )
 def test_a_command_that_ends_badly_is_an_error_that_says_how(farm: Farm, template: str, words: str) -> None:
-    records, _ = run_command(farm, template, [1])
-    assert re.search(words, records[0]["error"]["message"], re.DOTALL)
+    error = run_command(farm, template, [1])[0][0]["error"]
+    assert re.search(words, error["message"], re.DOTALL)
+    assert (error["type"], error["exit"] != 0) == ("CommandFailed", True)
+    assert error["stdout"] == "out\n" * ("kill" in template)
 
 
 def test_the_reason_that_a_talkative_command_gives_last_is_seen(farm: Farm) -> None:
     banner = "i=0; while [ $i -lt 1000 ]; do echo 'built with every option there is' >&2; i=$((i+1)); done; "
     records, master = run_command(farm, banner + "echo 'no such codec' >&2; exit {}", [1])
     assert "no such codec" in records[0]["error"]["message"]
-    assert any("no such codec" in line for line in master.stderr if "task 0 failed" in line)
+    assert master.said("task 0 failed.*no such codec")
 
 
-def test_a_task_that_cannot_be_an_argument_fails_alone(farm: Farm) -> None:
-    records, _ = run_command(farm, "printf %s {}", ["a\x00b", "good"])
-    assert "null byte" in records[0]["error"]["message"]
-    assert records[1]["result"]["stdout"] == "good"
+@pytest.mark.parametrize("template", ["printf %s {} | wc -c", "printf %s", "wc -c <<EOF\n$TASK\nEOF"])
+@pytest.mark.parametrize("task", ["x" * 200_000, "a\x00b"], ids=["200 kilobytes", "a zero byte"])
+def test_a_task_that_is_too_much_for_the_environment_is_run_or_fails_alone(farm: Farm, template: str, task: str) -> None:
+    bad, good = run_command(farm, template, [task, "good"])[0]
+    assert "result" in good
+    if "error" in bad:
+        assert re.search("too long|too large|longer|bytes|size|null byte", bad["error"]["message"])
+        assert bad["error"]["type"] != "ProcessDied"
+    else:
+        assert "20000" in bad["result"]["stdout"] or len(bad["result"]["stdout"]) == 200_000
 
 
 @pytest.mark.parametrize(("stream", "redirection"), [("stdout", ""), ("stderr", ">&2")])
 def test_output_is_kept_up_to_one_megabyte_and_cut_visibly(farm: Farm, stream: str, redirection: str) -> None:
-    sizes = [MEGABYTE, MEGABYTE + 1, 3 * MEGABYTE]
-    records, _ = run_command(farm, f"head -c {{}} /dev/zero | tr '\\0' x {redirection}", sizes)
-    for number, size in enumerate(sizes):
-        output = records[number]["result"][stream]
+    for record in run_command(farm, f"head -c {{}} /dev/zero | tr '\\0' x {redirection}", [MEGABYTE, MEGABYTE + 1, 3 * MEGABYTE])[
+        0
+    ]:
+        output, more = record["result"][stream], record["task"] - MEGABYTE
         assert output[:MEGABYTE] == "x" * MEGABYTE
-        assert re.fullmatch(rf".*\b{size - MEGABYTE}\b.*cut.*" if size > MEGABYTE else "", output[MEGABYTE:], re.DOTALL)
+        assert re.fullmatch(rf".*\b{more}\b.*cut.*" if more else "", output[MEGABYTE:], re.DOTALL)
         assert len(output) < MEGABYTE + 100
 
 
 def test_output_that_is_not_utf_8_is_shown_with_replacements(farm: Farm) -> None:
-    records, master = run_command(farm, "printf 'a\\377b'; printf '\\303' >&2; : {}", [1])
+    records, _ = run_command(farm, "printf 'a\\377b'; printf '\\303' >&2; : {}", [1])
     assert records[0]["result"] == {"exit": 0, "stdout": "a\ufffdb", "stderr": "\ufffd"}
-    assert master.wait() == 0
 
 
 def test_the_time_limit_kills_the_whole_command_with_what_it_left_in_the_background(farm: Farm) -> None:
@@ -133,6 +208,13 @@ def test_the_time_limit_kills_the_whole_command_with_what_it_left_in_the_backgro
     assert len(pids) == 3
     wait_until(lambda: not [pid for pid in pids if psutil.pid_exists(pid) and is_alive(psutil.Process(pid))])
     assert master.wait() == 1
+
+
+def test_what_a_command_leaves_in_the_background_is_not_waited_for_and_ends_with_the_worker(farm: Farm) -> None:
+    records, _ = run_command(farm, "sleep 1000 & echo {} $!", ["a"])
+    word, pid = records[0]["result"]["stdout"].split()
+    assert word == "a"
+    wait_until(lambda: not psutil.pid_exists(int(pid)) or not is_alive(psutil.Process(int(pid))))
 
 
 def test_a_worker_of_its_own_runs_its_own_command(farm: Farm) -> None:

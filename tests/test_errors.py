@@ -7,30 +7,21 @@ import re
 import socket
 
 import pytest
-from lab import ROOT, Farm, Program, without_key
+from lab import Farm, Program, check_said
 
 import task_master
 import task_worker
 
 MASTER, WORKER = "task_master.py", "task_worker.py"
-OTHER_KEY = "another-key-of-32-letters-or-so-"
 both_programs = pytest.mark.parametrize("program", [MASTER, WORKER])
 
 
-def check_error(program: Program, status: int, pattern: str) -> None:
-    """The exit status, no traceback, and exactly one line with an error, which is as it should be."""
-    assert program.wait() == status, program.stderr
-    assert "Traceback" not in "\n".join([*program.stdout, *program.stderr])
-    lines = program.said(pattern)
-    assert len(lines) == 1, (pattern, program.stderr)
-    assert re.match(r"task_(master|worker): ", lines[0])
-    assert len(lines[0]) < 300
-
-
-def check_only_error(program: Program, status: int, pattern: str) -> None:
-    """As above, and nothing else was said but the usage."""
-    check_error(program, status, pattern)
-    assert len([line for line in program.stderr if not line.startswith(("usage: ", " "))]) == 1, program.stderr
+def check_error(program: Program, status: int, pattern: str, *, alone: bool = True) -> None:
+    """One line of the program says what is wrong, and nothing else was said but the usage, unless it is not alone."""
+    line = check_said(program, status, pattern)
+    assert re.match(r"task_(master|worker): ", line)
+    assert len(line) < 300
+    assert not alone or len([line for line in program.stderr if not line.startswith(("usage: ", " "))]) == 1, program.stderr
 
 
 # ---- options -------------------------------------------------------------------------------------------------------
@@ -60,11 +51,14 @@ def check_only_error(program: Program, status: int, pattern: str) -> None:
         ([MASTER, "--batch", "5"], "--batch"),
         ([MASTER, "--workers", "1", "--function", "a:b", "--command", "true"], "not allowed with"),
         ([WORKER, "--function", "a:b", "--command", "true"], "not allowed with"),
+        ([MASTER, "--tls", "--no-tls"], "not allowed with"),
+        ([WORKER, "--tls", "--no-tls"], "not allowed with"),
         ([MASTER, "--tasks", "tasks.jsonl", "1"], "TASK .*--tasks.* one of them"),
         ([MASTER, "--resume"], "--resume .*--results FILE"),
         ([MASTER, "--resume", "--results", "-"], "--resume .*--results FILE"),
         ([MASTER, "--resume", "--results", "results.jsonl"], "--resume .* tasks again.*--tasks"),
         ([MASTER, "--ordered"], "--ordered .*--results FILE"),
+        ([MASTER, "--ordered", "--results", "-"], "--ordered .*--results FILE"),
         ([MASTER, "--nonsense"], "--nonsense"),
         ([WORKER, "3"], "unrecognized arguments: 3"),
     ],
@@ -115,111 +109,55 @@ def test_a_port_in_use_is_named(farm: Farm) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         master = farm.run(MASTER, "--port", port, "1")
-        check_only_error(master, 3, rf"cannot listen on 127\.0\.0\.1:{port}: address already in use.*--port")
+        check_error(master, 3, rf"cannot listen on 127\.0\.0\.1:{port}: address already in use.*--port")
     assert master.stdout == []
 
 
 @pytest.mark.parametrize("host", ["no.such.host.invalid", "203.0.113.7"], ids=["unknown", "another's"])
 def test_a_host_that_is_not_this_one_cannot_be_listened_on(farm: Farm, host: str) -> None:
-    check_only_error(farm.master("--no-tls", "--host", host, "1"), 3, rf"cannot listen on {re.escape(host)}:0: .*--host")
+    check_error(farm.master("--no-tls", "--host", host, "1"), 3, rf"cannot listen on {re.escape(host)}:0: .*--host")
 
 
 def test_a_worker_for_an_unknown_host_names_it(farm: Farm) -> None:
     worker = farm.run(WORKER, "--no-tls", "--host", "no.such.host.invalid", "--wait", "0.5")
-    check_error(worker, 3, r"cannot reach the master at no\.such\.host\.invalid:5000: .*--host")
+    check_error(worker, 3, r"cannot reach the master at no\.such\.host\.invalid:5000: .*--host", alone=False)
     assert worker.stdout == ["Connect to server no.such.host.invalid..."]
 
 
 def test_a_worker_that_finds_no_master_says_so_when_it_has_waited(farm: Farm) -> None:
     worker = farm.worker(1, "--wait", "0.2")
-    check_error(worker, 3, r"cannot reach the master at 127\.0\.0\.1:1: connection refused.*is it running")
-
-
-# ---- the key -------------------------------------------------------------------------------------------------------
-
-
-def run_with_key_file(farm: Farm, program: str, content: str | None, mode: int = 0o600) -> Program:
-    if content is not None:
-        farm.write("the.key", content).chmod(mode)
-    return farm.run(program, "--authkey-file", "the.key", env=without_key(farm))
-
-
-@both_programs
-def test_a_key_file_that_is_missing_is_named_with_a_remedy(farm: Farm, program: str) -> None:
-    check_only_error(run_with_key_file(farm, program, None), 2, r"key file the\.key: no such file or directory\W+\w+")
-
-
-@pytest.mark.skipif(os.name != "posix", reason="file modes are of POSIX")
-@pytest.mark.parametrize("mode", [0o604, 0o620], ids=oct)
-@both_programs
-def test_a_key_file_that_others_can_use_is_refused(farm: Farm, program: str, mode: int) -> None:
-    process = run_with_key_file(farm, program, farm.key, mode)
-    check_only_error(process, 2, r"key file the\.key can be .* by others: chmod 600 the\.key")
-
-
-@pytest.mark.parametrize("content", ["", " \n"], ids=["empty", "blank"])
-@both_programs
-def test_an_empty_key_is_refused(farm: Farm, program: str, content: str) -> None:
-    check_only_error(run_with_key_file(farm, program, content), 2, r"the\.key is empty.*: put .* 16 random bytes")
-    check_only_error(farm.run(program, env=farm.env(TASK_AUTHKEY=content)), 2, "TASK_AUTHKEY is empty.*: put .* 16 random bytes")
-
-
-def test_a_worker_without_a_key_says_where_to_copy_it_from(farm: Farm) -> None:
-    worker = farm.run(WORKER, "--host", "192.0.2.1", env=without_key(farm))
-    check_only_error(worker, 2, rf"no key in {farm.home}/\.task_authkey: copy that file from the master's host")
-
-
-def test_a_worker_with_another_key_leaves_and_the_master_serves_on(farm: Farm) -> None:
-    master = farm.master("3")
-    stranger = farm.worker(master, env=farm.env(TASK_AUTHKEY=OTHER_KEY))
-    check_error(stranger, 3, rf"the master at 127\.0\.0\.1:{master.port()} refused the key: copy its key file")
-    assert (farm.worker(master).wait(), master.wait()) == (0, 0)
-    assert master.stdout[-1] == "Result: 3 * 3 = 9"
-    assert not master.said("Traceback")
-
-
-@pytest.mark.parametrize("host", ["0.0.0.0", "::"])
-def test_a_short_key_is_refused_beyond_loopback(farm: Farm, host: str) -> None:
-    if host == "::" and not socket.has_ipv6:
-        pytest.skip("no IPv6 here")
-    master = farm.master("--no-tls", "--host", host, "1", env=farm.env(TASK_AUTHKEY="fifteen letters"))
-    check_only_error(master, 2, rf"the key has 15 bytes, too few to listen on {host}: use 16 ")
-
-
-def test_a_short_key_will_do_on_loopback(farm: Farm) -> None:
-    assert farm.master("--workers", 1, "3", env=farm.env(TASK_AUTHKEY="short")).wait() == 0
+    check_error(worker, 3, r"cannot reach the master at 127\.0\.0\.1:1: connection refused.*is it running", alone=False)
 
 
 # ---- files ---------------------------------------------------------------------------------------------------------
 
 
 def test_what_is_no_tasks_file_is_named(farm: Farm) -> None:
-    check_only_error(farm.master("--tasks", "missing.jsonl"), 2, r"cannot read the tasks file missing\.jsonl: no such file")
-    check_error(farm.master("--tasks", "."), 2, r"cannot read .*\.: is a directory")
+    check_error(farm.master("--tasks", "missing.jsonl"), 2, r"cannot read the tasks file missing\.jsonl: no such file")
+    check_error(farm.master("--tasks", "."), 2, r"cannot read .*\.: is a directory", alone=False)
 
 
 def test_what_cannot_be_a_results_file_is_named_with_a_remedy(farm: Farm) -> None:
     master = farm.master("--results", "folder/results.jsonl", "1")
-    check_only_error(master, 2, r"cannot write the results file folder/results\.jsonl: no such file or directory\W+\w+")
-    check_only_error(farm.master("--results", ".", "1"), 2, r"cannot write the results file \.: is a directory")
+    check_error(master, 2, r"cannot write the results file folder/results\.jsonl: no such file or directory\W+\w+")
+    check_error(farm.master("--results", ".", "1"), 2, r"cannot write the results file \.: is a directory")
 
 
 def test_a_results_file_that_is_not_empty_is_refused_and_left_alone(farm: Farm) -> None:
     path = farm.write("results.jsonl", "something dear\n")
-    check_only_error(farm.master("--results", path, "1"), 2, rf"results file {path} is not empty: .*--resume")
+    check_error(farm.master("--results", path, "1"), 2, rf"results file {path} is not empty: .*--resume")
     assert path.read_text() == "something dear\n"
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
 def test_a_results_file_that_takes_no_more_ends_the_job(farm: Farm) -> None:
     master = farm.master("--workers", 1, "--results", "/dev/full", "1")
-    check_error(master, 1, "(?=.*/dev/full)(?=.*writ.*no space left on device)")
+    check_error(master, 1, "(?=.*/dev/full)(?=.*writ.*no space left on device)", alone=False)
 
 
 def start_closed(farm: Farm, closed: list[int], *options: object) -> Program:
     """A master some of whose standard streams are closed."""
-    code = f"import os, sys; [os.close(n) for n in {closed}]; os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
-    return farm.run("-c", code, ROOT / MASTER, "--port", 0, *options)
+    return farm.run_after(f"[os.close(n) for n in {closed}]", MASTER, "--port", 0, *options)
 
 
 @pytest.mark.parametrize("closed", [[0], [1], [0, 1], [0, 1, 2]])
@@ -229,13 +167,16 @@ def test_streams_that_are_closed_are_missed_by_nobody(farm: Farm, closed: list[i
     assert sorted(record["result"] for record in farm.records()) == ["3 * 3 = 9", "4 * 4 = 16"]
 
 
-@pytest.mark.parametrize("results", [[], ["--results", "-"]], ids=["printed", "records"])
-def test_results_for_a_closed_standard_output_are_refused(farm: Farm, results: list[str]) -> None:
-    check_error(start_closed(farm, [1], *results, "1"), 2, "standard output is closed.*use --results FILE")
-
-
-def test_a_closed_standard_input_is_no_tasks_file(farm: Farm) -> None:
-    check_error(start_closed(farm, [0], "--tasks", "-"), 2, "standard input is closed|cannot read .*standard input")
+@pytest.mark.parametrize(
+    ("closed", "options", "pattern"),
+    [
+        (1, ["1"], "standard output is closed.*use --results FILE"),
+        (1, ["--results", "-", "1"], "standard output is closed.*use --results FILE"),
+        (0, ["--tasks", "-"], "standard input is closed|cannot read .*standard input"),
+    ],
+)
+def test_a_closed_stream_that_is_wanted_is_missed(farm: Farm, closed: int, options: list[str], pattern: str) -> None:
+    check_error(start_closed(farm, [closed], *options), 2, pattern, alone=False)
 
 
 # ---- the function --------------------------------------------------------------------------------------------------
@@ -269,13 +210,13 @@ def modules(farm: Farm) -> None:
 @pytest.mark.parametrize("spec", REASONS)
 def test_a_worker_says_why_it_cannot_have_its_function_before_it_connects(farm: Farm, spec: str, modules: None) -> None:
     worker = farm.worker(1, "--processes", 2, "--function", spec)
-    check_only_error(worker, 2, rf"task_worker: --function {spec}: .*{REASONS[spec]}")
+    check_error(worker, 2, rf"task_worker: --function {spec}: .*{REASONS[spec]}")
     assert worker.stdout == []
 
 
 @pytest.mark.parametrize("spec", [*REASONS][:5])
 def test_a_master_ends_when_its_local_workers_cannot_have_their_function(farm: Farm, spec: str, modules: None) -> None:
     master = farm.master("--workers", 2, "--function", spec, "--results", "results.jsonl", "1")
-    check_error(master, 2, rf"task_worker: --function {spec}: .*{REASONS[spec]}")
+    check_error(master, 2, rf"task_worker: --function {spec}: .*{REASONS[spec]}", alone=False)
     assert "local worker" in master.stderr[-1]
     assert farm.records() == []

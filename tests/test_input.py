@@ -1,4 +1,4 @@
-"""Where tasks come from: arguments, a file, standard input as it arrives; and what a line may hold."""
+"""Where tasks come from: arguments, a file, standard input as it arrives; what a line may hold, and what is refused."""
 
 from __future__ import annotations
 
@@ -11,22 +11,24 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from lab import Farm, Program, check_once, check_silence, wait_until
+from lab import Farm, Program, check_once, check_said, check_silence, wait_until
 
 ECHO = ("--workers", 1, "--function", "functions:same")
 MORE_THAN_ALLOWED = 100_000_000  # bytes
+BOM = b"\xef\xbb\xbf"
+both_ways = pytest.mark.parametrize("stream", [False, True], ids=["file", "stream"])
 
 
-def run_file(farm: Farm, content: bytes, *options: object, status: int = 0) -> Program:
-    """Run a job whose tasks file has this content, into results.jsonl, to its end."""
-    master = farm.master("--tasks", farm.write("tasks.jsonl", content), "--results", "results.jsonl", *options)
-    assert master.wait() == status, master.stderr
-    return master
+def run_input(farm: Farm, content: bytes, *options: object, stream: bool = False, **more: Any) -> Program:
+    """Run a job with this tasks file, or stream, to its end; the function returns the task unless told otherwise."""
+    with farm.write("tasks", content).open("rb") as stdin:
+        options = ("--tasks", "-" if stream else "tasks", *options)
+        return farm.run_job(*options, stdin=stdin, **{"function": "functions:same", **more})
 
 
 def echoed(farm: Farm) -> list[Any]:
     """The tasks of the records, checked to have the ids 0, 1, 2... and their own value as their result."""
-    records = sorted(farm.records(), key=lambda record: record["id"])
+    records = farm.in_order()
     check_once(records, len(records))
     assert all(record["result"] == record["task"] for record in records)
     return [record["task"] for record in records]
@@ -50,19 +52,20 @@ def test_arguments_are_json_values_or_strings(farm: Farm, options: list[str], ar
     assert len((farm.folder / "results.jsonl").read_bytes().splitlines()) == len(tasks)
 
 
+@pytest.mark.parametrize("number", ["-1e5", "-1E-5", "-5", "-0.5"])
+def test_a_negative_number_is_a_task_or_the_error_says_how(farm: Farm, number: str) -> None:
+    master = farm.master("--workers", 1, "--results", "results.jsonl", number)
+    if master.wait() == 2:
+        check_said(master, 2, r"(^|[ `'(])--[ `'),]")
+        farm.run_job("--", number)
+    assert [record["task"] for record in farm.records()] == [json.loads(number)]
+
+
 def test_without_results_file_values_are_shown_as_in_the_tutorial(farm: Farm) -> None:
     master = farm.master(*ECHO, '"a string"', '{"b": [1, null]}')
     assert master.wait() == 0
     puts = ["Put task a string...", 'Put task {"b": [1, null]}...', "Try get results..."]
     assert master.stdout == [*puts, "Result: a string", 'Result: {"b": [1, null]}']
-
-
-def test_without_tasks_there_are_ten_random_integers(farm: Farm) -> None:
-    master = farm.master()
-    master.wait_line("^Try get results...$", "stdout")
-    numbers = [int(line.split()[2].rstrip(".")) for line in master.stdout[:-1]]
-    assert len(numbers) == 10
-    assert all(0 <= number <= 10000 for number in numbers)
 
 
 @pytest.mark.parametrize("argument", ["{bad", "NaN", "1 2", ""])
@@ -74,36 +77,56 @@ def test_an_argument_that_is_not_json_is_refused_before_anything_starts(farm: Fa
     assert master.stdout == []
 
 
-# ---- a file --------------------------------------------------------------------------------------------------------
+# ---- a file, or a stream -------------------------------------------------------------------------------------------
 
 VALUES = ["a", {"b": 1}, [], 0, None, False, 12345678901234567890123, "a"]
+THREE = ["one", 2, {"three": 3}]
+NAMES = ["two\nlines", " a b ", "-n", '{"a": 1}', "1", "\r", "ü", os.fsdecode(b"\xff"), "last"]
+WORDS = ["1", "{bad", '"quoted"', " two  words ", "NaN", "back\\slash", "last"]
+ZEROS = b"\0".join(map(os.fsencode, NAMES[:-1])) + b"\0\0\0last"
 
 
+@both_ways
 @pytest.mark.parametrize(
-    ("content", "tasks"),
+    ("option", "content", "tasks"),
     [
-        ("".join(json.dumps(value) + "\n" for value in VALUES).encode(), VALUES),
-        (b"\n1\n\n   \n\t\n2\r\n\r\n3\n\n", [1, 2, 3]),
-        (b'"one"\n2\n{"three": 3}', ["one", 2, {"three": 3}]),
-        (b'"one"\r\n2\r\n{"three": 3}', ["one", 2, {"three": 3}]),
-        (b'"one"\r\n2\r\n{"three": 3}\r\n', ["one", 2, {"three": 3}]),
-        (b'  1 \n\t"two"\t\r\n', [1, "two"]),
+        pytest.param("", "".join(json.dumps(value) + "\n" for value in VALUES).encode(), VALUES, id="a value a line"),
+        pytest.param("", b"\n1\n\n   \n\t\n2\r\n\r\n3\n\n", [1, 2, 3], id="blank lines"),
+        pytest.param("", b'"one"\n2\n{"three": 3}', THREE, id="LF"),
+        pytest.param("", b'"one"\r\n2\r\n{"three": 3}', THREE, id="CRLF"),
+        pytest.param("", b'"one"\r\n2\r\n{"three": 3}\r\n', THREE, id="CRLF at the end"),
+        pytest.param("", b'  1 \n\t"two"\t\r\n', [1, "two"], id="space around"),
+        pytest.param("--text", "\n".join([*WORDS[:4], "", *WORDS[4:6]]).encode() + b"\r\nlast", WORDS, id="text"),
+        pytest.param("-0", ZEROS, NAMES, id="zero bytes"),
+        pytest.param("--null", ZEROS, NAMES, id="the long name of -0"),
+        pytest.param("", BOM + b"1\r\n2\n", [1, 2], id="BOM"),
+        pytest.param("", BOM, [], id="nothing but a BOM"),
+        pytest.param("", BOM + b"\n\n1\n", [1], id="BOM and blank lines"),
+        pytest.param("--text", BOM + b"a\nb\n", ["a", "b"], id="BOM and text"),
+        pytest.param("-0", BOM + b"a\0b", ["a", "b"], id="BOM and zero bytes"),
+        pytest.param("--text", b"a\n" + BOM + b"b", ["a", "\ufeffb"], id="BOM later"),
     ],
-    ids=["a value a line", "blank lines", "LF", "CRLF", "CRLF at the end", "space around"],
 )
-def test_a_file_has_one_json_value_a_line(farm: Farm, content: bytes, tasks: list[Any]) -> None:
-    run_file(farm, content, *ECHO)
+def test_each_line_is_a_task(farm: Farm, option: str, content: bytes, tasks: list[Any], stream: bool) -> None:
+    run_input(farm, content, *[option] * bool(option), stream=stream)
     assert echoed(farm) == tasks
 
 
-def test_with_text_a_line_is_a_string_whatever_it_holds(farm: Farm) -> None:
-    run_file(farm, b'1\n{bad\n"quoted"\n two  words \n\nNaN\nback\\slash\r\nlast', "--text", *ECHO)
-    assert echoed(farm) == ["1", "{bad", '"quoted"', " two  words ", "NaN", "back\\slash", "last"]
+@pytest.mark.parametrize("task", ["[1,\r2]", '{"a":\r{"b":\r\r1}}\r', '"a\\rb"'], ids=["list", "object", "escaped"])
+@pytest.mark.parametrize("given", ["file", "argument", "text"])
+def test_a_record_is_one_line_for_a_reader_with_universal_newlines(farm: Farm, task: str, given: str) -> None:
+    if given == "argument":
+        farm.run_job("1", task, "3", function="functions:same")
+    else:
+        run_input(farm, f"1\n{task}\n3\n".encode(), *["--text"] * (given == "text"))
+    assert b"\r" not in (farm.folder / "results.jsonl").read_bytes()
+    assert len((farm.folder / "results.jsonl").read_text().splitlines()) == 3  # which splits at a bare CR
+    assert echoed(farm)[1] == (task.rstrip("\r") if given == "text" else json.loads(task))
 
 
 def test_every_letter_arrives_as_it_was(farm: Farm) -> None:
     text = 'ü 漢字 \U0001f600 \u2028 \x85 \\ " \x00 \n'
-    run_file(farm, (json.dumps(text, ensure_ascii=False) + "\n" + json.dumps(text) + "\n").encode(), *ECHO)
+    run_input(farm, (json.dumps(text, ensure_ascii=False) + "\n" + json.dumps(text) + "\n").encode())
     lines = (farm.folder / "results.jsonl").read_bytes().decode().split("\n")[:-1]
     assert [json.loads(line)["result"] for line in lines] == [text, text]
 
@@ -123,9 +146,8 @@ def test_letters_that_the_terminal_does_not_have_cost_no_task(farm: Farm) -> Non
 
 @pytest.mark.parametrize("workers", [[], ["--workers", "1"]], ids=["no worker", "a local worker"])
 def test_an_empty_file_is_a_job_without_tasks(farm: Farm, workers: list[str]) -> None:
-    master = run_file(farm, b"\n\n", *workers)
-    assert farm.records() == []
-    assert not master.said("cannot reach")
+    master = farm.master("--tasks", farm.write("tasks", "\n\n"), "--results", "results.jsonl", *workers)
+    assert (master.wait(), farm.records(), master.said("cannot reach")) == (0, [], [])
 
 
 @pytest.mark.parametrize("results", [[], ["--results", "-"], ["--results", "results.jsonl"]], ids=["shown", "-", "FILE"])
@@ -147,6 +169,52 @@ def test_file_names_that_are_not_utf_8_can_be_opened_by_the_function(farm: Farm,
     assert {os.fsencode(record["task"]): record["result"] for record in records} == {names[0]: 0, names[1]: 1}
 
 
+# ---- bad lines -----------------------------------------------------------------------------------------------------
+
+BAD = [b"{bad", b"NaN", b"[1, Infinity]", b"1 2", b"'one'", b'"\xff"', b"1,", b"[" * 100_000, b"1\x002"]
+each_bad = pytest.mark.parametrize("bad", BAD, ids=lambda bad: repr(bad[:15]))
+
+
+def check_refused(farm: Farm, master: Program, pattern: str) -> None:
+    """One line says why, and nothing was done."""
+    check_said(master, 2, pattern)
+    assert not (farm.folder / "results.jsonl").exists()
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+@pytest.mark.parametrize("options", [[], ["--text"]], ids=["JSON", "text"])
+@both_ways
+def test_utf_16_is_refused_by_name_and_so_are_zero_bytes(farm: Farm, encoding: str, options: list[str], stream: bool) -> None:
+    master = run_input(farm, "1\n2\n".encode(encoding), *options, stream=stream, status=2)
+    check_refused(farm, master, "utf-16.* -0")
+
+
+@each_bad
+@both_ways
+def test_a_first_line_that_is_bad_means_another_format_and_nothing_is_done(farm: Farm, bad: bytes, stream: bool) -> None:
+    master = run_input(farm, b"\n" + bad + b"\n1\n2\n", stream=stream, status=2)
+    check_refused(farm, master, r"(tasks|standard input).*line 2|utf-16")
+
+
+@each_bad
+@pytest.mark.parametrize("end", [b"\n", b"\n\n3\n", b""], ids=["last", "in the middle", "without an end"])
+def test_a_later_line_that_is_bad_is_a_task_that_failed_and_the_job_goes_on(farm: Farm, bad: bytes, end: bytes) -> None:
+    master = run_input(farm, b"1\n" + bad + end, "--retries", 2, status=1)
+    first, failed, *rest = farm.in_order()
+    assert [record["result"] for record in (first, *rest)] == ([1, 3] if b"3" in end else [1])
+    assert failed["task"] == bad.decode("utf-8", "surrogateescape") or not bad.isascii()
+    assert isinstance(failed["task"], str)
+    assert failed["error"]["type"] and failed["error"]["message"]
+    assert master.said("task 1|line 2")
+    check_silence(master)
+
+
+def test_a_job_with_a_bad_line_is_resumed(farm: Farm) -> None:
+    for options in ([], ["--resume"]):
+        run_input(farm, b"1\n{bad\n3\n", *options, status=1)
+        assert ["error" in record for record in farm.in_order()] == [False, True, False]
+
+
 # ---- standard input, as it arrives ---------------------------------------------------------------------------------
 
 
@@ -156,15 +224,15 @@ def fed(farm: Farm) -> Program:
     return farm.master("--tasks", "-", "--results", "-", *ECHO, stdin=subprocess.PIPE)
 
 
-def test_each_task_on_standard_input_is_run_and_recorded_before_the_next_is_written(fed: Program) -> None:
-    for number in range(5):
-        fed.put(f'"task {number}"\n')
-        line = fed.wait_line(f'"id": {number},', "stdout").string
-        assert json.loads(line)["result"] == f"task {number}"
+def test_each_task_on_standard_input_is_recorded_before_the_next_is_written_though_one_is_bad(fed: Program) -> None:
+    for number, line in enumerate(['"a"', "2", "{bad", "[4]"]):
+        fed.put(f"{line}\n")
+        record = json.loads(fed.wait_line(f'"id": {number},', "stdout").string)
+        assert record.get("result") == ["a", 2, None, [4]][number]
         assert fed.is_running()
     fed.end_input()
-    assert fed.wait() == 0
-    assert len(fed.stdout) == 5
+    assert fed.wait() == 1
+    assert len(fed.stdout) == 4
 
 
 @pytest.mark.skipif(not shutil.which("tail"), reason="there is no tail here")
@@ -215,7 +283,7 @@ def test_a_task_of_100_megabytes_fails_with_its_line_and_a_remedy_and_the_job_go
         file.write(end)
     options = ("--tasks", "tasks.jsonl", *["--text"] * (kind == "text"))
     master = farm.run_job(*options, function="functions:same", status=1)
-    first, failed, last = sorted(farm.records(), key=lambda record: record["id"])
+    first, failed, last = farm.in_order()
     assert [first["result"], last["result"]] == (["1", "3"] if kind == "text" else [1, 3])
     told, _counted = master.said("tasks.jsonl, line 2: .*put a path there")
     assert failed["error"]["message"] in told
@@ -223,5 +291,5 @@ def test_a_task_of_100_megabytes_fails_with_its_line_and_a_remedy_and_the_job_go
 
 
 def test_a_task_of_20_megabytes_is_run(farm: Farm) -> None:
-    run_file(farm, b'"1"\n"' + b"x" * 20_000_000 + b'"\n', "--workers", "1", "--function", "builtins:len")
+    run_input(farm, b'"1"\n"' + b"x" * 20_000_000 + b'"\n', function="builtins:len")
     assert sorted(record["result"] for record in farm.records()) == [1, 20_000_000]

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
+import socket
 import stat
 import subprocess
 import time
 from pathlib import Path
+from typing import Any
 
+import psutil
 import pytest
-from lab import PATIENCE, Farm, without_key
+from lab import PATIENCE, Farm, Program, check_said, free_port, without_key
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="modes and owners are POSIX's")
 
@@ -31,30 +35,39 @@ with open("imported.log", "a") as file:
 def spy(task):
     return look()
 """
-
-
-@pytest.fixture
-def farm(farm: Farm) -> Farm:
-    farm.write("spies.py", FUNCTIONS)
-    return farm
+COMMAND = "echo ${TASK_AUTHKEY-unset}; env; echo {} >/dev/null; tr '\\0' ' ' </proc/$$/cmdline"
+SHORT_KEY, OTHER_KEY = "fifteen letters", "another-key-of-32-letters-or-so-"
+both_programs = pytest.mark.parametrize("program", ["task_master.py", "task_worker.py"])
 
 
 def write_key(farm: Farm, mode: int = 0o600) -> Path:
-    path = farm.folder / "key"
-    path.write_text(farm.key)
+    path = farm.write("key", farm.key)
     path.chmod(mode)
     return path
+
+
+def run_pair(farm: Farm, env: dict[str, str], *options: object, **more: Any) -> Program:
+    """A master and a worker with this environment, to their end."""
+    master = farm.master("3", *options, env=env, **more)
+    worker = farm.worker(master, *options, env=env)
+    assert (worker.wait(), master.wait()) == (0, 0), (worker.stderr, master.stderr)
+    return master
+
+
+def check_refused(program: Program, *patterns: str) -> None:
+    """In a line, and nothing else was said."""
+    check_said(program, 2, r"^task_(master|worker): ", *patterns)
+    assert len(program.stderr) == 1, program.stderr
 
 
 # ---- what a task sees ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "what", [("--function", "spies:spy"), ("--command", "env; echo {} >/dev/null; tr '\\0' ' ' </proc/$$/cmdline")]
-)
+@pytest.mark.parametrize("what", [("--function", "spies:spy"), ("--command", COMMAND)], ids=["function", "command"])
 @pytest.mark.parametrize("source", ["environment", "file"])
 @pytest.mark.parametrize("local", [True, False], ids=["local", "remote"])
 def test_no_task_sees_the_key(farm: Farm, what: tuple[str, str], source: str, local: bool) -> None:
+    farm.write("spies.py", FUNCTIONS)
     in_file, env = ("--authkey-file", write_key(farm)), without_key(farm)
     options, env = (in_file, env) if source == "file" else ((), farm.env())
     master = farm.master("1", "--results", "results.jsonl", *options, *(("--workers", 1, *what) if local else ()), env=env)
@@ -65,25 +78,46 @@ def test_no_task_sees_the_key(farm: Farm, what: tuple[str, str], source: str, lo
     assert "PATH=" in text, "it has looked"
     assert farm.key not in text
     log = farm.folder / "imported.log"
-    assert not log.exists() or farm.key not in log.read_text()
+    assert farm.key not in log.read_text() if "--function" in what else '"unset\\n' in text
 
 
-def test_the_variable_is_unset_and_not_only_empty(farm: Farm) -> None:
-    master = farm.master("1", "--results", "results.jsonl", "--workers", 1, "--command", "echo ${TASK_AUTHKEY-unset} # {}")
-    assert master.wait() == 0
-    assert farm.records()[0]["result"]["stdout"] == "unset\n"
-
-
-@pytest.mark.skipif(not os.path.exists("/proc/self/cmdline"), reason="looks into /proc")
 def test_the_key_is_in_no_argument(farm: Farm) -> None:
     master = farm.master("--tasks", "-", "--workers", 2, stdin=subprocess.PIPE)
     master.wait_line("connected")
-    arguments = []
-    for entry in filter(str.isdigit, os.listdir("/proc")):
-        with contextlib.suppress(OSError):
-            arguments.append(Path(f"/proc/{entry}/cmdline").read_bytes())
-    assert any(str(farm.folder).encode() in argument or b"task_worker.py" in argument for argument in arguments)
-    assert not any(farm.key.encode() in argument for argument in arguments)
+    arguments = [" ".join(process.info["cmdline"] or ()) for process in psutil.process_iter(["cmdline"])]
+    assert any("task_worker.py" in argument for argument in arguments)
+    assert not any(farm.key in argument for argument in arguments)
+
+
+# ---- which keys there are --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("content", ["", " \n"], ids=["empty", "blank"])
+@both_programs
+def test_an_empty_key_is_refused(farm: Farm, program: str, content: str) -> None:
+    farm.write("the.key", content).chmod(0o600)
+    refused = farm.run(program, "--authkey-file", "the.key", env=without_key(farm))
+    check_refused(refused, r"the\.key is empty.*: put .* 16 random bytes")
+    check_refused(farm.run(program, env=farm.env(TASK_AUTHKEY=content)), "TASK_AUTHKEY is empty.*: put .* 16 random bytes")
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::"])
+def test_a_short_key_is_refused_beyond_loopback_only(farm: Farm, host: str) -> None:
+    env = farm.env(TASK_AUTHKEY=SHORT_KEY)
+    assert farm.master("--workers", 1, "3", env=env).wait() == 0
+    if host == "::" and not socket.has_ipv6:
+        pytest.skip("no IPv6 here")
+    master = farm.master("--no-tls", "--host", host, "1", env=env)
+    check_refused(master, rf"the key has 15 bytes, too few to listen on {host}: use 16 ")
+
+
+def test_a_worker_with_another_key_leaves_and_the_master_serves_on(farm: Farm) -> None:
+    master = farm.master("3")
+    stranger = farm.worker(master, env=farm.env(TASK_AUTHKEY=OTHER_KEY))
+    check_said(stranger, 3, rf"the master at 127\.0\.0\.1:{master.port()} refused the key: copy its key file")
+    assert (farm.worker(master).wait(), master.wait()) == (0, 0)
+    assert master.stdout[-1] == "Result: 3 * 3 = 9"
+    assert not master.said("Traceback")
 
 
 # ---- the file --------------------------------------------------------------------------------------------------------
@@ -98,38 +132,86 @@ def make_odd_file(path: Path, kind: str) -> None:
         path.mkdir()
     elif kind in targets:
         path.symlink_to(targets[kind])
-    else:
+    elif kind != "missing":
         path.write_text("x" * 32)
-        path.chmod({"readable by all": 0o644, "readable by another user's group": 0o640}.get(kind, 0o600))
+        modes = {"readable by others": 0o604, "writable by a group": 0o620, "readable by another user's group": 0o640}
+        path.chmod(modes.get(kind, 0o600))
         if "another user" in kind:
             os.chown(path, 12_345, -1)
 
 
-KINDS = ["fifo", "folder", "endless", "readable by all", "another user's", "readable by another user's group"]
+REASONS = {
+    "missing": r"key file \S+: no such file or directory\W+\w+",
+    "fifo": "",
+    "folder": "",
+    "endless": "",
+    "readable by others": r"can be .* by others: chmod 600 \S",
+    "writable by a group": r"can be .* by others: chmod 600 \S",
+    "another user's": "another user",
+    "readable by another user's group": "",
+}
 
 
 @pytest.mark.parametrize("named", [True, False], ids=["named", "in the home"])
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("program", ["task_master.py", "task_worker.py"])
+@pytest.mark.parametrize("kind", REASONS)
+@both_programs
 def test_a_key_file_that_is_none_is_refused_in_one_line(farm: Farm, program: str, kind: str, named: bool) -> None:
     if "another user" in kind and os.geteuid() != 0:
         pytest.skip("only root can give a file away")
+    if kind == "missing" and not named:
+        pytest.skip("then the master makes it, and a worker waits for it")
     path = farm.folder / "odd" if named else farm.home / ".task_authkey"
     make_odd_file(path, kind)
     options = ("--authkey-file", path) if named else ()
     refused = farm.run(program, "--port", 0 if "master" in program else 1, *options, env=without_key(farm))
-    assert refused.wait() == 2
-    (line,) = refused.stderr
-    assert str(path) in line
+    check_refused(refused, re.escape(str(path)), REASONS[kind])
 
 
-@pytest.mark.parametrize("mode", [0o600, 0o400, 0o640, 0o440])
+@pytest.mark.parametrize("mode", [0o600, 0o400, 0o640, 0o440], ids=oct)
 def test_a_key_file_of_ones_own_is_taken_and_its_group_may_read_what_root_owns(farm: Farm, mode: int) -> None:
     if mode & 0o040 and os.geteuid() != 0:
         pytest.skip("only root can make such a file")
-    options = ("--authkey-file", write_key(farm, mode))
-    master = farm.master("1", *options, env=without_key(farm))
-    assert (farm.worker(master, *options, env=without_key(farm)).wait(), master.wait()) == (0, 0)
+    run_pair(farm, without_key(farm), "--authkey-file", write_key(farm, mode))
+
+
+def test_a_master_makes_the_key_file_once_for_its_user_alone_and_workers_find_it(farm: Farm) -> None:
+    first = run_pair(farm, without_key(farm), umask=0)
+    path = farm.home / ".task_authkey"
+    key = path.read_text()
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert re.fullmatch(r"[0-9a-f]{64}\n", key)  # 256 bits
+    assert first.said(rf"made the key file {path}\b")
+    assert key.strip() not in "\n".join(first.stderr + first.stdout)
+    second = run_pair(farm, without_key(farm))
+    assert path.read_text() == key
+    assert not second.said("key file")
+
+
+def test_a_key_in_the_environment_makes_no_key_file(farm: Farm) -> None:
+    run_pair(farm, farm.env())
+    assert list(farm.home.iterdir()) == []
+
+
+@pytest.mark.parametrize("home", ["missing", "functions.py/home"], ids=["missing", "below a file"])
+def test_a_home_where_no_key_file_can_be_made_is_one_line(farm: Farm, home: str) -> None:
+    path = farm.folder / home
+    master = farm.master("3", env=without_key(farm, HOME=str(path)))
+    check_refused(master, rf"task_master: cannot (make|read) the key file {re.escape(str(path))}/\.task_authkey: ")
+
+
+def test_a_worker_without_a_key_says_where_to_copy_it_from(farm: Farm) -> None:
+    worker = farm.run("task_worker.py", "--host", "192.0.2.1", env=without_key(farm))
+    check_refused(worker, rf"no key in {farm.home}/\.task_authkey: copy that file from the master's host")
+
+
+def test_a_worker_may_be_started_before_the_master_and_before_the_key_exists(farm: Farm) -> None:
+    port = free_port()
+    worker = farm.worker(port, env=without_key(farm))
+    worker.wait_line(rf"no key in {farm.home}/\.task_authkey.*start the master")
+    master = farm.run("task_master.py", "--port", port, "3", env=without_key(farm))
+    assert (worker.wait(), master.wait()) == (0, 0), (worker.stderr, master.stderr)
+    assert master.stdout[-1] == "Result: 3 * 3 = 9"
+    assert worker.stdout == ["Connect to server 127.0.0.1...", "run task 3 * 3...", "worker exit."]
 
 
 def test_a_key_that_is_just_being_made_is_waited_for(farm: Farm) -> None:
@@ -137,8 +219,7 @@ def test_a_key_that_is_just_being_made_is_waited_for(farm: Farm) -> None:
     path = farm.home / ".task_authkey"
     path.touch(0o600)
     worker = farm.worker(master, env=without_key(farm))
-    with pytest.raises(subprocess.TimeoutExpired):
-        worker.process.wait(1.5)
+    worker.pause(1.5)
     path.write_text(farm.key)
     assert (worker.wait(), master.wait()) == (0, 0)
 
@@ -146,11 +227,10 @@ def test_a_key_that_is_just_being_made_is_waited_for(farm: Farm) -> None:
 def test_masters_that_start_together_without_a_key_agree_on_one(farm: Farm) -> None:
     masters = [farm.master("1", "--workers", 1, env=without_key(farm)) for _ in range(6)]
     path, give_up_at, seen = farm.home / ".task_authkey", time.monotonic() + PATIENCE, set()
-    while any(master.process.poll() is None for master in masters) and time.monotonic() < give_up_at:
+    while any(master.is_running() for master in masters) and time.monotonic() < give_up_at:
         with contextlib.suppress(FileNotFoundError):
             seen.add(path.read_bytes().strip())
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            masters[0].process.wait(0.002)
+        time.sleep(0.002)
     assert [master.wait() for master in masters] == [0] * 6, [master.stderr for master in masters]
     assert seen == {path.read_bytes().strip()}, "it was never seen empty, or another"
     assert stat.S_IMODE(path.stat().st_mode) == 0o600

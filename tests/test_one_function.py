@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import re
 import shutil
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
-from lab import PATIENCE, ROOT, Farm, Program
+from lab import ROOT, Farm, check_ended, check_said, descendants_of, wait_until
 
 MODULE = """
 import os, time
@@ -47,35 +42,19 @@ call = Box()
 
 
 @pytest.fixture(autouse=True)
-def module(farm: Farm) -> Iterator[None]:
-    (farm.folder / "mod.py").write_text(MODULE)
-    yield
-    for program in farm.programs:
-        if program.process.stdin:
-            with contextlib.suppress(BrokenPipeError):
-                program.process.stdin.close()
+def module(farm: Farm) -> None:
+    farm.write("mod.py", MODULE)
 
 
-def refuse(farm: Farm, program: str, *options: object) -> Program:
-    """A master with a local worker, or a worker without a master, that is refused."""
-    if program == "master":
-        ended = farm.master("--results", "results.jsonl", "--workers", 1, *options, "1")
-    else:
-        ended = farm.run("task_worker.py", "--port", 1, "--wait", 0.1, *options)
-    assert ended.wait() == 2, ended.stderr
-    return ended
+def check_refused(farm: Farm, program: str, *options: object, says: str) -> None:
+    """A master with a local worker, or a worker without a master, ends with one line that says why."""
+    more = ("--results", "results.jsonl", "--workers", 1, "1") if program == "master" else ("--wait", 0.1)
+    check_said(farm.run(f"task_{program}.py", "--port", 1, *options, *more), 2, says)
 
 
 def results(farm: Farm) -> list[Any]:
     """The results by task id; None for a task that failed."""
-    return [record.get("result") for record in sorted(farm.records(), key=lambda record: record["id"])]
-
-
-def check_said(program: Program, *patterns: str) -> None:
-    """Exactly one line says all of these, and there is no traceback."""
-    lines = [line for line in program.stderr if all(re.search(pattern, line) for pattern in patterns)]
-    assert len(lines) == 1, program.stderr
-    assert "Traceback" not in "\n".join(program.stderr)
+    return [record.get("result") for record in farm.in_order()]
 
 
 def start_and_kill(farm: Farm, port: int = 0) -> tuple[int, list[psutil.Process]]:
@@ -83,9 +62,8 @@ def start_and_kill(farm: Farm, port: int = 0) -> tuple[int, list[psutil.Process]
     options = ["--results", "first.jsonl", "--workers", 2, "--function", "mod:old", *range(500)]
     master = farm.run("task_master.py", "--port", port, *options)
     port, path = master.port(), farm.folder / "first.jsonl"
-    while not path.exists() or path.stat().st_size == 0:
-        time.sleep(0.01)
-    processes = psutil.Process(master.pid).children(recursive=True)
+    wait_until(lambda: path.exists() and path.read_bytes(), master)
+    processes = descendants_of(master.pid)
     assert len(processes) >= 3
     master.kill()
     return port, processes
@@ -94,11 +72,11 @@ def start_and_kill(farm: Farm, port: int = 0) -> tuple[int, list[psutil.Process]
 @pytest.mark.parametrize("options", [["--workers", 1, "--function", "mod:new"], ["--workers", 1, "--command", "echo new {}"]])
 def test_the_next_job_on_the_port_of_a_killed_master_gets_its_own_function_only(farm: Farm, options: list[object]) -> None:
     port, _ = start_and_kill(farm)
-    farm.write_tasks(list(range(300)))
+    farm.write_tasks(range(300))
     master = farm.run("task_master.py", "--port", port, "--tasks", "tasks.jsonl", "--results", "results.jsonl", *options)
     assert master.wait() == 0, master.stderr
     assert len(farm.records()) == 300
-    assert {str(record.get("result")) for record in farm.records() if "new" not in str(record.get("result"))} == set()
+    assert all("new" in str(record.get("result")) for record in farm.records())
     assert len({record["worker"] for record in farm.records()}) == 1
 
 
@@ -106,8 +84,7 @@ def test_a_killed_masters_workers_end_and_do_not_serve_one_that_waits_for_worker
     port, processes = start_and_kill(farm)
     master = farm.run("task_master.py", "--port", port, "--results", "results.jsonl", "1", "2")
     master.wait_line("listening")
-    _, alive = psutil.wait_procs(processes, timeout=PATIENCE)
-    assert [process for process in alive if process.status() != psutil.STATUS_ZOMBIE] == []
+    check_ended(processes)
     assert farm.worker(master, "--function", "mod:new").wait() == 0
     assert master.wait() == 0
     assert results(farm) == ["new 1", "new 2"]
@@ -116,13 +93,6 @@ def test_a_killed_masters_workers_end_and_do_not_serve_one_that_waits_for_worker
 KINDS = {"mod:new": ["--function", "mod:new"], "echo hi": ["--command", "echo hi {}"], "square|demonstration": []}
 OTHERS = {"mod:old": ["--function", "mod:old"], "echo bye": ["--command", "echo bye {}"], "square|demonstration": []}
 PAIRS = [("option" if KINDS[job] else "worker", job, other) for job in KINDS for other in OTHERS if job != other]
-
-
-def feed(master: Program, lines: bytes) -> None:
-    """Give a master its tasks, and the end of them."""
-    assert master.process.stdin
-    with master.process.stdin as pipe:
-        pipe.write(lines)
 
 
 @pytest.mark.parametrize(("by", "job", "other"), [*PAIRS, ("worker", "mod:new", "mod:old"), ("worker", "echo hi", "echo bye")])
@@ -136,12 +106,13 @@ def test_a_worker_with_another_function_than_the_jobs_is_refused_naming_both(far
     stranger = farm.worker(master, *OTHERS[other])
     if by == "worker":  # with nothing to do the stranger would stay
         stranger.wait_line(f"connected|{other}")
-        feed(master, b"1\n2\n")
-    assert stranger.wait() == 3, stranger.stderr
-    check_said(stranger, job, other)
+        master.put("1\n2\n")
+        master.end_input()
+    check_said(stranger, 3, job, other)
     if by == "option":
         workers.append(farm.worker(master, *KINDS[job]))
-        feed(master, b"1\n2\n")
+        master.put("1\n2\n")
+        master.end_input()
     assert ([worker.wait() for worker in workers], master.wait()) == ([0], 0)
     assert {record["worker"].split("/")[1] for record in farm.records()} == {str(workers[0].pid)}
 
@@ -154,22 +125,21 @@ def test_a_service_that_runs_another_function_waits_for_the_next_job(farm: Farm)
     second = farm.run("task_master.py", "--port", first.port(), "--results", "second.jsonl", "2")
     assert second.wait() == 0, second.stderr
     assert [farm.records(f"{name}.jsonl")[0]["result"] for name in ("first", "second")] == ["old 1", "new 2"]
-    assert service.process.poll() is None
+    assert service.is_running()
 
 
 @pytest.mark.parametrize("same", [True, False], ids=["the same text", "another text"])
 def test_a_worker_whose_module_has_another_text_is_taken_and_said(farm: Farm, same: bool) -> None:
     folder = farm.folder / "host"
     folder.mkdir()
-    (folder / "mod.py").write_text(MODULE + "# edited\n" * (not same))
+    farm.write("host/mod.py", MODULE + "# edited\n" * (not same))
     master = farm.master("--results", "results.jsonl", "--tasks", "-", stdin=subprocess.PIPE)
     workers = [farm.worker(master, "--function", "mod:old", cwd=cwd) for cwd in (farm.folder, folder)]
     master.wait_line("worker .* connected", count=2)
-    feed(master, b"".join(b"%d\n" % n for n in range(40)))
+    master.put("".join(f"{n}\n" for n in range(40)))
+    master.end_input()
     assert ([worker.wait() for worker in workers], master.wait()) == ([0, 0], 0)
-    said = [
-        line for program in (master, *workers) for line in program.stderr if re.search(r"\bmod\b.*(text|differ|SHA)", line, re.I)
-    ]
+    said = [line for program in (master, *workers) for line in program.said(r"(?i)\bmod\b.*(text|differ|SHA)")]
     assert bool(said) != same, said
     assert len({record["worker"] for record in farm.records()}) == 2
 
@@ -177,7 +147,7 @@ def test_a_worker_whose_module_has_another_text_is_taken_and_said(farm: Farm, sa
 def test_a_service_uses_the_code_as_it_is_when_a_job_begins(farm: Farm) -> None:
     port = 0
     for number, text in enumerate(["first", "second", "third"]):
-        (farm.folder / "edited.py").write_text(f"def f(n):\n    return '{text}'\n# {'x' * 10 * number}")
+        farm.write("edited.py", f"def f(n):\n    return '{text}'\n# {'x' * 10 * number}")
         master = farm.run("task_master.py", "--port", port, "--results", f"{text}.jsonl", *range(5))
         port = master.port()
         if not number:
@@ -198,27 +168,19 @@ from task_master import TaskMaster
 def f(n):
     return 2 * n
 
-def main():
-    with TaskMaster(port=0, workers=1, function="s6:f") as master:
-        print([record.result for record in master.run([1, 2])])
+with TaskMaster(port=0, workers=1, function="s6:f") as master:
+    print([record.result for record in master.run([1, 2])])
 """
 
 
 def test_a_script_without_a_guard_that_names_its_own_function_is_told_what_to_write(farm: Farm) -> None:
-    (farm.folder / "s6.py").write_text(SCRIPT + "\nmain()\n")
-    program = farm.run(farm.folder / "s6.py", env=farm.env(PYTHONPATH=str(ROOT)))
+    program = farm.run(farm.write("s6.py", SCRIPT), env=farm.env(PYTHONPATH=str(ROOT)))
     assert program.wait() not in (0, 99)
-    assert any('if __name__ == "__main__":' in line for line in program.stderr), program.stderr
+    assert program.said('if __name__ == "__main__":'), program.stderr
     assert len(list(farm.folder.glob("load-*"))) <= 4  # the script, a worker's look at it, and its process
 
 
 COROUTINES = {"mod:later": "later", "mod:Box.later": "boxed", "mod:call": "called"}
-PATHS = {
-    "./sweep.py:vdp": r"\bsweep:vdp",
-    "sweep.py:vdp": r"\bsweep:vdp",
-    "{folder}/sweep.py:vdp": r"\bsweep:vdp",
-    "__main__:f": "__main__:f.*(file|script)",
-}
 
 
 @pytest.mark.parametrize("spec", COROUTINES)
@@ -229,12 +191,22 @@ def test_a_coroutine_function_is_run_to_its_end(farm: Farm, spec: str) -> None:
     assert results(farm) == ([expected[0], None, expected[2]] if spec == "mod:later" else expected)
 
 
-@pytest.mark.parametrize("spec", PATHS)
+@pytest.mark.parametrize(
+    ("spec", "says"),
+    [
+        ("./sweep.py:vdp", r"\bsweep:vdp"),
+        ("sweep.py:vdp", r"\bsweep:vdp"),
+        ("{folder}/sweep.py:vdp", r"\bsweep:vdp"),
+        ("__main__:f", "__main__:f.*(file|script)"),
+        *[(f"{name}:f", f"{name}:f.*standard") for name in ("token", "queue", "json", "antigravity")],
+    ],
+)
 @pytest.mark.parametrize("program", ["master", "worker"])
-def test_a_path_or_main_is_no_module_and_the_error_says_what_to_write(farm: Farm, program: str, spec: str) -> None:
-    (farm.folder / "sweep.py").write_text("def vdp(n):\n    return n\n")
-    ended = refuse(farm, program, "--function", spec.format(folder=farm.folder))
-    check_said(ended, "--function", PATHS[spec])
+def test_a_path_or_main_or_the_name_of_a_standard_module_is_refused_and_the_error_says_what_to_write(
+    farm: Farm, program: str, spec: str, says: str
+) -> None:
+    farm.write(spec.partition(":")[0].rpartition("/")[2].replace(".py", "") + ".py", "def vdp(n):\n    return n\n\nf = vdp\n")
+    check_refused(farm, program, "--function", spec.format(folder=farm.folder), says=f"--function.*{says}")
 
 
 @pytest.mark.parametrize("program", ["master", "worker"])
@@ -263,15 +235,6 @@ def f(n):
 """
 
 
-def shadow(folder: Path, log: Path, names: list[str]) -> None:
-    """Files with the names of standard modules, which complain when they are imported; some of them packages."""
-    (folder / "user_module.py").write_text(USER)
-    for name in names:
-        path = folder / name / "__init__.py" if name.endswith("e") else folder / f"{name}.py"
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(SPOILER.format(log=log, name=name))
-
-
 WHAT = {"function": ["--function", "user_module:f"], "command": ["--command", "echo {}"], "none": []}
 
 
@@ -279,9 +242,14 @@ WHAT = {"function": ["--function", "user_module:f"], "command": ["--command", "e
 @pytest.mark.parametrize("where", ["current folder", "beside the programs"])
 @pytest.mark.parametrize("what", WHAT)
 def test_no_file_of_the_user_replaces_a_standard_module(farm: Farm, names: list[str], where: str, what: str) -> None:
+    """There are files with the names of standard modules, which complain when they are imported; some of them packages."""
     folder, log = farm.folder / "folder", farm.folder / "shadowed.log"
     folder.mkdir()
-    shadow(folder, log, names)
+    farm.write("folder/user_module.py", USER)
+    for name in names:
+        path = folder / name / "__init__.py" if name.endswith("e") else folder / f"{name}.py"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(SPOILER.format(log=log, name=name))
     program = ROOT / "task_master.py"
     if where == "beside the programs":
         for name in ("task_master.py", "task_worker.py"):
@@ -291,12 +259,4 @@ def test_no_file_of_the_user_replaces_a_standard_module(farm: Farm, names: list[
     master = farm.run(program, "--port", 0, *options, cwd=folder)
     assert master.wait() == (1 if what == "function" else 0), master.stderr
     assert not log.exists(), log.read_text()
-    records = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
-    assert len([record for record in records if "result" in record]) == (2 if what == "function" else 3)
-
-
-@pytest.mark.parametrize("name", ["token", "queue", "json", "antigravity"])
-@pytest.mark.parametrize("program", ["master", "worker"])
-def test_a_module_with_the_name_of_a_standard_one_is_refused(farm: Farm, program: str, name: str) -> None:
-    (farm.folder / f"{name}.py").write_text("def f(n):\n    return n\n")
-    check_said(refuse(farm, program, "--function", f"{name}:f"), f"--function {name}:f", "standard")
+    assert len([1 for record in farm.records("folder/results.jsonl") if "result" in record]) == (2 if what == "function" else 3)

@@ -5,21 +5,16 @@ from __future__ import annotations
 import errno
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-from lab import ROOT, Farm, Program
+from lab import ROOT, Farm, Program, check_said, check_silence, wait_until
 
 MODULE = """
-def echo(task):
-    return task
-
 def stuff(n):
     return str(n) + ":" + "x" * 20_000
 """
@@ -44,19 +39,11 @@ def module(farm: Farm) -> None:
 def start_after(farm: Farm, code: str, form: str) -> Program:
     """A master with a worker and 30 tasks, in whose own process `code` has run before; `form` is one of FORMS."""
     what, how = FORMS[form]
-    code = f"import fcntl, os, sys\n{code}\nos.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
-    options = ["--port", 0, *["--results", "-"] * (what == "records"), *range(30)]
+    options = [*["--results", "-"] * (what == "records"), *range(30)]
     env = farm.env(PYTHONUNBUFFERED="1" * (how == "unbuffered"))
-    master = farm.run("-c", code, ROOT / "task_master.py", *options, env=env)
+    master = farm.run_after(code, "task_master.py", "--port", 0, *options, env=env)
     farm.worker(master, "--function", "mine:stuff", "--wait", 0.1)
     return master
-
-
-def check_said(master: Program, *words: str) -> None:
-    """One line says all of these, and there is no traceback."""
-    lines = [line for line in master.stderr if all(re.search(word, line, re.IGNORECASE) for word in words)]
-    assert len(lines) == 1, master.stderr
-    assert "Traceback" not in "\n".join(master.stderr)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="sizes of pipes and /dev/full are of Linux")
@@ -77,10 +64,9 @@ def test_a_slow_reader_of_a_pipe_that_does_not_block_gets_everything(farm: Farm,
 @pytest.mark.parametrize("why", BROKEN)
 def test_what_cannot_be_written_to_standard_output_is_said_and_not_counted(farm: Farm, form: str, why: str) -> None:
     master = start_after(farm, BROKEN[why], form)
-    assert master.wait() == 1, master.stderr
-    check_said(master, "standard output", why)
+    check_said(master, 1, "standard output", why)
     written = (farm.folder / "out").read_bytes().split(b"\n")[:-1] if why == "too large" else []
-    counted = [int(match[1]) for line in master.stderr if (match := re.search(r"\b(\d+) done, ", line))]
+    counted = [int(line.split()[1]) for line in master.said(r"^task_master: \d+ done, ")]
     assert max(counted, default=0) <= len([line for line in written if line.startswith((b"{", b"Result:"))])
 
 
@@ -106,35 +92,19 @@ def move_away(path: Path) -> None:
 @pytest.mark.parametrize("touch", [os.unlink, replace, move_away])
 @pytest.mark.parametrize("when", ["while it runs", "at the end"])
 def test_a_results_file_that_is_no_longer_there_is_said_and_no_success(farm: Farm, touch: Any, when: str) -> None:
-    options = ["--tasks", "-", "--results", "results.jsonl", "--workers", 1]
-    master = farm.master(*options, stdin=subprocess.PIPE, bufsize=0)
-    assert master.process.stdin
-    with master.process.stdin as pipe:
-        pipe.write(b"1\n")
-        while not (farm.folder / "results.jsonl").exists() or not (farm.folder / "results.jsonl").read_bytes():
-            assert master.process.poll() is None
-            time.sleep(0.01)
-        touch(farm.folder / "results.jsonl")
-        if when == "while it runs":
-            pipe.write(b"2\n3\n")
+    path = farm.folder / "results.jsonl"
+    master = farm.master("--tasks", "-", "--results", path, "--workers", 1, stdin=subprocess.PIPE)
+    master.put("1\n")
+    wait_until(lambda: path.exists() and path.read_bytes(), master)
+    touch(path)
+    if when == "while it runs":
+        master.put("2\n3\n")
+    master.end_input()
     assert master.wait() == 1, master.stderr
-    assert any(re.search(r"results\.jsonl.*(deleted|removed|replaced|moved|gone|no longer|missing)", t) for t in master.stderr)
-    assert not [line for line in master.stderr if "Traceback" in line]
+    assert master.said(r"results\.jsonl.*(deleted|removed|replaced|moved|gone|no longer|missing)")
+    check_silence(master)
     if touch is replace:
-        assert (farm.folder / "results.jsonl").read_text() == "another's\n"
-
-
-@pytest.mark.parametrize("task", ["[1,\r2]", '{"a":\r{"b":\r\r1}}\r', '"a\\rb"'], ids=["list", "object", "escaped"])
-@pytest.mark.parametrize("given", ["file", "argument", "text"])
-def test_a_record_is_one_line_for_a_reader_with_universal_newlines(farm: Farm, task: str, given: str) -> None:
-    (farm.folder / "tasks").write_bytes(f"1\n{task}\n3\n".encode())
-    tasks = ["1", task, "3"] if given == "argument" else ["--tasks", "tasks", *["--text"] * (given == "text")]
-    master = farm.master("--results", "results.jsonl", "--workers", 1, "--function", "mine:echo", *tasks)
-    assert master.wait() == 0, master.stderr
-    assert b"\r" not in (farm.folder / "results.jsonl").read_bytes()
-    assert len((farm.folder / "results.jsonl").read_text().splitlines()) == 3  # which splits at a bare CR
-    expected = task.rstrip("\r") if given == "text" else json.loads(task)
-    assert expected in [record["result"] for record in farm.records()]
+        assert path.read_text() == "another's\n"
 
 
 @pytest.mark.skipif(os.name != "posix", reason="flock is of POSIX")
@@ -147,11 +117,8 @@ def test_a_file_system_without_locks_is_no_other_master(farm: Farm, name: str) -
     )
     options = ["--port", 0, "--results", "results.jsonl", "--workers", 1, "3"]
     master = farm.run("-c", code, *options, env=farm.env(PYTHONPATH=str(ROOT)))
-    status = master.wait()
     if name == "EWOULDBLOCK":
-        assert status == 2
-        return check_said(master, r"results\.jsonl", "another master")
-    assert status == 0, master.stderr
-    assert [record["task"] for record in farm.records()] == [3]
-    check_said(master, r"results\.jsonl", "lock", os.strerror(getattr(errno, name)))
-    return None
+        check_said(master, 2, r"results\.jsonl", "another master")
+    else:
+        check_said(master, 0, r"results\.jsonl", "lock", os.strerror(getattr(errno, name)))
+        assert [record["task"] for record in farm.records()] == [3]

@@ -54,34 +54,15 @@ def test_the_source_archive_has_all_files_of_the_repository(packed: tuple[Path, 
 
 def test_tests_pass_in_the_unpacked_source_archive(packed: tuple[Path, Path]) -> None:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "tests/test_wire.py",
-        "tests/test_session.py",
-    ]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_wire.py", "tests/test_session.py"]
     tested = subprocess.run(command, cwd=packed[0], env=environment, capture_output=True, text=True)
     assert tested.returncode == 0, tested.stdout + tested.stderr
 
 
 def test_both_commands_run_when_the_wheel_is_installed(packed: tuple[Path, Path], farm: Farm) -> None:
     place = farm.folder / "place"
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "install",
-        "--quiet",
-        "--no-deps",
-        "--no-index",
-        "--target",
-        str(place),
-        str(packed[1]),
-    ]
+    options = ["--quiet", "--no-deps", "--no-index", "--target", str(place)]
+    command = [sys.executable, "-m", "pip", "install", *options, str(packed[1])]
     installed = subprocess.run(command, capture_output=True, text=True)
     assert installed.returncode == 0, installed.stdout + installed.stderr
     env = farm.env(PYTHONPATH=str(place))

@@ -1,4 +1,7 @@
-"""The farm from Python: `with TaskMaster(...) as master: for record in master.run(tasks)`, and what it leaves behind: nothing."""
+"""The farm from Python: `with TaskMaster(...) as master: for record in master.run(tasks)`.
+
+Its arguments are checked as on the command line, it runs one job at a time, and it leaves nothing behind.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +20,7 @@ import psutil
 import pytest
 from lab import PATIENCE, ROOT, Farm, is_alive, name_of, wait_until
 
+import task_master
 from task_master import Failure, TaskMaster
 
 KEY = b"a key of more than 16 bytes"
@@ -44,7 +48,7 @@ class Mine:
 
     @contextlib.contextmanager
     def start(self, workers: int = 1, function: str | None = "mine:halve", **options: Any) -> Iterator[TaskMaster]:
-        with TaskMaster(port=0, workers=workers, function=function, **{"authkey": KEY, **options}) as master:
+        with TaskMaster(workers=workers, function=function, **{"port": 0, "authkey": KEY, **options}) as master:
             self._ports.add(master.address[1])
             try:
                 yield master
@@ -130,6 +134,14 @@ def test_run_may_be_called_again_and_counts_from_0(mine: Mine) -> None:
             assert found == [(number, value, value // 2) for number, value in enumerate(values)]
 
 
+def test_run_without_start_or_after_the_end_is_a_failure(mine: Mine) -> None:
+    with mine.start() as master:
+        pass
+    for closed in (TaskMaster(port=0, authkey=KEY), master):
+        with pytest.raises(Failure, match=r"with|start|closed"):
+            next(iter(closed.run([2])))
+
+
 def test_a_worker_from_elsewhere_may_do_the_work(farm: Farm, mine: Mine) -> None:
     said: list[str] = []
     with mine.start(workers=0, function=None, authkey=farm.key.encode(), log=said.append) as master:
@@ -151,7 +163,7 @@ def test_a_farm_may_be_run_by_any_thread(mine: Mine) -> None:
 # ---- tasks that are read lazily ------------------------------------------------------------------------------------
 
 
-def test_the_next_task_is_asked_for_before_there_is_one_and_runs_when_it_comes(mine: Mine) -> None:
+def test_the_next_task_is_asked_for_before_there_is_one_and_meanwhile_no_other_run_begins(mine: Mine) -> None:
     tasks: queue.SimpleQueue[int | None] = queue.SimpleQueue()
     with mine.start() as master:
         for _again in range(2):
@@ -159,6 +171,8 @@ def test_the_next_task_is_asked_for_before_there_is_one_and_runs_when_it_comes(m
             seen = []
             for record in master.run(iter(tasks.get, None)):
                 seen.append(record.result)
+                with pytest.raises(Failure, match="run"):
+                    next(iter(master.run([100])))
                 tasks.put(2 * len(seen) + 2 if len(seen) < 4 else None)
             assert seen == [1, 2, 3, 4]
 
@@ -199,14 +213,15 @@ def test_an_endless_iterable_ends_with_the_interest_in_it(mine: Mine) -> None:
 
 
 def check_raised(mine: Mine, tasks: Any, error: type[BaseException], message: str = "") -> None:
-    """It reaches the caller after the records of the tasks before it, which are 2 and 4."""
+    """It reaches the caller after the records of the tasks before it, which are 2 and 4; the farm goes on."""
     seen = []
-    with mine.start() as master, pytest.raises(error) as raised:
-        for record in master.run(tasks):
-            seen.append(record.result)
+    with mine.start() as master:
+        with pytest.raises(error, match=message or None) as raised:
+            for record in master.run(tasks):
+                seen.append(record.result)
+        assert [record.result for record in master.run([4])] == [2]
     assert sorted(seen) == [1, 2]
     assert raised.type is error
-    assert message in str(raised.value)
 
 
 @pytest.mark.parametrize(
@@ -231,25 +246,22 @@ def test_what_the_users_iterable_raises_reaches_the_caller_after_the_records(min
     check_raised(mine, tasks(), error, "mine")
 
 
-def test_after_a_bad_task_the_farm_runs_the_next_tasks(mine: Mine) -> None:
-    with mine.start() as master:
-        with pytest.raises(TypeError):
-            list(master.run([2, {3}]))
-        assert [record.result for record in master.run([4])] == [2]
-
-
 # ---- blocks that end early: what is left is looked for behind each test ------------------------------------------------
 
 
-@pytest.mark.parametrize("at", ["the start", "a record", "the end"])
-def test_a_block_that_raises_leaves_nothing(mine: Mine, at: str) -> None:
-    with pytest.raises(ZeroDivisionError), mine.start(workers=2) as master:
-        if at == "the start":
-            raise ZeroDivisionError
-        for _record in master.run(range(10_000) if at == "a record" else [2, 4]):
-            if at == "a record":
+@pytest.mark.parametrize("at", ["the start", "a record", "the end", "no time"])
+def test_a_block_that_raises_or_was_never_used_leaves_nothing_and_its_port_is_free(mine: Mine, at: str) -> None:
+    port = 0
+    for _ in range(3):
+        with contextlib.suppress(ZeroDivisionError), mine.start(workers=2, port=port) as master:
+            port = master.address[1]
+            if at == "the start":
                 raise ZeroDivisionError
-        raise ZeroDivisionError
+            for _record in master.run(range(10_000) if at == "a record" else [2, 4]) if at != "no time" else ():
+                if at == "a record":
+                    raise ZeroDivisionError
+            if at == "the end":
+                raise ZeroDivisionError
 
 
 def test_a_task_that_runs_is_lost_with_the_block(mine: Mine) -> None:
@@ -266,12 +278,32 @@ def test_a_farm_whose_tasks_were_abandoned_runs_others_or_says_that_it_does_not(
             assert sorted(record.result for record in master.run([2, 4])) == [1, 2]
 
 
-def test_a_farm_that_was_never_asked_anything_leaves_nothing(mine: Mine) -> None:
-    with mine.start():
-        pass
-
-
 # ---- a farm that cannot start --------------------------------------------------------------------------------------
+
+WRONG: list[tuple[str, Any]] = [
+    *[("port", value) for value in (70000, -1, "5000", "http", None, 1.5, b"80")],
+    *[("retries", value) for value in ("3", -1, 1.5, None)],
+    *[("redeliveries", value) for value in ("2", -1, 0.5)],
+    *[("timeout", value) for value in (-1, 0, "5", float("nan"), float("-inf"))],
+    *[("workers", value) for value in (-1, "2", 1.5)],
+    *[("max_failures", value) for value in (0, -1, "3", 2.5)],
+    *[("function", value) for value in (len, "sqrt", ":sqrt", "math:", "", b"math:sqrt", "./math.py:sqrt")],
+    *[("command", value) for value in (5, ["true"], 'echo "{}"', "sort | uniq")],
+    *[("authkey", value) for value in ("abc", b"", b"  \n", 5)],
+    *[("host", value) for value in (5, b"127.0.0.1")],
+]
+
+
+@pytest.mark.parametrize(("name", "value"), WRONG, ids=lambda value: repr(value)[:20] if not isinstance(value, str) else value)
+def test_a_wrong_argument_is_a_failure_that_names_it(mine: Mine, name: str, value: Any) -> None:
+    options = {name: value, **({"function": None} if name == "command" else {})}
+    with pytest.raises(Failure, match=f"{name}|--{name.replace('_', '-')}"), mine.start(**options):
+        pytest.fail("it started")
+
+
+def test_function_and_command_are_not_for_one_job(mine: Mine) -> None:
+    with pytest.raises(Failure, match=r"function.*command|command.*function"), mine.start(command="true {}"):
+        pytest.fail("it started")
 
 
 def test_a_port_in_use_is_refused(mine: Mine) -> None:
@@ -302,6 +334,11 @@ def test_without_an_authkey_the_key_file_is_made(mine: Mine, tmp_path: Path) -> 
 
 
 # ---- scripts -------------------------------------------------------------------------------------------------------
+
+
+def test_the_module_offers_three_names() -> None:
+    assert sorted(task_master.__all__) == ["Failure", "Record", "TaskMaster"]
+
 
 SCRIPT = """
 import multiprocessing

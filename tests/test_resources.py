@@ -8,51 +8,38 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from typing import Any
 
-import psutil
 import pytest
-from lab import ROOT, Farm, Program
+from lab import ROOT, Farm, Program, check_doubled, check_once, check_silence, descendants_of
 
 resource = pytest.importorskip("resource")
 
 TASKS = 60
 FUNCTIONS = """
-import os, time
+import time
+from functions import stay
 
 def work(n):
-    print("it runs", flush=True)
     time.sleep(0.02)
     return 2 * n
 
 def wait(n):
-    print("it runs", flush=True)
-    while not os.path.exists("go"):
-        time.sleep(0.01)
-    return 2 * n
+    return 2 * stay(n)
 """
 
 
-@pytest.fixture
-def farm(farm: Farm) -> Iterator[Farm]:
-    (farm.folder / "scarce.py").write_text(FUNCTIONS)
-    farm.write_tasks(list(range(TASKS)))
-    yield farm
-
-
-def run_after(farm: Farm, preparation: str, *argv: object, **options: Any) -> Program:
-    """Start a program in a process that has done something before."""
-    code = f"import os, resource, sys\n{preparation}\nos.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
-    return farm.run("-c", code, ROOT / str(argv[0]), *argv[1:], **options)
+@pytest.fixture(autouse=True)
+def tasks(farm: Farm) -> None:
+    farm.write("scarce.py", FUNCTIONS)
+    farm.write_tasks(range(TASKS))
 
 
 def run_in_shell(farm: Farm, place: list[str], script: str, *argv: object) -> Program:
     """Start a program in a shell that has done something before, in some other place."""
-    command = [*place, "sh", "-c", script + '; exec "$@"', "sh", sys.executable, str(ROOT / str(argv[0])), *map(str, argv[1:])]
-    program = Program(command, farm.folder, farm.env())
-    farm.programs.append(program)
-    return program
+    return farm.start(
+        [*place, "sh", "-c", script + '; exec "$@"', "sh", sys.executable, str(ROOT / str(argv[0])), *map(str, argv[1:])]
+    )
 
 
 def start_master(farm: Farm, *options: object) -> Program:
@@ -62,18 +49,17 @@ def start_master(farm: Farm, *options: object) -> Program:
 
 def check_all_done(farm: Farm) -> None:
     """Each task was run once, and well."""
-    records = farm.records()
-    assert sorted(record["id"] for record in records) == list(range(TASKS))
-    assert all(record.get("result") == 2 * record["id"] and record["attempts"] == 1 for record in records), records[:3]
+    check_doubled(farm.records(), TASKS)
+    assert {record["attempts"] for record in farm.records()} == {1}
 
 
 def check_lines(program: Program, pattern: str) -> None:
     """Some line names the limit and the remedy; they are few, and none is a traceback."""
     lines = [line for line in program.stderr if line.startswith("task_")]
     assert lines == program.stderr or not lines, program.stderr
-    assert any(re.search(pattern, line, re.IGNORECASE) for line in lines), program.stderr
+    assert program.said(f"(?i){pattern}"), program.stderr
     assert len(lines) < 8, lines
-    assert not any("Traceback" in line or "internal error" in line for line in lines), lines
+    check_silence(program)
 
 
 # ---- limits ----------------------------------------------------------------------------------------------------------
@@ -92,16 +78,16 @@ def test_a_worker_goes_on_with_the_processes_that_it_could_start(farm: Farm, lim
     what = ("--function", "scarce:work")
     if local:
         options = ("--port", 0, "--tasks", "tasks.jsonl", "--results", "results.jsonl", "--redeliveries", 0)
-        worker = master = run_after(farm, preparation, "task_master.py", *options, "--workers", processes, *what)
+        worker = master = farm.run_after(preparation, "task_master.py", *options, "--workers", processes, *what)
     else:
         master = start_master(farm)
         where = ("--port", master.port(), "--processes", processes, *what)
-        worker = run_after(farm, preparation, "task_worker.py", *where)
+        worker = farm.run_after(preparation, "task_worker.py", *where)
     assert (master.wait(), worker.wait()) == (0, 0), worker.stderr
     check_all_done(farm)
     if not local:  # a local one says it on its master's, between the other lines
         check_lines(worker, pattern)
-    assert any(re.search(pattern, line, re.IGNORECASE) for line in worker.stderr), worker.stderr
+    assert worker.said(f"(?i){pattern}"), worker.stderr
 
 
 @pytest.mark.skipif(not shutil.which("setpriv") or os.geteuid() != 0, reason="needs setpriv and root, for a user of its own")
@@ -121,26 +107,26 @@ def test_a_worker_that_runs_out_of_files_later_loses_no_task(farm: Farm) -> None
     master = start_master(farm)
     worker = farm.worker(master, "--processes", 2, "--tasks-per-process", 1, "--function", "scarce:wait")
     worker.wait_line("it runs", "stdout", count=2)
-    for process in [worker, *psutil.Process(worker.pid).children(recursive=True)]:
+    for process in [worker, *descendants_of(worker.pid)]:
         with contextlib.suppress(ProcessLookupError):
             resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (8, 8))
-    (farm.folder / "go").touch()
+    farm.let_go()
     worker.wait_line(LIMITS["files"][3])
     other = farm.worker(master, "--function", "scarce:wait")
     assert (master.wait(), other.wait()) == (0, 0)
     check_all_done(farm)
     assert worker.wait() in (0, 2, 3)
-    assert not any("Traceback" in line for line in worker.stderr)
+    check_silence(worker)
 
 
 def test_a_master_with_few_files_serves_as_many_workers_as_it_can(farm: Farm) -> None:
     preparation = "resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40))"
     options = ("--port", 0, "--tasks", "tasks.jsonl", "--results", "results.jsonl", "--redeliveries", 0)
-    master = run_after(farm, preparation, "task_master.py", *options)
+    master = farm.run_after(preparation, "task_master.py", *options)
     worker = farm.worker(master, "--processes", 60, "--function", "scarce:work")
     assert (master.wait(), worker.wait()) == (0, 0)
     check_all_done(farm)
-    assert not any("Traceback" in line for line in master.stderr + worker.stderr)
+    check_silence(master, worker)
 
 
 # ---- shared memory, and the current directory ------------------------------------------------------------------------
@@ -179,7 +165,7 @@ def test_a_worker_whose_current_directory_was_deleted_loses_no_task(farm: Farm, 
     gone = farm.folder / "gone"
     gone.mkdir()
     options = ("--port", master.port(), "--processes", 2, *what, *(("--tasks-per-process", 3) if when == "meanwhile" else ()))
-    worker = run_after(farm, "os.rmdir(os.getcwd())" if when == "before" else "", "task_worker.py", *options, cwd=gone)
+    worker = farm.run_after("os.rmdir(os.getcwd())" if when == "before" else "", "task_worker.py", *options, cwd=gone)
     if when == "meanwhile":
         worker.wait_line("Connect to", "stdout")
         gone.rmdir()
@@ -188,7 +174,6 @@ def test_a_worker_whose_current_directory_was_deleted_loses_no_task(farm: Farm, 
         assert re.search("director|folder", worker.stderr[-1])
         assert farm.worker(master, "--processes", 2, *what).wait() == 0
     assert master.wait() == 0
-    assert not any("Traceback" in line for line in worker.stderr), worker.stderr
-    records = farm.records()
-    assert sorted(record["id"] for record in records) == list(range(TASKS))
-    assert {record["attempts"] for record in records} == {1}
+    check_silence(worker)
+    check_once(farm.records(), TASKS)
+    assert {record["attempts"] for record in farm.records()} == {1}

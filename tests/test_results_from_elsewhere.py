@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from lab import ROOT, Farm, Program
+from lab import Farm, Program, check_said, check_silence
 
 MODULE = """
 import os
+from functions import note
 
 def double(n):
-    with open("started.log", "a") as file:
-        file.write(f"{n}\\n")
+    note(n)
     if n in (3, 7) and not os.path.exists("mended"):
         raise ValueError(n)
     return 2 * n
@@ -26,11 +26,7 @@ def depth(task):
 COUNT = 10
 FAILED = [3, 7]
 MEMORY = 1 << 30  # bytes of addresses that a master may use
-LIMITED = (
-    "import os, resource, sys\n"
-    f"resource.setrlimit(resource.RLIMIT_AS, ({MEMORY}, {MEMORY}))\n"
-    "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
-)
+LIMITED = f"resource.setrlimit(resource.RLIMIT_AS, ({MEMORY}, {MEMORY}))"
 FILE = ["--results", "results.jsonl"]
 WORK = ["--workers", 1, "--function", "elsewhere:double"]
 
@@ -55,21 +51,15 @@ def write(farm: Farm, lines: list[str]) -> None:
     results(farm).write_text("".join(line + "\n" for line in lines))
 
 
-def started(farm: Farm) -> list[int]:
-    path = farm.folder / "started.log"
-    return sorted(map(int, path.read_text().split())) if path.exists() else []
-
-
 def resume(farm: Farm, *options: object) -> Program:
     """A master that resumes the job with a worker of its own, or is refused; in little memory."""
-    where = [ROOT / "task_master.py", "--port", 0, "--tasks", "tasks.jsonl", *FILE, "--resume", *WORK]
-    return farm.run("-c", LIMITED, *where, *options)
+    where = ["--port", 0, "--tasks", "tasks.jsonl", *FILE, "--resume", *WORK]
+    return farm.run_after(LIMITED, "task_master.py", *where, *options)
 
 
 def check_one_line(master: Program, *patterns: str) -> None:
-    """Refused, in one line that says all of these."""
-    assert master.wait() == 2, master.stderr
-    assert all(re.search(pattern, master.stderr[-1]) for pattern in patterns), master.stderr
+    """Refused, in one line that says all of these, before any task was started."""
+    check_said(master, 2, *patterns)
     assert len([line for line in master.stderr if not line.startswith(("usage:", " "))]) == 1
 
 
@@ -79,7 +69,9 @@ def check_complete(farm: Farm, kept: set[int], may_be_kept: frozenset[int] = fro
     records = {record["id"]: record for record in map(json.loads, lines)}
     assert len(lines) == len(records) == COUNT
     assert all(record["task"] == n and record["result"] == 2 * n for n, record in records.items())
-    assert started(farm) == sorted({*range(COUNT)} - kept - (may_be_kept - {*started(farm)}))
+    started = {*map(int, farm.started())}
+    assert len(started) == len(farm.started())
+    assert started == {*range(COUNT)} - kept - (may_be_kept - started)
 
 
 @pytest.mark.parametrize("workers", [[], ["--workers", 1], WORK], ids=["none", "demonstration", "function"])
@@ -94,15 +86,14 @@ def test_resuming_without_the_tasks_is_refused(farm: Farm, workers: list[object]
 
 def test_resuming_says_what_it_does_and_counts_the_whole_job(farm: Farm) -> None:
     write(farm, [record(n) for n in range(5)])
-    said = [
+    for resuming, summary, status in [
         ("4 done.* kept.*1 failed.* repeated.*(5|6) to do", "8 done, 2 failed", 1),
         ("8 done.*2 failed", "10 done, 0 failed", 0),
-    ]
-    for resuming, summary, status in [*said, ("10 done", "10 done, 0 failed", 0)]:
+        ("10 done", "10 done, 0 failed", 0),
+    ]:
         master = resume(farm)
         assert master.wait() == status, master.stderr
-        assert any(re.search(rf"resuming .*results\.jsonl.*\b{resuming}", line) for line in master.stderr), master.stderr
-        assert any(re.search(rf"\b{summary}", line) for line in master.stderr), master.stderr
+        assert master.said(rf"resuming .*results\.jsonl.*\b{resuming}") and master.said(rf"\b{summary}"), master.stderr
         (farm.folder / "mended").touch()
     assert sorted(record["id"] for record in farm.records()) == list(range(COUNT))
 
@@ -149,7 +140,7 @@ def test_a_file_that_was_rewritten_is_resumed_rightly_or_refused_with_a_remedy(f
     if master.wait() == 2 and kind not in MUST_BE_RESUMED:
         check_one_line(master, r"results\.jsonl", "[:;(,]")
         assert results(farm).read_bytes() == before
-        assert started(farm) == []
+        assert farm.started() == []
     else:
         assert master.wait() == 0, master.stderr
         check_complete(farm, {0, 1, 5}, frozenset({8}))
@@ -161,7 +152,7 @@ def test_an_id_that_is_none_is_refused_with_a_remedy_and_costs_no_memory(farm: F
     before = results(farm).read_bytes()
     check_one_line(resume(farm), r"results\.jsonl")
     assert results(farm).read_bytes() == before
-    assert started(farm) == []
+    assert farm.started() == []
 
 
 def test_the_last_record_of_an_id_counts(farm: Farm) -> None:
@@ -176,14 +167,14 @@ def test_the_last_record_of_an_id_counts(farm: Farm) -> None:
 @pytest.mark.parametrize("depth", [10, 100, 400, 900, 5000])
 def test_a_record_nested_as_deeply_as_a_task_may_be_is_resumed(farm: Farm, depth: int) -> None:
     task = "[" * depth + "]" * depth
-    (farm.folder / "tasks.jsonl").write_text(f"0\n{task}\n")
+    farm.write("tasks.jsonl", f"0\n{task}\n")
     options = ["--tasks", "tasks.jsonl", *FILE, "--workers", 1, "--function", "elsewhere:depth"]
     status = farm.master(*options).wait()
     assert status in (0, 1)  # 1: this is too deep for a task, and its record says so
     before = results(farm).read_bytes().splitlines()
     master = farm.master(*options, "--resume")
     assert master.wait() == status, master.stderr
-    assert "Traceback" not in "\n".join(master.stderr)
+    check_silence(master)
     after = results(farm).read_bytes().splitlines()
     assert len(before) == len(after) == 2
     assert status == 1 or sorted(before) == sorted(after)

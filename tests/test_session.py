@@ -17,6 +17,7 @@ def test_master_first_then_worker_prints_what_the_tutorial_prints(farm: Farm) ->
     worker = farm.worker(master)
     assert (worker.wait(), master.wait()) == (0, 0)
     numbers = [int(line.split()[2].rstrip(".")) for line in master.stdout[:10]]
+    assert all(0 <= number <= 10000 for number in numbers)
     assert master.stdout[:11] == [*[f"Put task {n}..." for n in numbers], "Try get results..."]
     assert sorted(master.stdout[11:]) == sorted(f"Result: {n} * {n} = {n * n}" for n in numbers)
     assert worker.stdout[0] == "Connect to server 127.0.0.1..."

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import re
 import time
-from pathlib import Path
 from typing import Any
 
 import pytest
-from lab import ROOT, Farm, Program
+from lab import README, Farm, Program
 
 from task_master import TaskMaster
 
@@ -66,12 +65,11 @@ def module(farm: Farm) -> None:
     (farm.folder / "values.py").write_text(MODULE)
 
 
-def run(farm: Farm, function: str, tasks: list[Any], *options: object) -> tuple[list[dict[str, Any]], Program]:
+def run(farm: Farm, function: str, tasks: list[Any], *options: object, status: int = 0) -> tuple[list[dict[str, Any]], Program]:
     """Run a job of one local process; returns the records in the order of the tasks, and the master, which has ended."""
-    where = ["--tasks", farm.write_tasks(tasks), "--results", "results.jsonl", "--workers", 1]
-    master = farm.master(*where, "--function", f"values:{function}", *options)
-    assert master.wait() in (0, 1), master.stderr
-    return sorted(farm.records(), key=lambda record: record["id"]), master
+    tasks_file = farm.write_tasks(tasks)
+    master = farm.run_job("--tasks", tasks_file, *options, function=f"values:{function}", status=status)
+    return farm.in_order(), master
 
 
 PLAIN = {
@@ -121,16 +119,14 @@ REFUSED = {
 
 
 def test_whatever_has_tolist_is_a_result_and_nan_is_null(farm: Farm) -> None:
-    records, master = run(farm, "value", list(PLAIN))
-    assert {record["task"]: record.get("result", record.get("error")) for record in records} == PLAIN
-    assert master.wait() == 0
+    records, _ = run(farm, "value", list(PLAIN))
+    assert {record["task"]: record["result"] for record in records} == PLAIN
 
 
 def test_numpy_scalars_and_arrays_are_results(farm: Farm) -> None:
     pytest.importorskip("numpy")
-    records, master = run(farm, "value", list(NUMPY))
-    assert {record["task"]: record.get("result", record.get("error")) for record in records} == NUMPY
-    assert master.wait() == 0
+    records, _ = run(farm, "value", list(NUMPY))
+    assert {record["task"]: record["result"] for record in records} == NUMPY
     assert not re.search("NaN|Infinity", (farm.folder / "results.jsonl").read_text().replace("'nan'", ""))
 
 
@@ -138,16 +134,15 @@ def test_numpy_scalars_and_arrays_are_results(farm: Farm) -> None:
 def test_another_result_is_an_error_that_names_type_and_place_and_is_not_retried(farm: Farm, text: str) -> None:
     if "np." in text:
         pytest.importorskip("numpy")
-    (record, good), master = run(farm, "value", [text, "1"], "--retries", 3)
+    (record, good), _ = run(farm, "value", [text, "1"], "--retries", 3, status=1)
     assert record["error"]["type"] == "TypeError"
     assert all(word in record["error"]["message"] for word in REFUSED[text]), record["error"]
     assert (record["attempts"], good["attempts"], good["result"]) == (1, 1, 1)
-    assert master.wait() == 1
 
 
 @pytest.mark.parametrize("text", ["Broken()", "[Endless()]", "circle", "[circle, math.nan]", "Listed(circle)"])
 def test_a_result_that_has_no_end_or_cannot_be_read_fails_its_own_task_alone(farm: Farm, text: str) -> None:
-    records, _ = run(farm, "value", ["1", text, "2"], "--retries", 1)
+    records, _ = run(farm, "value", ["1", text, "2"], "--retries", 1, status=1)
     assert ["error" in record for record in records] == [False, True, False]
     assert records[1]["error"]["type"] != "ProcessDied"
     assert len({record["worker"] for record in records}) == 1
@@ -160,8 +155,8 @@ def check_started_at(records: list[dict[str, Any]], began_at: float) -> None:
 def test_each_record_says_when_its_task_was_started_to_the_millisecond(farm: Farm) -> None:
     began_at = time.time()
     records, _ = run(farm, "once", list(range(3)), "--retries", 1)
-    more, _ = run(farm, "double", [1, 3], "--results", "more.jsonl")
-    check_started_at(records + more, began_at)
+    run(farm, "double", [1, 3], "--results", "more.jsonl", status=1)
+    check_started_at(records + farm.records("more.jsonl"), began_at)
     lines = (farm.folder / "results.jsonl").read_text() + (farm.folder / "more.jsonl").read_text()
     assert len(re.findall(r'"started_at": \d+\.\d{3}, "seconds": ', lines)) == len(lines.splitlines())
     command = farm.master("--results", "command.jsonl", "--workers", 1, "--command", "exit {}", "0", "1")
@@ -181,24 +176,21 @@ def test_from_python_a_record_says_the_same(farm: Farm, monkeypatch: pytest.Monk
 def test_attempts_and_runs_count_what_was_started(farm: Farm) -> None:
     records, master = run(farm, "once", list(range(10)), "--retries", 3)
     assert [record["attempts"] for record in records] == [2] * 10
-    assert any(re.search(r"host \S+: .*\b20 runs\b", line) for line in master.stderr), master.stderr
-    assert any(re.search(r"\b10 done, 0 failed, 10 retried", line) for line in master.stderr), master.stderr
+    assert master.said(r"host \S+: .*\b20 runs\b") and master.said(r"\b10 done, 0 failed, 10 retried"), master.stderr
     (farm.folder / "results.jsonl").unlink()
-    records, _ = run(farm, "double", list(range(1, 7)), "--retries", 2)
+    records, _ = run(farm, "double", list(range(1, 7)), "--retries", 2, status=1)
     assert [record["attempts"] for record in records] == [1, 1, 3, 1, 1, 3]
 
 
 def test_a_worker_that_works_all_the_time_is_said_to_be_busy(farm: Farm) -> None:
     _, master = run(farm, "nap", [1, 1, 1])
-    shares = [int(match[1]) for line in master.stderr if (match := re.search(r"host \S+: .*, (\d+) % busy", line))]
-    assert len(shares) == 1 and shares[0] >= 20, master.stderr  # of a noisy machine
+    assert int(master.wait_line(r"host \S+: .*, (\d+) % busy")[1]) >= 20, master.stderr  # of a noisy machine
 
 
 @pytest.mark.parametrize("limit", [1, 3])
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_job_that_stops_after_failures_counts_them_as_the_file_does(farm: Farm, limit: int, processes: int) -> None:
-    records, master = run(farm, "double", [0] * 500, "--max-failures", limit, "--workers", processes)
-    assert master.wait() == 1
+    records, master = run(farm, "double", [0] * 500, "--max-failures", limit, "--workers", processes, status=1)
     failed = len([record for record in records if "error" in record])
     said = [line for line in master.stderr if re.search(" retried,|--max-failures", line) and "to carry on" not in line]
     assert limit <= failed < 500
@@ -206,7 +198,7 @@ def test_a_job_that_stops_after_failures_counts_them_as_the_file_does(farm: Farm
 
 
 def test_sys_exit_is_system_exit_in_the_record_and_in_readme(farm: Farm) -> None:
-    records, _ = run(farm, "leave", [0, 3, "words"])
+    records, _ = run(farm, "leave", [0, 3, "words"], status=1)
     assert [record["error"]["type"] for record in records] == ["SystemExit"] * 3
-    rows = [line for line in Path(ROOT, "README.md").read_text().splitlines() if line.startswith("|") and "sys.exit" in line]
+    rows = [line for line in README.splitlines() if line.startswith("|") and "sys.exit" in line]
     assert rows and all("SystemExit" in row for row in rows), rows
