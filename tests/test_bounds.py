@@ -108,7 +108,7 @@ def test_four_attacks_at_once_leave_the_master_small_and_the_others_served(farm:
     worker = farm.worker(master, *DOUBLE)
     master.put("".join(f"{n}\n" for n in range(100)))
     farm.wait_records(master, 100)
-    reporter, releaser, *senders = peers = [farm.peer(master, f"evil/{n}") for n in range(22)]
+    reporter, releaser, *senders = peers = [farm.peer(master, f"evil/{n}") for n in range(14)]
     run_id = reporter.join()
     master.put("".join(f"{n}\n" for n in range(100, 1000)))
     while not (ids := reporter.lease_ids(1, 0.0)):
