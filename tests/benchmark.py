@@ -177,14 +177,6 @@ if __name__ == "__main__":
         for future in as_completed(client.map(lambda n: n * n, range(int(sys.argv[1])))):
             future.result()
 """,
-    "sleeper": """
-import sys, time
-print("ready", flush=True)
-sys.stdin.readline()
-for _ in range(int(sys.argv[1])):
-    time.sleep(float(sys.argv[2]))
-print("done", flush=True)
-""",
     "echo": """
 import socket
 listener = socket.create_server(("127.0.0.1", 0))
@@ -345,24 +337,14 @@ class Lab:
 
     def seconds(self, argv: list[str]) -> float:
         """From the command to its exit."""
-        return self.watch(argv)["s until over"]
-
-    def watch(self, argv: list[str], interval: float | None = None) -> Values:
-        """Seconds until the command is over; where there is an interval, also until it listens, and its peak memory."""
-        errors, peak, listening = self.folder / "errors", 0.0, 0.0
+        errors = self.folder / "errors"
         with errors.open("wb") as file:
             began_at = time.perf_counter()
-            process = self.start(argv, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=file)
-        while interval and process.poll() is None:
-            peak = max(peak, peak_memory(process.pid))
-            if not listening and b"listening on" in errors.read_bytes():
-                listening = time.perf_counter() - began_at
-            time.sleep(interval)
-        status = process.wait()
-        spent = time.perf_counter() - began_at
+            status = self.start(argv, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=file).wait()
+            spent = time.perf_counter() - began_at
         if status:
             raise Skip(f"exit status {status}: {' '.join(errors.read_text().splitlines()[-1:])}")
-        return {"s until listening": listening, "s until over": spent, "MB of the master at most": peak}
+        return spent
 
     def rate(self, command: Callable[[int], list[str]], count: int) -> Values:
         """Tasks a second, without the start-up: the time that the same command takes with ten tasks."""
@@ -522,49 +504,22 @@ def time_lines(write: Callable[[bytes], object], read: Callable[[], object], cou
     return {"ms": statistics.median(times[20:]) * 1000}
 
 
-def measure_sleeps(lab: Lab) -> Contenders:
-    """2,000 tasks of 5 ms on four processes."""
-    naps = [0.005] * lab.count(2000)
-    return {**lab.ours(lambda product: time_naps(lab, product, 4, naps)), "bare processes": lambda: time_bare_naps(lab, 4, naps)}
-
-
-def measure_distance(lab: Lab) -> Contenders:
-    """Tasks of 5 ms on two processes, the master 50 ms away."""
-    naps = [0.005] * lab.count(6000)
-    far = lab.ours(lambda product: time_naps(lab, product, 2, naps, 0.025))
-    return {**far, "bare processes": lambda: time_bare_naps(lab, 2, naps)}
-
-
-def measure_mixed(lab: Lab) -> Contenders:
-    """200 tasks of 1 ms to 1 s on four processes."""
+def measure_naps(lab: Lab) -> Contenders:
+    """Naps of 5 ms and of up to a second on four processes, and naps of 5 ms on two that are a round trip of 50 ms away."""
     rng = random.Random(1)
-    naps = [rng.uniform(0.001, 1.0) for _ in range(lab.count(200))]
-    best = {"s": max(sum(naps) / 4, max(naps))}
-    return {**lab.ours(lambda product: time_naps(lab, product, 4, naps)), "the best schedule": lambda: best}
+    short, mixed = [0.005] * lab.count(2000), [rng.uniform(0.001, 1.0) for _ in range(lab.count(200))]
+    scenes = {"s, short": (short, 4, 0.0), "s, mixed": (mixed, 4, 0.0), "s, far away": (3 * short, 2, 0.025)}
 
+    def measure(product: Product, naps: list[float], processes: int, delay: float) -> float:
+        with lab.farm(product) as farm, contextlib.ExitStack() as stack:
+            port = stack.enter_context(lab.relay(farm.port, delay)) if delay else farm.port
+            stack.enter_context(lab.running(product.worker(port, processes)))
+            lab.wait_for(farm, processes)
+            return farm.seconds([b"%.6f\n" % nap for nap in naps], len(naps))
 
-def time_naps(lab: Lab, product: Product, processes: int, naps: list[float], delay: float | None = None) -> Values:
-    """From the first task in to the last record out, on processes that have joined."""
-    with lab.farm(product) as farm, contextlib.ExitStack() as stack:
-        port = farm.port if delay is None else stack.enter_context(lab.relay(farm.port, delay))
-        stack.enter_context(lab.running(product.worker(port, processes)))
-        lab.wait_for(farm, processes)
-        return {"s": farm.seconds([b"%.6f\n" % nap for nap in naps], len(naps))}
-
-
-def time_bare_naps(lab: Lab, processes: int, naps: list[float]) -> Values:
-    """The same in processes that do nothing else, from the word to the last."""
-    argv, pipe = lab.program("sleeper", len(naps) // processes, naps[0]), subprocess.PIPE
-    with contextlib.ExitStack() as stack:
-        sleepers = [stack.enter_context(lab.running(argv, stdin=pipe, stdout=pipe, bufsize=0)) for _ in range(processes)]
-        for sleeper in sleepers:
-            read_line(sleeper.stdout)
-        began_at = time.perf_counter()
-        for sleeper in sleepers:
-            sleeper.stdin.write(b"go\n")
-        for sleeper in sleepers:
-            read_line(sleeper.stdout)
-        return {"s": time.perf_counter() - began_at}
+    best = {name: max(sum(naps) / processes, max(naps)) for name, (naps, processes, _) in scenes.items()}
+    ours = lab.ours(lambda product: {name: measure(product, *scene) for name, scene in scenes.items()})
+    return {**ours, "the best schedule": lambda: best}
 
 
 def measure_slots(lab: Lab) -> Contenders:
@@ -663,19 +618,15 @@ def measure_resume(lab: Lab) -> Contenders:
             for n in range(count):
                 outcome = f'"result": {n * n}' if n % 1000 else failed
                 file.write(f'{{"id": {n}, "task": {n}, {outcome}{rest}\n')
-        return lab.watch(argv, 0.01)
+        began_at = time.perf_counter()
+        with lab.running(argv, stderr=subprocess.PIPE) as master:
+            while b"listening on" not in read_line(master.stderr):
+                pass
+            values = {"s until listening": time.perf_counter() - began_at, "MB of the master at most": peak_memory(master.pid)}
+            master.stderr.read()
+            return {**values, "s until over": time.perf_counter() - began_at}
 
     return lab.ours(measure)
-
-
-def measure_ordered(lab: Lab) -> Contenders:
-    """A million records with `--ordered`, beside without."""
-
-    def measure(product: Product, *options: str) -> Values:
-        values = lab.watch(lab.job(product, lab.count(1_000_000), *options), 0.01)
-        return {figure: values[figure] for figure in ("s until over", "MB of the master at most")}
-
-    return {**lab.ours(lambda product: measure(product, "--ordered")), **lab.ours(measure, ", as they come")}
 
 
 def measure_rehearsal(lab: Lab) -> Contenders:

@@ -192,6 +192,12 @@ class Program:
         for process in [psutil.Process(self.pid), *descendants_of(self.pid)]:
             process.suspend()
 
+    def resume(self) -> None:
+        """SIGCONT, for the process and all that it has started."""
+        for process in [self.process, *descendants_of(self.pid)]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.send_signal(signal.SIGCONT)
+
     def kill(self) -> None:
         """SIGKILL, for the process alone."""
         self.process.kill()
@@ -229,10 +235,11 @@ class Farm:
         path = ROOT / str(argv[0]) if (ROOT / str(argv[0])).exists() else argv[0]
         return self.start([python or self.python, str(path), *map(str, argv[1:])], **options)
 
-    def run_after(self, code: str, program: str, *argv: object, **options: Any) -> Program:
-        """Start a program of this repository in a process that has run some code before."""
-        code = f"import fcntl, os, resource, signal, sys\n{code}\nos.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
-        return self.run("-c", code, ROOT / program, *argv, **options)
+    def run_after(self, preparation: str, *argv: object, **options: Any) -> Program:
+        """Start a program of this repository in a process that has done something before."""
+        code = f"import fcntl, os, resource, signal, sys, termios\n{preparation}\n"
+        code += "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+        return self.run("-c", code, ROOT / str(argv[0]), *argv[1:], **options)
 
     def master(self, *argv: object, **options: Any) -> Program:
         """Start a master on a free port."""
@@ -276,6 +283,11 @@ class Farm:
         """The records in the order of the tasks."""
         return sorted(self.records(name), key=lambda record: record["id"])
 
+    def wait_records(self, program: Program, count: int) -> None:
+        """Block until so many lines are in results.jsonl; `program` is what must not end before that."""
+        path = self.folder / "results.jsonl"
+        wait_until(lambda: path.exists() and path.read_bytes().count(b"\n") >= count, program)
+
     def started(self) -> list[str]:
         """The tasks that were noted in started.log, in this order."""
         path = self.folder / "started.log"
@@ -291,9 +303,7 @@ class Farm:
 
     def close(self) -> None:
         for program in self.programs:
-            for process in descendants_of(program.pid):
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    process.resume()
+            program.resume()
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(program.pid, signal.SIGKILL)  # a worker's children see that it is gone, and end, too
             program.wait()
@@ -771,7 +781,7 @@ class SshNet:
         self.farm = farm
         self.folder, self.bin = farm.folder / "ssh", farm.folder / "bin"
         for made in (self.folder, self.bin):
-            made.mkdir(mode=0o700)
+            made.mkdir(mode=0o700, exist_ok=True)
         if os.geteuid() == 0:
             Path("/run/sshd").mkdir(mode=0o755, exist_ok=True)  # an empty folder that sshd wants, made by its service
         self.make_key(self.folder / "user_key")

@@ -402,15 +402,9 @@ def test_a_worker_that_fails_ten_times_while_another_does_not_gets_single_tasks_
         now += 0.25
     assert got_at == [0.0, 0.25, 0.75, 1.75, 3.75, 7.75, 15.75, 31.75, 63.75, 123.75]  # the last pause is of a minute
     assert len(lease(ledger, BERT, 10, now)) == 10
-
-
-def test_a_worker_in_doubt_is_like_any_other_with_its_first_result() -> None:
-    ledger = make_ledger(100)
-    enlist(ledger, ANNA, BERT)
-    fail(ledger, ANNA, 10)
-    report(ledger, ANNA, {lease(ledger, ANNA)[0]: OK})
-    assert not ledger.is_in_doubt(ANNA, 0.0)
-    assert len(lease(ledger, ANNA, 10)) == 10
+    report(ledger, ANNA, {lease(ledger, ANNA, 1, 200.0)[0]: OK}, 200.0)  # with a result it is like any other
+    assert not ledger.is_in_doubt(ANNA, 200.0)
+    assert len(lease(ledger, ANNA, 10, 200.0)) == 10
 
 
 def test_a_worker_in_doubt_waits_for_its_pause_and_not_for_tasks() -> None:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import queue
 import signal
 import subprocess
-from typing import Any
 
 import psutil
 import pytest
@@ -21,10 +19,8 @@ from lab import (
     TASKS,
     FalseServer,
     Farm,
-    Program,
     Relay,
     answer,
-    check_doubled,
     check_ended,
     check_once,
     children_of,
@@ -37,26 +33,10 @@ from lab import (
     wait_until,
 )  # fmt: skip
 
-FILES = ("--tasks", "tasks.jsonl", "--results", "results.jsonl")
-
-
-def start_job(farm: Farm, tasks: list[Any], *options: object) -> Program:
-    farm.write_tasks(tasks)
-    return farm.master(*FILES, *options)
+RESULTS = ("--results", "results.jsonl")
 
 
 # ---- a killed worker -------------------------------------------------------------------------------------------------
-
-
-def test_a_worker_killed_in_the_middle_of_a_thousand_tasks_loses_none(any_farm: Farm) -> None:
-    master = start_job(any_farm, list(range(1000)))
-    victim = any_farm.worker(master, "--processes", 2, "--function", "functions:work")
-    any_farm.wait_started(victim, 200)
-    victim.kill()
-    any_farm.worker(master, "--processes", 2, "--function", "functions:work")
-    assert master.wait() == 0
-    check_doubled(any_farm.records(), 1000)
-    assert master.said("redelivered since")
 
 
 def test_the_redelivery_of_a_task_is_said_with_task_worker_attempt_and_reason_and_its_processes_end(any_farm: Farm) -> None:
@@ -72,9 +52,8 @@ def test_the_redelivery_of_a_task_is_said_with_task_worker_attempt_and_reason_an
 
 @pytest.mark.parametrize("redeliveries", [0, 2])
 def test_a_task_whose_workers_are_lost_too_often_is_recorded_as_failed(farm: Farm, redeliveries: int) -> None:
-    options = ("--redeliveries", redeliveries, "--workers", 1, "--function", "functions:kill_worker")
-    master = start_job(farm, [*range(30), "guilty", *range(31, 60)], *options)
-    assert master.wait() == 1
+    tasks = farm.write_tasks([*range(30), "guilty", *range(31, 60)])
+    farm.run_job("--redeliveries", redeliveries, "--tasks", tasks, function="functions:kill_worker", status=1)
     check_once(farm.records(), 60)
     (failed,) = [record for record in farm.records() if "error" in record]
     assert (failed["id"], failed["error"]["type"], failed["attempts"]) == (30, "WorkerLost", redeliveries + 1)
@@ -132,41 +111,8 @@ def test_a_child_killed_while_it_starts_does_not_end_its_worker(any_farm: Farm) 
     check_once(any_farm.records(), 2)
 
 
-# ---- late outcomes -----------------------------------------------------------------------------------------------------
-
-
-def test_an_outcome_that_comes_late_within_the_same_run_is_recorded(farm: Farm) -> None:
-    master = start_job(farm, [7])
-    first = farm.peer(master)
-    run = first.join()
-    assert first.lease() == ["0 7"]
-    first.close()
-    master.wait_line("redelivered since")
-    second = farm.peer(master)
-    second.join()
-    second.report(run, ok(0, 49))
-    second.close()
-    assert master.wait() == 0
-    assert [record["result"] for record in farm.records()] == [49]
-
-
-def test_the_first_outcome_wins_and_the_late_one_is_dropped(farm: Farm) -> None:
-    master = start_job(farm, [7, 8])
-    first, second = farm.peer(master, "host/1"), farm.peer(master, "host/2")
-    run = first.join()
-    second.join()
-    assert first.lease() == ["0 7"]
-    second.report(run, ok(0, "early"))
-    first.report(run, ok(0, "late"))
-    first.report(run, ok(1, "other"))
-    first.close()
-    second.close()
-    assert master.wait() == 0
-    assert [record["result"] for record in farm.records()] == ["early", "other"]
-
-
 def test_an_outcome_of_another_run_is_refused(farm: Farm) -> None:
-    master = start_job(farm, [7])
+    master = farm.master("7", *RESULTS)
     peer = farm.peer(master)
     peer.join()
     peer.report("another", ok(0, "alien"))
@@ -177,52 +123,11 @@ def test_an_outcome_of_another_run_is_refused(farm: Farm) -> None:
     assert [record["result"] for record in farm.records()] == ["7 * 7 = 49"]
 
 
-# ---- the order after a loss --------------------------------------------------------------------------------------------
-
-
-def test_the_tasks_of_a_lost_worker_go_to_the_back_of_a_full_queue(farm: Farm) -> None:
-    master = start_job(farm, list(range(5)))
-    first, second = farm.peer(master, "host/1"), farm.peer(master, "host/2")
-    run = first.join()
-    second.join()
-    assert first.lease() == ["0 0"]
-    first.close()
-    master.wait_line("redelivered since")
-    leased: list[int] = []
-    while len(leased) < 5:
-        leased += second.lease_ids(2)
-    assert leased == [1, 2, 3, 4, 0]
-    second.report(run, *[ok(n, n) for n in leased])
-    second.close()
-    assert master.wait() == 0
-
-
-def test_tasks_that_were_lost_once_are_leased_singly(farm: Farm) -> None:
-    master = start_job(farm, list(range(40)))
-    first = farm.peer(master)
-    run = first.join()
-    wait_until(lambda: first.qsize() == 40, master)
-    first.report(run, *[ok(n, n) for n in first.lease_ids()])  # who has had a result gets more than one task
-    assert len(first.lease(8)) == 8
-    first.close()
-    master.wait_line("redelivered since")
-    second = farm.peer(master)
-    second.join()
-    sizes = []
-    while ids := second.lease_ids(100, 0.0):
-        sizes.append(len(ids))
-        second.report(run, *[ok(n, n) for n in ids])
-    assert sizes[-8:] == [1] * 8
-    assert sum(sizes) == 39
-    second.close()
-    assert master.wait() == 0
-
-
 # ---- a connection that is cut ------------------------------------------------------------------------------------------
 
 
 def test_a_worker_whose_connection_was_cut_reports_what_it_finished_meanwhile(farm: Farm) -> None:
-    master = start_job(farm, ["any"])
+    master = farm.master('"any"', *RESULTS)
     relay = farm.closing(Relay(master.port()))
     worker = farm.worker(relay.port, "--function", "functions:stay")
     farm.wait_started(worker)
@@ -234,25 +139,13 @@ def test_a_worker_whose_connection_was_cut_reports_what_it_finished_meanwhile(fa
     assert [record["result"] for record in farm.records()] == ["any"]
 
 
-def test_a_worker_that_gives_its_master_up_finishes_the_task_that_runs(farm: Farm) -> None:
-    farm.write("long.py", "from functions import note, stay\ndef work(n):\n    stay(n)\n    note('finished')\n")
-    master = start_job(farm, [1])
-    worker = farm.worker(master, "--processes", 2, "--wait", 1, "--function", "long:work")
-    farm.wait_started(worker)
-    master.kill()
-    worker.pause(4)  # the other process has nothing to do, and has looked for the master for long enough
-    farm.let_go()
-    assert worker.wait() == 3
-    assert farm.started() == ["1", "finished"]
-
-
 def test_a_worker_that_meets_another_run_drops_what_it_finished(farm: Farm) -> None:
-    master = start_job(farm, ["any"])
+    master = farm.master('"any"', *RESULTS)
     relay = farm.closing(Relay(master.port()))
     worker = farm.worker(relay.port, "--function", "functions:stay")
     farm.wait_started(worker)
     master.kill()
-    again = farm.master(*FILES, "--resume")
+    again = farm.master('"any"', *RESULTS, "--resume")
     relay.target = again.port()
     relay.cut()
     farm.let_go()
@@ -261,55 +154,28 @@ def test_a_worker_that_meets_another_run_drops_what_it_finished(farm: Farm) -> N
     assert len(farm.records()) == 1
 
 
-def test_connections_cut_again_and_again_lose_no_task_and_repeat_no_record(farm: Farm) -> None:
-    master = start_job(farm, list(range(300)), "--redeliveries", 1000)
-    relay = farm.closing(Relay(master.port()))
-    worker = farm.worker(relay.port, "--processes", 2, "--function", "functions:work")
-    for pause in (0.05, 0.1, 0.2, 0.4) * 8:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            master.process.wait(pause)
-            break
-        assert worker.is_running(), worker.stderr
-        relay.cut()
-    assert master.wait() == 0
-    check_doubled(farm.records(), 300)
-
-
 # ---- a master that does not acknowledge --------------------------------------------------------------------------------
 
 
-def test_an_outcome_whose_report_fails_is_reported_over_the_next_connection(farm: Farm) -> None:
+@pytest.mark.parametrize("answered", ["nothing", "an error"])
+def test_an_outcome_that_was_not_acknowledged_is_reported_again(farm: Farm, answered: str) -> None:
+    """An answer to another call that comes meanwhile is no acknowledgement."""
     reports: queue.SimpleQueue[list[str]] = queue.SimpleQueue()
 
     def reply(method: str, arguments: list[str]) -> bytes:
-        if method == REPORT:
-            reports.put(arguments)
+        if method != REPORT:
+            return good_answer(method)
+        reports.put(arguments)
+        if answered == "nothing":
             raise EOFError
-        return good_answer(method)
+        return answer("no", "#ERROR")
 
-    master = farm.closing(FalseServer(false_master(farm, reply)))
-    farm.worker(master.port)
-    seen = [reports.get(timeout=PATIENCE) for _ in range(3)]
+    farm.worker(farm.closing(FalseServer(false_master(farm, reply))).port)
+    seen = [reports.get(timeout=PATIENCE) for _ in range(4)]
     assert {run for run, *_ in seen} == {"r"}
-    assert len({outcomes for *_, outcomes in seen}) == 1
-
-
-def test_an_outcome_that_was_not_acknowledged_is_reported_again(farm: Farm) -> None:
-    """An answer to another call that comes meanwhile is no acknowledgement."""
-    reports: queue.SimpleQueue[str] = queue.SimpleQueue()
-
-    def reply(method: str, arguments: list[str]) -> bytes:
-        if method == REPORT:
-            reports.put(arguments[-1])
-            return answer("no", "#ERROR")
-        return good_answer(method)
-
-    master = farm.closing(FalseServer(false_master(farm, reply)))
-    farm.worker(master.port)
-    first = reports.get(timeout=PATIENCE)
-    assert first.startswith('0\n"result"')
-    for _ in range(3):  # whatever else it has done meanwhile
-        assert first.split("\n")[1] in reports.get(timeout=PATIENCE).split("\n")
+    (ids, outcome), *others = [outcomes.split("\n") for *_, outcomes in seen]
+    assert ids == "0" and outcome.startswith('"result"')
+    assert all(outcome in lines for lines in others), "whatever else it has done meanwhile"
 
 
 def test_a_large_report_and_a_large_task_do_not_wait_for_each_other(farm: Farm) -> None:

@@ -52,46 +52,12 @@ BAR = r"\[#*-*\] +\d+ %  "
 FILE = ["--results", "results.jsonl"]
 
 
-class Screen:
-    """As much of a terminal as a line of progress needs: rows that wrap, and carriage returns."""
-
-    def __init__(self, columns: int) -> None:
-        self.columns = columns
-        self.rows = [""]
-        self.wrapped = [False]  # whether a row goes on with the one above
-        self._column = 0
-
-    def feed(self, text: str) -> None:
-        for letter in text:
-            assert letter != "\x1b", "a sequence that not every terminal has"
-            if letter == "\r":
-                self._column = 0
-            elif letter == "\n":
-                self._next_row(wrapped=False)
-            else:
-                self._put(letter)
-
-    def _put(self, letter: str) -> None:
-        if self._column == self.columns:
-            self._next_row(wrapped=True)
-            self._column = 0
-        row = self.rows[-1].ljust(self._column)
-        self.rows[-1] = row[: self._column] + letter + row[self._column + 1 :]
-        self._column += 1
-
-    def _next_row(self, wrapped: bool) -> None:
-        self.rows.append("")
-        self.wrapped.append(wrapped)
-
-    def lines(self) -> list[str]:
-        """What stands on the screen, with wrapped rows put together, without the blanks at the ends."""
-        lines: list[str] = []
-        for row, wrapped in zip(self.rows, self.wrapped):
-            if wrapped:
-                lines[-1] = lines[-1].ljust(self.columns) + row
-            else:
-                lines.append(row)
-        return [line.rstrip() for line in lines]
+def overwrite(line: str) -> str:
+    """What stands in a row of the screen after its texts, each of which ends with a carriage return, but for the last."""
+    shown = ""
+    for text in line.split("\r"):
+        shown = text + shown[len(text) :]
+    return shown.rstrip()
 
 
 class Terminal:
@@ -148,15 +114,14 @@ class Terminal:
         ends = re.findall(r"\r\n|\r", self.raw)
         return [text.rstrip() for text, end in zip(pieces, [*ends, ""]) if end != "\r\n" and text.strip(" ^C")]
 
-    def screen(self) -> Screen:
-        screen = Screen(self.columns)
-        screen.feed(self.raw)
-        return screen
+    def lines(self) -> list[str]:
+        """The lines, as they were written."""
+        return [line.rpartition("\r")[2].rstrip() for line in self.raw.split("\r\n")]
 
-    def check_lines(self) -> None:
-        """Every line stands on the screen as it was written, and nothing else does."""
-        written = [line.rpartition("\r")[2].rstrip() for line in self.raw.split("\r\n")]
-        assert self.screen().lines() == written
+    def rows(self) -> list[str]:
+        """What stands on the screen, if no progress is wider than that."""
+        assert "\x1b" not in self.raw, "a sequence that not every terminal has"
+        return [overwrite(line) for line in self.raw.split("\r\n")]
 
 
 @pytest.fixture
@@ -187,8 +152,8 @@ def test_one_line_redraws_and_leaves_no_trace(open_terminal: Any, columns: int, 
     first = BAR + r"\d+ of 20" if columns > 40 else r"\d+ %  \d+ of 20"
     assert [text for text in shown if not re.match(first, text) and not text.startswith("waiting for the wor")] == []
     assert max(map(len, shown)) < columns
-    terminal.check_lines()
-    lines = terminal.screen().lines()
+    assert terminal.rows() == terminal.lines()
+    lines = terminal.lines()
     assert [line for line in lines if re.search(r"task \d+ failed", line)]
     assert not [line for line in lines if re.search(BAR, line)]
 
@@ -202,32 +167,32 @@ def test_the_line_tells_what_one_wants_to_know(open_terminal: Any) -> None:
     assert all((len(full), len(full + empty), int(part)) == (int(done), 20, 5 * int(done)) for full, empty, part, done in bars)
 
 
-def test_the_command_for_a_worker_that_is_missing_has_the_function_of_the_job(farm: Farm, open_terminal: Any) -> None:
+HANGING = rf"\(task 0 on {re.escape(socket.gethostname())}\)"
+
+
+@pytest.mark.parametrize(
+    ("columns", "shown"),
+    [(150, "1 process on 1 host, longest 0:0[1-9] " + HANGING), (70, r"\r  0 %  0 of 1, longest 0:\d\d " + HANGING)],
+    ids=["wide", "narrow"],
+)
+def test_what_has_run_longest_is_named_also_where_there_is_little_room(
+    farm: Farm, open_terminal: Any, columns: int, shown: str
+) -> None:
+    terminal = open_terminal(columns, *FILE, *STAY)
+    terminal.wait_text(shown)
+    farm.let_go()
+    assert terminal.wait() == 0
+
+
+def test_when_nobody_is_connected_the_line_has_the_command_for_a_worker_of_this_job(farm: Farm, open_terminal: Any) -> None:
     """So that it can be copied, and is not refused."""
-    terminal = open_terminal(150, "1", "--command", "wc -c {}")
-    shown = re.escape(shlex.join(["--command", "wc -c {}"]))
-    terminal.wait_text(r"no worker is connected: python3 task_worker.py --host 127.0.0.1 --port \d+ " + shown)
-
-
-def test_what_has_run_longest_is_named(farm: Farm, open_terminal: Any) -> None:
-    terminal = open_terminal(150, *FILE, *STAY)
-    terminal.wait_text(rf"1 process on 1 host, longest 0:0[1-9] \(task 0 on {re.escape(socket.gethostname())}\)")
-    farm.let_go()
-    assert terminal.wait() == 0
-
-
-def test_what_hangs_is_named_where_there_is_little_room(farm: Farm, open_terminal: Any) -> None:
-    terminal = open_terminal(70, *FILE, *STAY)
-    terminal.wait_text(r"\r  0 %  0 of 1, longest 0:\d\d \(task 0 on ")
-    farm.let_go()
-    assert terminal.wait() == 0
-
-
-def test_when_nobody_is_connected_the_line_says_what_to_do(farm: Farm, open_terminal: Any) -> None:
-    terminal = open_terminal(150, *FILE, 1, 2)
-    terminal.wait_text(r"no worker is connected: python3 task_worker.py --host 127.0.0.1 --port \d+, " + BAR + "0 of 2")
-    assert re.search(r"--port (\d+), ", terminal.raw)[1] == re.search(r"listening on \S+:(\d+)", terminal.raw)[1]
-    farm.worker(int(re.findall(r"--port (\d+)", terminal.raw)[0]), "--function", "functions:stay")
+    what = ("--command", "until test -f go; do sleep 0.1; done; echo {}")
+    terminal = open_terminal(200, *FILE, *what, 1, 2)
+    shown = r"no worker is connected: python3 task_worker.py --host 127.0.0.1 --port (\d+) "
+    terminal.wait_text(shown + re.escape(shlex.join(what)) + ", " + BAR + "0 of 2")
+    port = re.search(shown, terminal.raw)[1]
+    assert port == re.search(r"listening on \S+:(\d+)", terminal.raw)[1]
+    farm.worker(int(port), *what)
     terminal.wait_text("0 of 2, [^n]*1 process on 1 host")
     farm.let_go()
     assert terminal.wait() == 0
@@ -261,7 +226,7 @@ def test_ctrl_c_leaves_whole_lines(open_terminal: Any) -> None:
     terminal.wait_text(BAR + "[1-9]")
     terminal.press_ctrl_c()
     assert terminal.wait() == 130
-    lines = terminal.screen().lines()
+    lines = terminal.rows()
     assert not [line for line in lines if re.search(BAR, line)]
     drained = next(number for number, line in enumerate(lines) if "draining" in line)
     assert any(re.match("task_master: stopped; to carry on: .* --resume", line) for line in lines[drained:])
@@ -271,7 +236,7 @@ def test_quiet_shows_nothing_on_a_terminal(open_terminal: Any) -> None:
     terminal = open_terminal(80, "--quiet", *FILE, *JOB_OPTIONS, 1, 2, 3, 4)
     assert terminal.wait() == 1
     assert terminal.progress() == []
-    assert [line for line in terminal.screen().lines() if line and "listening" not in line] == []
+    assert [line for line in terminal.rows() if line and "listening" not in line] == []
 
 
 # ---- elsewhere -----------------------------------------------------------------------------------------------------

@@ -13,13 +13,11 @@ import re
 import shlex
 import shutil
 import signal
-import smtplib
 import socket
 import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +30,13 @@ from lab import (
     ROOT,
     Farm,
     Program,
+    SshNet,
     check_once,
-    children_of,
+    descendants_of,
     find_block,
     free_port,
+    make_script,
+    needs_sshd,
     tls_python,
     wait_until,
 )
@@ -57,11 +58,6 @@ def test_no_block_is_without_a_test() -> None:
     assert README.count("\n```") == 2 * len(BLOCKS), "a block has no language, or two have the same name"
 
 
-def make_script(path: Path, text: str) -> None:
-    path.write_text("#!/bin/sh\n" + text)
-    path.chmod(0o755)
-
-
 class Newcomer:
     """Follows the README: has the two files in a clean folder, an empty home, and `python3` and `bash` on the PATH."""
 
@@ -77,7 +73,7 @@ class Newcomer:
         self.use_python(sys.executable)
 
     def use_python(self, python: str) -> None:
-        make_script(self.bin / "python3", f'exec {shlex.quote(python)} "$@"\n')
+        make_script(self.bin / "python3", f'exec {shlex.quote(python)} "$@"')
 
     def env(self, **more: str) -> dict[str, str]:
         return self._farm.env(PATH=f"{self.bin}{os.pathsep}{os.environ['PATH']}", TASK_AUTHKEY=None, **more)
@@ -234,39 +230,18 @@ def test_what_becomes_of_a_task_is_what_the_table_says(newcomer: Newcomer) -> No
     assert {word: runs.count(word) for word in words} == dict(zip(words, [1, 1, 1, 2, 2, 2, 2, 3]))
 
 
+def test_a_retry_waits_for_its_delay_and_numpy_is_told_how_many_cpus_it_has(newcomer: Newcomer) -> None:
+    (newcomer.folder / "odd.py").write_text(ODD)
+    newcomer.master("--workers 1 --function odd:act --text raise --retries 1 --retry-delay 1.5", status=1)
+    first, second = [line.split() for line in (newcomer.folder / "runs").read_text().splitlines()]
+    assert float(second[2]) - float(first[2]) >= 1.5
+    assert first[1] == str(task_worker.CPUS)
+
+
 def test_a_module_is_loaded_once_in_each_process_and_again_after_a_crash_or_after_so_many_tasks(newcomer: Newcomer) -> None:
     (newcomer.folder / "odd.py").write_text(ODD)
     newcomer.master("--workers 1 --function odd:act --text value crash value value value --tasks-per-process 2", status=1)
     assert len((newcomer.folder / "loads").read_text().splitlines()) == 3
-
-
-def test_retries_wait_twice_as_long_each_time_and_numpy_is_told_how_many_cpus_it_has(newcomer: Newcomer) -> None:
-    (newcomer.folder / "odd.py").write_text(ODD)
-    newcomer.master("--workers 1 --function odd:act --text raise --retries 2 --retry-delay 0.5", status=1)
-    runs = [line.split() for line in (newcomer.folder / "runs").read_text().splitlines()]
-    first, second, third = [float(began_at) for _, _, began_at in runs]
-    assert second - first >= 0.5
-    assert third - second >= 1.0
-    assert {threads for _, threads, _ in runs} == {str(task_worker.CPUS)}
-
-
-def test_an_async_function_is_run(newcomer: Newcomer) -> None:
-    (newcomer.folder / "slow.py").write_text(
-        "import asyncio\nasync def double(n):\n    await asyncio.sleep(0)\n    return 2 * n\n"
-    )
-    newcomer.master("--workers 1 --function slow:double 21")
-    assert newcomer.records()[0]["result"] == 42
-
-
-def test_a_killed_job_is_carried_on_by_the_same_command_with_resume(newcomer: Newcomer) -> None:
-    (newcomer.folder / "naps.py").write_text("import time\ndef nap(n):\n    time.sleep(0.01)\n    return n\n")
-    command = "exec python3 task_master.py --port 0 --results results.jsonl --ordered --workers 2 --function naps:nap --tasks -"
-    numbers = "seq 0 199 >tasks; "
-    master = newcomer.bash(f"{numbers} {command} <tasks")
-    wait_until(lambda: (newcomer.folder / "results.jsonl").exists() and len(newcomer.records()) > 20, master)
-    master.kill()
-    newcomer.run(f"{command} --resume <tasks")
-    assert [record["id"] for record in newcomer.records()] == list(range(200))
 
 
 # ---- any command ---------------------------------------------------------------------------------------------------
@@ -288,7 +263,7 @@ def test_a_command_runs_for_every_file(newcomer: Newcomer) -> None:
 
 @pytest.mark.usefixtures("port_5000")
 def test_a_command_gets_the_members_of_a_task(newcomer: Newcomer) -> None:
-    make_script(newcomer.bin / "convert", 'printf "%s\\n" "$@"\n')  # no picture is needed to see what it is told
+    make_script(newcomer.bin / "convert", 'printf "%s\\n" "$@"')  # no picture is needed to see what it is told
     newcomer.run(find_block("members"))
     (record,) = newcomer.records("small.jsonl")
     assert record["result"]["stdout"].splitlines() == ["a picture.jpg", "-resize", "200", "small-0.jpg"]
@@ -301,6 +276,23 @@ def test_a_command_finds_the_task_in_its_environment_and_fails_with_the_same_mem
 
 
 # ---- from Python ---------------------------------------------------------------------------------------------------
+
+
+EARLY = """
+from task_master import Failure, TaskMaster
+
+if __name__ == "__main__":
+    with TaskMaster(port=0, workers=1, function="math:sqrt", max_failures=2) as master:
+        try:
+            print(len([record for record in master.run([-1] * 10)]))
+        except Failure as failure:
+            print(failure.status, failure)
+"""
+
+
+def test_a_run_ends_early_as_is_said(newcomer: Newcomer) -> None:
+    (newcomer.folder / "early.py").write_text(EARLY)
+    assert newcomer.run("python3 early.py").stdout[0].startswith("1 stopped, as --max-failures 2 asks")
 
 
 def test_the_farm_in_python_prints_results_and_errors(newcomer: Newcomer) -> None:
@@ -327,34 +319,6 @@ def test_the_tables_have_the_arguments_of_the_master_and_the_members_of_a_record
     assert sorted(names_in("| `Record` |")) == sorted([*task_master.Record._fields, "ok"])
 
 
-EARLY = """
-import sys
-from task_master import Failure, TaskMaster
-
-if __name__ == "__main__":
-    with TaskMaster(port=0, workers=1, function="math:sqrt", max_failures=2) as master:
-        try:
-            print(len([record for record in master.run([-1] * 10)]))
-        except Failure as failure:
-            print(failure.status, failure)
-    with TaskMaster(port=0, workers=1, function="math:sqrt") as master:
-        print([record.result for record in master.run([1])] + [record.result for record in master.run([4])])
-        for record in master.run(iter(int, 1)):
-            break
-        try:
-            master.run([1])
-        except Failure as failure:
-            print(failure.status, "no further job")
-"""
-
-
-def test_a_run_ends_early_as_is_said(newcomer: Newcomer) -> None:
-    (newcomer.folder / "early.py").write_text(EARLY)
-    lines = newcomer.run("python3 early.py").stdout
-    assert re.match("1 stopped, as --max-failures 2 asks", lines[0])
-    assert lines[1:] == ["[1.0, 2.0]", "2 no further job"]
-
-
 # ---- plain clients -------------------------------------------------------------------------------------------------
 
 
@@ -371,33 +335,30 @@ def test_a_plain_client_takes_part(newcomer: Newcomer) -> None:
 # ---- looking at the results ----------------------------------------------------------------------------------------
 
 
-def write_results(newcomer: Newcomer, records: list[dict[str, Any]]) -> None:
-    (newcomer.folder / "results.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-
-
-def make_results(newcomer: Newcomer, failing: int) -> None:
-    """Three thousand records of a real job, as if a/1, b/2 and c/3 had worked in turn, with a pause before c/3."""
-    (newcomer.folder / "check.py").write_text(f"def f(n):\n    assert n % 1000 != 500 or n >= 1000 * {failing}\n    return n\n")
+@pytest.fixture(params=[0, 2], ids=["all well", "two failed"])
+def failing(request: pytest.FixtureRequest, newcomer: Newcomer) -> int:
+    """How many of three thousand records of a real job have failed; as if a/1, b/2 and, after a pause, c/3 had worked in turn."""
+    count = int(request.param)
+    (newcomer.folder / "check.py").write_text(f"def f(n):\n    assert n % 1000 != 500 or n >= 1000 * {count}\n    return n\n")
     newcomer.run("seq 0 2999 >tasks")
-    newcomer.master("--tasks tasks --ordered --workers 1 --function check:f", status=1 if failing else 0)
+    newcomer.master("--tasks tasks --ordered --workers 1 --function check:f", status=1 if count else 0)
     records = newcomer.records()
     for record in records:
         turn, second = divmod(record["id"], 1000)
         record.update(worker=("a/1", "b/2", "c/3")[turn], started_at=1.8e9 + 100 * (turn + (turn > 1)) + second / 10, seconds=0.1)
     records.append({**records[0], "id": 3000, "started_at": None, "seconds": None, "worker": ""})  # never started
-    write_results(newcomer, records)
+    (newcomer.folder / "results.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    return count
 
 
 @needs(not shutil.which("jq"), reason="no jq here")
-def test_jq_counts_failures_by_type(newcomer: Newcomer) -> None:
-    write_results(newcomer, [{"id": n, "error": {"type": "AB"[n > 3]}} for n in range(5)] + [{"id": 5, "result": None}])
-    assert [line.split() for line in newcomer.run(find_block("jq")).stdout] == [["4", "A"], ["1", "B"]]
+def test_jq_counts_failures_by_type(newcomer: Newcomer, failing: int) -> None:
+    counts = [line.split() for line in newcomer.run(find_block("jq")).stdout]
+    assert counts == ([[str(failing), "AssertionError"]] if failing else [])
 
 
 @needs(not importlib.util.find_spec("pandas"), reason="pandas is not installed")
-@pytest.mark.parametrize("failing", [0, 2])
 def test_pandas_counts_failures_by_type_and_time_by_host(newcomer: Newcomer, failing: int) -> None:
-    make_results(newcomer, failing)
     newcomer.write("times.py")
     lines = [line.split() for line in newcomer.run("python3 times.py").stdout]
     assert (["AssertionError", str(failing)] in lines) == bool(failing)
@@ -405,50 +366,35 @@ def test_pandas_counts_failures_by_type_and_time_by_host(newcomer: Newcomer, fai
     assert [float(cell) for cell in row[1:]] == pytest.approx([1000, 100, 0.1, 0.1])
 
 
-class Picture:
-    """What look.py has drawn, read pixel by pixel."""
-
-    COLORS = {"blue": (31, 119, 180), "red": (214, 39, 40), "black": (0, 0, 0)}
-
-    def __init__(self, path: Path) -> None:
-        pixels = (pytest.importorskip("matplotlib.image").imread(path)[:, :, :3] * 255).round()
-        self._has = {name: (abs(pixels - color) < 8).all(axis=2) for name, color in self.COLORS.items()}
-        rows, columns = self._find_spines(1), self._find_spines(0)
-        self.left, self.right = columns[0], columns[-1]
-        self.lanes, self.rates = (rows[0], rows[1]), (rows[2], rows[3])  # from row to row
-
-    def rows_with(self, color: str) -> list[int]:
-        """The rows of the whole picture that have a color somewhere."""
-        return [row for row, found in enumerate(self._has[color].any(axis=1)) if found]
-
-    def _find_spines(self, axis: int) -> list[int]:
-        """Where long black lines are, each once."""
-        share = self._has["black"].mean(axis=axis)
-        found = [place for place, value in enumerate(share) if value > 0.35]
-        return [place for place in found if place - 1 not in found]
-
-    def rows(self, color: str, second: float, area: tuple[int, int]) -> list[int]:
-        """The rows of an area that have a color at a time; the picture shows 400 seconds."""
-        column = round(self.left + (self.right - self.left) * second / 400)
-        return [row for row in range(area[0] + 2, area[1] - 2) if self._has[color][row, column]]
-
-
-@pytest.mark.parametrize("failing", [0, 2])
 def test_the_picture_shows_who_worked_when_and_what_failed(newcomer: Newcomer, failing: int) -> None:
-    make_results(newcomer, failing)
     newcomer.write("look.py")
     newcomer.run("python3 look.py results.jsonl picture.png")
-    picture = Picture(newcomer.folder / "picture.png")
-    lanes = [picture.rows("blue", second, picture.lanes) for second in (50, 150, 350)]
-    assert all(max(above) < min(below) for above, below in zip(lanes, lanes[1:])), lanes  # one below the other
-    assert all(len(lane) == max(lane) - min(lane) + 1 for lane in lanes)  # and each alone at its time
-    assert picture.rows("blue", 250, picture.lanes) == picture.rows("blue", 250, picture.rates) == []
-    heights = [len(picture.rows("blue", second, picture.rates)) for second in (50, 150, 350)]
+    pixels = (pytest.importorskip("matplotlib.image").imread(newcomer.folder / "picture.png")[:, :, :3] * 255).round()
+    colors = {"blue": (31, 119, 180), "red": (214, 39, 40), "black": (0, 0, 0)}
+    blue, red, black = [(abs(pixels - color) < 8).all(axis=2) for color in colors.values()]
+
+    def find_spines(axis: int) -> list[int]:
+        """Where long black lines are, each once."""
+        found = [place for place, share in enumerate(black.mean(axis=axis)) if share > 0.35]
+        return [place for place in found if place - 1 not in found]
+
+    def find_blue(second: int, begin: int, end: int) -> list[int]:
+        """The rows between two that are blue at a time; the picture shows 400 seconds."""
+        return [row for row in range(begin + 2, end - 2) if blue[row, round(left + (right - left) * second / 400)]]
+
+    (left, *_, right), (*lanes, top, bottom) = find_spines(0), find_spines(1)
+    working = [find_blue(second, *lanes) for second in (50, 150, 350)]
+    assert all(max(above) < min(below) for above, below in zip(working, working[1:])), working  # one below the other
+    assert all(len(rows) == max(rows) - min(rows) + 1 for rows in working)  # and each alone at its time
+    assert find_blue(250, *lanes) == find_blue(250, top, bottom) == []
+    heights = [len(find_blue(second, top, bottom)) for second in (50, 150, 350)]
     assert max(heights) - min(heights) < 0.1 * max(heights)  # ten tasks a second by each
-    reds = [row for row in picture.rows_with("red") if row < picture.lanes[1]]
-    assert bool(reds) == bool(picture.rows_with("red")) == bool(failing)
+    reds = [row for row, found in enumerate(red.any(axis=1)) if found]
+    assert bool(reds) == bool(failing)
     if failing:  # a task of a/1 and one of b/2: below their lanes, and none below that of c/3
-        assert max(lanes[0]) < min(reds) < min(lanes[1]) < max(lanes[1]) < max(reds) < min(lanes[2])
+        first, second, third = working
+        reds = [row for row in reds if row < lanes[1]]
+        assert max(first) < min(reds) < min(second) < max(second) < max(reds) < min(third)
 
 
 # ---- dask ----------------------------------------------------------------------------------------------------------
@@ -486,29 +432,23 @@ def test_a_job_that_was_killed_is_carried_on_with_dask_or_without(newcomer: Newc
 # ---- as a service --------------------------------------------------------------------------------------------------
 
 
-def read_unit() -> configparser.ConfigParser:
-    unit = configparser.ConfigParser(strict=True, interpolation=None)
-    unit.optionxform = str  # type: ignore[assignment,method-assign]
-    unit.read_string(find_block("service"))
-    return unit
-
-
-def test_the_service_starts_the_worker_with_options_that_it_has_and_never_hits_a_limit() -> None:
-    unit = read_unit()
-    program, file, *argv = shlex.split(unit["Service"]["ExecStart"])
-    assert (program, file) == ("/usr/bin/python3", "task_worker.py")
-    options = task_worker.make_parser().parse_args(argv)
-    assert (options.wait, options.host, options.function) == (0, "thishost", "words:count")
-    assert unit["Service"]["WorkingDirectory"].startswith("/")
-    assert (unit["Unit"]["StartLimitIntervalSec"], unit["Service"]["RestartSec"]) == ("0", "30")
-
-
 @needs(not shutil.which("systemd-analyze"), reason="no systemd-analyze here")
 def test_systemd_finds_nothing_wrong_with_the_service(newcomer: Newcomer) -> None:
     text = find_block("service").replace("/usr/bin/python3", sys.executable)
     (newcomer.folder / "task-worker.service").write_text(text)
     checked = newcomer.bash("systemd-analyze verify ./task-worker.service 2>&1")
     assert (checked.wait(), [line for line in checked.stdout if "task-worker.service" in line]) == (0, []), checked.lines
+
+
+def test_the_service_starts_the_worker_with_options_that_it_has_and_never_hits_a_limit() -> None:
+    unit = configparser.ConfigParser(strict=True, interpolation=None)
+    unit.read_string(find_block("service"))
+    program, file, *argv = shlex.split(unit["Service"]["ExecStart"])
+    assert (program, file) == ("/usr/bin/python3", "task_worker.py")
+    options = task_worker.make_parser().parse_args(argv)
+    assert (options.wait, options.host, options.function) == (0, "thishost", "words:count")
+    assert unit["Service"]["WorkingDirectory"].startswith("/")
+    assert (unit["Unit"]["StartLimitIntervalSec"], unit["Service"]["RestartSec"]) == ("0", "30")
 
 
 def test_a_service_whose_key_or_module_is_wrong_exits_at_once(newcomer: Newcomer) -> None:
@@ -521,80 +461,24 @@ def test_a_service_whose_key_or_module_is_wrong_exits_at_once(newcomer: Newcomer
     assert "refused the key" in newcomer.run(command, status=3).stderr[-1]
 
 
-def test_an_edited_module_counts_from_the_next_job_on(newcomer: Newcomer) -> None:
-    port, module = free_port(), "import time\ndef f(n):\n    time.sleep(0.1)\n    return "
-    (newcomer.folder / "edited.py").write_text(module + "0\n")
-    worker = newcomer.bash(f"exec python3 task_worker.py --port {port} --processes 4 --wait 0 --function edited:f")
-    for job in range(4):
-        master = newcomer.run(f"python3 task_master.py --port {port} --function edited:f {' '.join('12345678' * 4)}")
-        assert {*master.stdout[-32:]} == {f"Result: {job}"}
-        worker.wait_line("the job is over", count=job + 1)
-        worker.pause(2.0)  # as long as anybody needs who edits a file
-        (newcomer.folder / "edited.py").write_text(f"{module}{job + 1}\n")
-
-
 # ---- what a task can put out of reach ------------------------------------------------------------------------------
 
-ESCAPE = """
-import subprocess, time
 
-def escape(name):
-    subprocess.run(["sh", "-c", f"setsid env -i sleep {name} & exit 0"])
-    open("escaped", "w").close()
-    while name.endswith("77"):
-        time.sleep(1)
-"""
+@needs(not os.path.exists("/proc/self/environ") or not shutil.which("setsid"), reason="looks into /proc, and needs setsid")
+def test_what_has_cleared_its_environment_lives_until_the_worker_ends(farm: Farm) -> None:
+    command = ["sleep", f"{os.getpid()}66"]
 
+    def find_sleepers() -> list[psutil.Process]:
+        return [process for process in psutil.process_iter(["cmdline"]) if process.info["cmdline"] == command]
 
-def find_sleeper(seconds: str) -> list[psutil.Process]:
-    return [process for process in psutil.process_iter(["cmdline"]) if process.info["cmdline"] == ["sleep", seconds]]
-
-
-@pytest.fixture
-def escape(newcomer: Newcomer) -> Iterator[Callable[[str], tuple[Program, Program]]]:
-    """Start a master and a worker whose task leaves a process that has cleared its environment and lost its parent."""
-    if not os.path.exists("/proc/self/environ") or not shutil.which("setsid"):
-        pytest.skip("looks into /proc, and needs setsid")
-    (newcomer.folder / "flight.py").write_text(ESCAPE)
-    names = []
-
-    def start(name: str) -> tuple[Program, Program]:
-        names.append(name)
-        master = newcomer.bash(f"exec python3 task_master.py --port 0 --text {name}")
-        options = f"--port {master.port()} --processes 1 --function flight:escape --wait 0"
-        worker = newcomer.bash(f"exec python3 task_worker.py {options}")
-        wait_until(lambda: (newcomer.folder / "escaped").exists() and find_sleeper(name), master, worker)
-        return master, worker
-
-    yield start
-    for process in find_sleeper(names[0]):
-        process.kill()
-
-
-def test_what_has_cleared_its_environment_lives_until_the_worker_ends(escape: Callable[[str], tuple[Program, Program]]) -> None:
-    name = f"{os.getpid()}66"
-    master, worker = escape(name)
+    master = farm.master("1")
+    worker = farm.worker(master, "--wait", 0, "--command", f": {{}}; setsid env -i {' '.join(command)} & sleep 1")
     assert master.wait() == 0
     worker.wait_line("the job is over")
-    assert find_sleeper(name)
+    wait_until(find_sleepers)
     worker.signal(signal.SIGTERM)
     assert worker.wait() == 0
-    assert not find_sleeper(name)
-
-
-def test_what_has_cleared_its_environment_outlives_both_processes_of_a_worker(
-    escape: Callable[[str], tuple[Program, Program]],
-) -> None:
-    name = f"{os.getpid()}77"
-    _, worker = escape(name)
-    (child,) = children_of(worker.pid)
-    proper = psutil.Process(child).parent()
-    assert proper
-    runner = psutil.Process(child)
-    worker.process.kill()
-    proper.kill()
-    wait_until(lambda: not runner.is_running() or runner.status() == psutil.STATUS_ZOMBIE)
-    assert find_sleeper(name)
+    assert not find_sleepers()
 
 
 # ---- the mail queue ------------------------------------------------------------------------------------------------
@@ -619,205 +503,63 @@ class Post:
         return sorted(self.subjects.get(timeout=PATIENCE) for _ in range(count))
 
 
-class MailQueue:
-    """The queue of the recipe, and those who send mails through it."""
+@pytest.mark.usefixtures("port_5000")
+def test_every_mail_is_sent_once_through_the_mail_queue_however_often_that_is_restarted(newcomer: Newcomer) -> None:
+    post, port = Post(), free_port()
+    newcomer.write("mailer.py")
 
-    def __init__(self, newcomer: Newcomer, port: int) -> None:
-        self._newcomer, self._port = newcomer, port
-        newcomer.write("mailer.py")
-
-    def start(self) -> None:
-        self.program = self._newcomer.bash(find_block("mail queue"), SMTP_HOST="127.0.0.1", SMTP_PORT=str(self._port))
-        self.program.wait_line("listening on")
-
-    def send(self, subject: str) -> None:
+    def send(subject: str) -> None:
         text = find_block("mail")
         assert text.count("Your order") == 1
-        assert self._newcomer.bash(text.replace("Your order", subject)).wait() == 0
+        newcomer.run(text.replace("Your order", subject))
 
-    def stop(self) -> None:
+    def start() -> Program:
+        program = newcomer.bash(find_block("mail queue"), SMTP_HOST="127.0.0.1", SMTP_PORT=str(port))
+        program.wait_line("listening on")
+        return program
+
+    def stop(program: Program) -> None:
         """SIGTERM for the master, as a service would be stopped; `tail` ends since nobody listens."""
-        processes = psutil.Process(self.program.pid).children(recursive=True)
-        (master,) = [process for process in processes if any("task_master.py" in word for word in process.cmdline())]
+        (master,) = [process for process in descendants_of(program.pid) if "task_master.py" in str(process.cmdline()[1:2])]
         master.send_signal(signal.SIGTERM)
-        self.program.wait_line("stopped; to carry on:")
+        program.wait_line("stopped; to carry on:")
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.program.pid, signal.SIGKILL)  # `tail`, where it does not notice
-        self.program.wait()
+            os.killpg(program.pid, signal.SIGKILL)  # `tail`, where it does not notice
+        program.wait()
 
-
-@pytest.fixture
-def post() -> Iterator[tuple[Post, int]]:
-    """A real SMTP server, and its port."""
-    post, port = Post(), free_port()
-    controller = Controller(post, hostname="127.0.0.1", port=port)
-    controller.start()
-    yield post, port
-    controller.stop()
-
-
-@pytest.mark.usefixtures("port_5000")
-def test_every_mail_is_sent_once_through_the_mail_queue(newcomer: Newcomer, post: tuple[Post, int]) -> None:
-    handler, port = post
-    mails = MailQueue(newcomer, port)
-    mails.send("before it runs")
-    mails.start()
-    assert handler.take(1) == ["before it runs"]
-    for subject in ("first", "second", "third"):
-        mails.send(subject)
-    assert handler.take(3) == ["first", "second", "third"]
-    mails.stop()
-    mails.send("while it is stopped")
-    mails.start()
-    mails.send("last")
-    assert handler.take(2) == ["last", "while it is stopped"]
-    mails.stop()
-    assert handler.subjects.empty()
+    with contextlib.ExitStack() as stack:
+        controller = Controller(post, hostname="127.0.0.1", port=port)
+        controller.start()
+        stack.callback(controller.stop)
+        send("before it runs")
+        mails = start()
+        assert post.take(1) == ["before it runs"]
+        for subject in ("first", "second", "third"):
+            send(subject)
+        assert post.take(3) == ["first", "second", "third"]
+        post.refuses = True
+        send("refused at first")
+        mails.wait_line("task 4 failed: SMTP.*451")
+        stop(mails)
+        post.refuses = False
+        send("while it is stopped")
+        mails = start()
+        assert post.take(2) == ["refused at first", "while it is stopped"]
+        stop(mails)
+    assert post.subjects.empty()
     records = newcomer.records("sent.jsonl")
-    assert sorted(record["id"] for record in records) == [0, 1, 2, 3, 4, 5]
+    check_once(records, 6)
     assert {record["result"] for record in records} == {"sent"}
-
-
-@pytest.mark.usefixtures("port_5000")
-def test_a_mail_that_failed_is_tried_again_when_the_mail_queue_is_restarted(newcomer: Newcomer, post: tuple[Post, int]) -> None:
-    handler, port = post
-    handler.refuses = True
-    mails = MailQueue(newcomer, port)
-    mails.start()
-    mails.send("again")
-    mails.program.wait_line("task 0 failed: SMTP.*451")
-    mails.stop()
-    handler.refuses = False
-    mails.start()
-    assert handler.take(1) == ["again"]
-    mails.stop()
-    assert [record["result"] for record in newcomer.records("sent.jsonl")] == ["sent"]
-
-
-def test_a_mail_that_cannot_be_sent_is_an_error(newcomer: Newcomer, monkeypatch: pytest.MonkeyPatch) -> None:
-    newcomer.write("mailer.py")
-    module: dict[str, Any] = {}
-    exec((newcomer.folder / "mailer.py").read_text(), module)
-    monkeypatch.setenv("SMTP_PORT", str(free_port()))
-    monkeypatch.setenv("SMTP_HOST", "127.0.0.1")
-    with pytest.raises((OSError, smtplib.SMTPException)):
-        module["send"]({"to": "you@example.org", "subject": "", "text": ""})
 
 
 # ---- workers over SSH ----------------------------------------------------------------------------------------------
 
-SSHD_CONFIG = """
-ListenAddress 127.0.0.1
-HostKey {folder}/host_key
-AuthorizedKeysFile {folder}/user_key.pub
-PidFile none
-StrictModes no
-UsePAM no
-PasswordAuthentication no
-PermitRootLogin prohibit-password
-Subsystem sftp {sftp}
-"""
-# Each "host" has a home of its own, though both are this machine
-SSHD_HOST = """
-Match LocalPort {port}
-    ForceCommand cd {home} && export HOME={home} PATH={bin}:"$PATH" && eval "$SSH_ORIGINAL_COMMAND"
-"""
-SSH_CONFIG = """
-Host *
-    HostName 127.0.0.1
-    HostKeyAlias test
-    IdentityFile {folder}/user_key
-    IdentitiesOnly yes
-    UserKnownHostsFile {folder}/known_hosts
-    GlobalKnownHostsFile /dev/null
-    StrictHostKeyChecking yes
-    BatchMode yes
-    LogLevel ERROR
-"""
-# All hosts are this machine, the master's too
-SSH_WRAPPER = """
-for argument; do
-    shift
-    [ "$argument" = thishost ] && argument={thishost}
-    set -- "$@" "$argument"
-done
-exec {ssh} -F {config} "$@"
-"""
 
-
-class SshHosts:
-    """An sshd with a port for each of the host names, and `ssh` and `scp` on the newcomer's PATH that find them."""
-
-    def __init__(self, newcomer: Newcomer, sshd: str, names: list[str]) -> None:
-        self.folder = newcomer.folder.parent / "ssh"
-        self.folder.mkdir(mode=0o700)
-        self.homes = {name: self.folder / name for name in names}
-        ports = {name: free_port() for name in names}
-        for key in ("host_key", "user_key"):
-            self._run(newcomer, f"ssh-keygen -q -t ed25519 -N '' -f {self.folder / key}")
-        self._write("known_hosts", "test " + (self.folder / "host_key.pub").read_text())
-        self._configure_server(newcomer, ports)
-        self._configure_client(newcomer, ports)
-        if os.geteuid() == 0:
-            Path("/run/sshd").mkdir(mode=0o755, exist_ok=True)  # an empty folder that it wants, made by its service
-        self.server = Program([sshd, "-D", "-e", "-f", str(self.folder / "sshd_config")], self.folder, newcomer.env())
-        self.server.wait_line("Server listening", count=len(names))
-
-    def _run(self, newcomer: Newcomer, command: str) -> None:
-        program = newcomer.bash(command)
-        assert program.wait() == 0, program.stderr
-
-    def _write(self, name: str, text: str) -> None:
-        (self.folder / name).write_text(text)
-
-    def _configure_server(self, newcomer: Newcomer, ports: dict[str, int]) -> None:
-        folders = ["/usr/lib/openssh", "/usr/libexec/openssh", "/usr/libexec", "/usr/lib/ssh"]
-        sftp = shutil.which("sftp-server", path=os.pathsep.join(folders)) or pytest.skip("no sftp-server here, as scp wants it")
-        text = SSHD_CONFIG.format(folder=self.folder, sftp=sftp) + "".join(f"Port {port}\n" for port in ports.values())
-        for name, port in ports.items():
-            self.homes[name].mkdir()
-            text += SSHD_HOST.format(port=port, home=self.homes[name], bin=newcomer.bin)
-        self._write("sshd_config", text)
-
-    def _configure_client(self, newcomer: Newcomer, ports: dict[str, int]) -> None:
-        hosts = "".join(f"Host {name}\n    Port {port}\n" for name, port in ports.items())
-        self._write("config", hosts + SSH_CONFIG.format(folder=self.folder))
-        config = self.folder / "config"
-        make_script(
-            newcomer.bin / "ssh",
-            SSH_WRAPPER.format(ssh=shutil.which("ssh"), config=config, thishost=socket.gethostname()),
-        )
-        make_script(newcomer.bin / "scp", f'exec {shutil.which("scp")} -F {config} "$@"\n')
-
-    def stop(self) -> None:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            for session in psutil.Process(self.server.pid).children(recursive=True):
-                session.kill()
-        self.server.kill()
-        self.server.wait()
-
-
-@pytest.fixture
-def ssh_hosts(newcomer: Newcomer) -> Iterator[Callable[..., SshHosts]]:
-    sshd = shutil.which("sshd", path=os.pathsep.join([os.environ["PATH"], "/usr/sbin", "/usr/local/sbin"]))
-    if not sshd or not shutil.which("scp"):
-        pytest.skip("no sshd here: install openssh-server")
-    started: list[SshHosts] = []
-
-    def start(*names: str) -> SshHosts:
-        started.append(SshHosts(newcomer, sshd, list(names)))
-        return started[0]
-
-    yield start
-    for hosts in started:
-        hosts.stop()
-
-
+@needs_sshd
 @pytest.mark.usefixtures("port_5000")
-def test_one_command_starts_workers_on_two_hosts_and_leaves_nothing_there(
-    newcomer: Newcomer, ssh_hosts: Callable[..., SshHosts]
-) -> None:
-    hosts = ssh_hosts("host1", "host2")
+def test_one_command_starts_workers_on_two_hosts_and_leaves_nothing_there(newcomer: Newcomer, farm: Farm) -> None:
+    net = SshNet(farm)
+    hosts = [net.host(name) for name in ("host1", "host2")]
     master = newcomer.bash(f"exec {find_block('hosts').strip()} --tasks -", stdin=subprocess.PIPE)
     master.wait_line(r"worker host[12]/\d+ connected", count=2)
     master.put("2\n3\n")
@@ -826,22 +568,29 @@ def test_one_command_starts_workers_on_two_hosts_and_leaves_nothing_there(
     assert sorted(master.stdout[-2:]) == ["Result: 2 * 2 = 4", "Result: 3 * 3 = 9"]
     assert master.said("host host2: [1-4] process")  # the last ones may have come too late
     assert master.said("^host[12]: run task 3")
-    for home in hosts.homes.values():
-        assert not [path for path in home.iterdir() if not path.name.startswith(".cache")]
+    for host in hosts:
+        host.check_clean()
 
 
+@needs_sshd
 @pytest.mark.usefixtures("port_5000")
-def test_a_worker_on_another_host_is_started_with_two_commands(newcomer: Newcomer, ssh_hosts: Callable[..., SshHosts]) -> None:
+def test_a_worker_on_another_host_is_started_with_two_commands(newcomer: Newcomer, farm: Farm) -> None:
+    """All hosts are this machine, the master's too."""
+    folders = ["/usr/lib/openssh", "/usr/libexec/openssh", "/usr/libexec", "/usr/lib/ssh"]
+    sftp = shutil.which("sftp-server", path=os.pathsep.join(folders)) or pytest.skip("no sftp-server here, as scp wants it")
     try:
         socket.getaddrinfo(socket.gethostname(), 5000)
     except OSError:
         pytest.skip("the name of this host has no address")
     newcomer.use_python(tls_python())
-    ssh_hosts("otherhost")
+    net = SshNet(farm)
+    net.host("otherhost", more=f"Subsystem sftp {sftp}", python=tls_python())
+    make_script(newcomer.bin / "scp", f'exec {shutil.which("scp")} -F {net.folder}/config "$@"')
     command = find_block("python3 task_master.py --host 0.0.0.0").strip()
     master = newcomer.bash(f"exec {command} --tasks -", stdin=subprocess.PIPE)
     master.wait_line("listening on .*:5000")
-    commands = newcomer.bash(find_block("scp task_worker.py ~/.task_authkey otherhost:"))
+    text = find_block("scp task_worker.py ~/.task_authkey otherhost:")
+    commands = newcomer.bash(text.replace("thishost", socket.gethostname()))
     master.wait_line(r"worker \S+ connected")
     master.put("2\n3\n")
     master.end_input()
@@ -849,6 +598,10 @@ def test_a_worker_on_another_host_is_started_with_two_commands(newcomer: Newcome
     assert sorted(master.stdout[-2:]) == ["Result: 2 * 2 = 4", "Result: 3 * 3 = 9"]
     assert commands.stdout == [f"Connect to server {socket.gethostname()}...", *commands.stdout[1:3], "worker exit."]
     assert not master.said("without TLS")
+
+
+# Each "host" has a home of its own, though both are this machine
+# All hosts are this machine, the master's too
 
 
 # ---- what is stated ------------------------------------------------------------------------------------------------
