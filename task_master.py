@@ -53,7 +53,6 @@ import importlib.util
 import io
 import itertools
 import json
-import pathlib
 import pickle
 import queue
 import random
@@ -66,7 +65,6 @@ import stat
 import subprocess
 import threading
 import time
-import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from multiprocessing import connection, managers
 from typing import Any, BinaryIO, Callable, NamedTuple
@@ -1586,6 +1584,9 @@ def make_ssh_workers(master: TaskMaster, arguments: list[str], ssh: Any, functio
 
 def pack_files(function: str | None) -> bytes:
     """A zip of task_worker.py and of the function's module or whole package, if the current folder has it. Raises Failure."""
+    import pathlib  # here, as they would take a fortieth of the time to start
+    import zipfile
+
     content, top = io.BytesIO(), re.split("[.:]", function or "")[0]
     paths = [pathlib.Path(f"{top}.py"), *pathlib.Path(top).rglob("*")] if function else []
     paths = [path for path in paths if path.is_file() and not re.search(r"/(\.|__pycache__/)", path.as_posix())]

@@ -433,13 +433,18 @@ STANDARD = getattr(sys, "stdlib_module_names", None) or {  # the names of the st
 }
 
 
+def find_shadows(folder: str) -> set[str]:
+    """Modules of the standard library, also of other systems, that a file in the folder could stand in for."""
+    return {name.partition(".")[0] for name in os.listdir(folder)} & STANDARD
+
+
 def load_function(spec: str) -> Callable[[Any], Any]:
     """The function that MODULE:NAME names, imported from the current directory or the path. Raises Failure with the reason."""
     module_name, _, name = check_spec(spec).partition(":")
     folder = os.getcwd()
     try:  # search the user's folders behind the standard library, so that no file there stands in for a module of that
         folders = [folder, os.path.dirname(os.path.realpath(__file__))]
-        for shadow in {name.partition(".")[0] for folder in folders for name in os.listdir(folder)} & STANDARD:
+        for shadow in set().union(*map(find_shadows, folders)):
             if not importlib.util.find_spec(shadow):  # it is one of other systems, which Python tries to import
                 sys.modules[shadow] = None  # type: ignore[assignment]
         places = [index for index, entry in enumerate(sys.path) if entry.endswith(("site-packages", "dist-packages"))]
@@ -784,6 +789,20 @@ def describe_error(error: BaseException, **more: Any) -> str:
     except BaseException:
         trace = ""
     return format_error(type(error).__name__, message, trace, **more)
+
+
+def share_compiled_code() -> None:
+    """Let children import this file by its name: what Python has compiled before makes their start a fifth shorter.
+
+    `multiprocessing` runs the main module again in each child, from its text if it knows nothing but its path.
+    """
+    path = os.path.realpath(__file__)
+    with contextlib.suppress(OSError):
+        if __name__ == "__main__" and not find_shadows(os.path.dirname(path)):
+            sys.path.append(os.path.dirname(path))
+            found = importlib.util.find_spec("task_worker")
+            if found and found.origin == path:
+                sys.modules["__main__"].__spec__ = found
 
 
 class ChildDied(Exception):
@@ -1534,6 +1553,7 @@ def main(argv: list[str] | None = None) -> int:
         if "TASK_RUN" in os.environ:  # a master has started this worker, which must not outlive it
             silence_limit = SILENCE_LIMIT if os.environ.get("TASK_HOST") else None  # over ssh, which may not notice the end
             threading.Thread(target=listen, args=(0, leaving, silence_limit), daemon=True).start()
+        share_compiled_code()
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, CPUS // options.processes)))
         Worker(options, find_key(options, leaving), leaving).run()
     except Failure as failure:
@@ -1541,6 +1561,8 @@ def main(argv: list[str] | None = None) -> int:
         return failure.status
     if not options.quiet:
         write_line("worker exit.", 1)
+    if sys.platform == "linux":
+        os._exit(0)  # the supervisor cleans up; to take this process apart would take 30 ms
     return 0
 
 
