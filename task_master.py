@@ -1772,8 +1772,7 @@ class TaskMaster:
             self._begin(encode_tasks(tasks), sink)
             threading.Thread(target=finish, daemon=True).start()
             while settled := records.get():
-                for task in settled:
-                    yield make_record(task, first)
+                yield from [make_record(task, first) for task in settled]
                 taken += len(settled)
                 self.ledger.close_gate(put - taken > CALLER_LIMIT)
         finally:
@@ -1984,20 +1983,22 @@ def encode_tasks(tasks: Iterable[Any]) -> Iterator[list[str]]:
 
 def make_record(task: Task, first: int) -> Record:
     """A task as a Record, its id counted from `first`."""
-    ok, (text, _, times) = task.ok, task.outcome.rpartition(', "started_at": ')
+    ok, outcome = task.ok, task.outcome
     try:
-        value = scan_json(text, len(RESULT if ok else ERROR))[0]
+        value, end = scan_json(outcome, len(RESULT if ok else ERROR))
     except RecursionError:  # the caller's stack may have less room for nested lists than ours
+        end = outcome.rindex(', "started_at": ')
         ok, value = False, {"type": "ValueError", "message": "the result cannot be read here: nested too deeply", "traceback": ""}
     result, error = (value, None) if ok else (None, value)
-    return Record(task.id - first, scan_json(task.text, 0)[0], result, error, *parse_times(times), task.worker, task.attempts)
+    times = parse_times(outcome[end:])
+    columns = (task.id - first, scan_json(task.text, 0)[0], result, error, *times, task.worker, task.attempts)
+    return tuple.__new__(Record, columns)  # half the time of Record(*columns)
 
 
 @functools.lru_cache(1000)
 def parse_times(text: str) -> tuple[Any, Any]:
     """`started_at` and `seconds`, of the end of an outcome; tiny tasks, of which there are most, begin and last alike."""
-    started_at, seconds = map(json.loads, text.split(', "seconds": '))
-    return started_at, seconds
+    return load_outcome(f"{RESULT}null{text}")[2:]
 
 
 def check_argument(name: str, value: Any, kind: Callable[[str], Any]) -> Any:
