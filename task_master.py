@@ -344,7 +344,7 @@ class Ledger:
         """Block until `lease` would return tasks or None, for `timeout` seconds at most. Returns whether it would."""
         with self._lock:
             standing = self._slots.get(holder)
-            if standing and standing.resumes_at > now:
+            if standing and self._is_paused(standing, now):
                 # Not for `_leasable`: a signal for others would end here. At most 1 s, since nothing signals a drain.
                 return self._over.wait_for(lambda: self.phase > Phase.OVER, min(timeout, standing.resumes_at - now, 1.0))
             self._queue_due(now)
@@ -361,7 +361,7 @@ class Ledger:
             if self.phase > Phase.OVER:
                 return None
             standing = self._slots.get(holder) or Standing(proven=True)  # a plain client has none
-            if self._gate_closed or standing.resumes_at > now:
+            if self._gate_closed or self._is_paused(standing, now):
                 self._wake_next()  # the signal was perhaps for a task that this holder must not have
                 return []
             self._queue_due(now)
@@ -373,7 +373,9 @@ class Ledger:
             if doubtful and lease:
                 standing.pause = min(LAST_PAUSE, 2 * standing.pause or FIRST_PAUSE)
                 standing.resumes_at = now + standing.pause
-            elif not lease and self._ready:  # what is there is left for others
+            elif not doubtful:
+                standing.pause = 0.0
+            if not lease and self._ready:  # what is there is left for others
                 standing.resumes_at = now + AVOID_PAUSE
             if self._has_room():
                 self._room.notify_all()
@@ -449,9 +451,7 @@ class Ledger:
             self._held.pop(holder, None)
             if standing := self._slots.pop(holder, None):
                 standing.slots -= 1
-                if not standing.slots:
-                    self._workers = {worker: other for worker, other in self._workers.items() if other is not standing}
-                    self._end_pauses()
+                self._workers = {worker: other for worker, other in self._workers.items() if other.slots}
         return again, given_up
 
     def is_in_doubt(self, holder: object, now: float) -> bool:
@@ -554,14 +554,11 @@ class Ledger:
     def _note_outcomes(self, standing: Standing, oks: list[bool]) -> None:
         standing.recent.extend(oks)
         standing.proven = standing.proven or any(oks)
-        before, standing.failing = standing.failing, len(standing.recent) == DOUBT_AFTER and not any(standing.recent)
-        if standing.failing != before:
-            self._end_pauses()
+        standing.failing = len(standing.recent) == DOUBT_AFTER and not any(standing.recent)
 
-    def _end_pauses(self) -> None:
-        """A worker has left, or another one fails now, or no longer: who is in doubt has to be seen anew."""
-        for standing in self._workers.values():
-            standing.pause = standing.resumes_at = 0.0
+    def _is_paused(self, standing: Standing, now: float) -> bool:
+        """Whether a worker has to wait before its next task; if that is since it was in doubt, only while it still is."""
+        return standing.resumes_at > now and (not standing.pause or self._is_in_doubt(standing, now))
 
     def _is_in_doubt(self, standing: Standing, now: float) -> bool:
         """Whether a worker fails while another one does not, or while others have had no time to come."""
@@ -652,6 +649,8 @@ class TaskQueue:
 
     def get(self, block: bool = True, timeout: float | None = None) -> Any:
         """One task's value, as of `queue.Queue.get`. Raises queue.Empty when there is none in time, or the job is over."""
+        if len(this_thread.peer.taken) >= LEASE_LIMIT:
+            raise ValueError(f"{LEASE_LIMIT} tasks taken: put a result for each")
         give_up_at = time.monotonic() + (0.0 if not block else 1e9 if timeout is None else timeout)
         while True:
             tasks = self._lease(1, max(0.0, min(1.0, give_up_at - time.monotonic())))
@@ -1104,19 +1103,24 @@ def skip_recorded(batches: Iterable[list[str]], results: ResultsFile) -> Iterato
 
 
 def read_lines(descriptor: int, name: str, end: bytes) -> Iterator[list[bytes]]:
-    """Lines without their end, in batches as they arrive; one that is too long is cut behind TEXT_LIMIT. Raises Failure.
+    """Lines without their end, in batches as they arrive; one that is too long comes cut, as far as it was read. Raises Failure.
 
     From the descriptor, since a thread that waits in sys.stdin.buffer would crash the interpreter at its end.
     """
     rest = bytearray()
+    skipping = False  # what comes is the rest of a line that was too long
     try:
         while chunk := os.read(descriptor, 1 << 18):
+            if skipping:
+                _, found, chunk = chunk.partition(end)
+                skipping = not found
             rest += chunk
-            if end in chunk:
+            if end in chunk or len(rest) > TEXT_LIMIT:
                 *lines, last = bytes(rest).split(end)
+                if len(last) > TEXT_LIMIT:
+                    lines, last, skipping = [*lines, last], b"", True
                 rest = bytearray(last)
                 yield lines
-            del rest[TEXT_LIMIT + 1 :]
     except OSError as error:
         raise Failure(f"cannot read {name}: {explain_error(error)}") from None
     if rest:
@@ -1983,15 +1987,14 @@ def encode_tasks(tasks: Iterable[Any]) -> Iterator[list[str]]:
 
 def make_record(task: Task, first: int) -> Record:
     """A task as a Record, its id counted from `first`."""
-    ok, outcome = task.ok, task.outcome
+    outcome = task.outcome
     try:
-        value, end = scan_json(outcome, len(RESULT if ok else ERROR))
-    except RecursionError:  # the caller's stack may have less room for nested lists than ours
-        end = outcome.rindex(', "started_at": ')
-        ok, value = False, {"type": "ValueError", "message": "the result cannot be read here: nested too deeply", "traceback": ""}
-    result, error = (value, None) if ok else (None, value)
-    times = parse_times(outcome[end:])
-    columns = (task.id - first, scan_json(task.text, 0)[0], result, error, *times, task.worker, task.attempts)
+        value, end = scan_json(outcome, len(RESULT if task.ok else ERROR))
+        times = parse_times(outcome[end:])
+        read = (value, None, *times) if task.ok else (None, value, *times)
+    except (ValueError, RecursionError, StopIteration):  # not as our workers write it
+        read = load_outcome_here(outcome)
+    columns = (task.id - first, scan_json(task.text, 0)[0], *read, task.worker, task.attempts)
     return tuple.__new__(Record, columns)  # half the time of Record(*columns)
 
 
@@ -2001,10 +2004,20 @@ def parse_times(text: str) -> tuple[Any, Any]:
     return load_outcome(f"{RESULT}null{text}")[2:]
 
 
+def load_outcome_here(outcome: str) -> tuple[Any, Any, Any, Any]:
+    """What `load_outcome` reads; an error when it cannot: the caller may have less room for lists or numbers than we have."""
+    try:
+        return load_outcome(outcome)
+    except ValueError as problem:
+        return load_outcome(format_outcome(format_error("ValueError", f"the result cannot be read here: {problem}")))
+
+
 def check_argument(name: str, value: Any, kind: Callable[[str], Any]) -> Any:
     """An argument of TaskMaster, as the command line would read it. Raises Failure."""
     if value is None and name in ("timeout", "max_failures", *WORKER_OPTIONS):
         return None
+    if name in ("function", "command") and not isinstance(value, str):
+        raise Failure(f"{name}: it takes a text, not {value!r}")
     try:
         read = kind(str(value))
     except argparse.ArgumentTypeError as error:

@@ -486,6 +486,8 @@ def parse_template(template: str) -> tuple[str, list[str]]:
     if os.name != "posix":
         raise Failure("--command needs a POSIX shell, which this system does not have: use --function MODULE:NAME")
     shown = f"--command {' '.join(template.split())}"
+    if "\0" in template:
+        raise Failure(f"{shown!r}: it has a zero byte, which no command can have: take it out")
     names: list[str] = []
     script = ""
     for part in re.findall(r"""\\.|'[^']*'?|"(?:\\.|[^"\\])*"?|\$\{\w+\}|\{\w*\}|.""", template, re.DOTALL):
@@ -493,13 +495,13 @@ def parse_template(template: str) -> tuple[str, list[str]]:
             raise Failure(f'{shown}: {{}} in quotes is not replaced: take the quotes away, or write "$TASK"')
         if part == "{}":
             part = '"$TASK"'
-        elif part[0] == "{" and part[1:-1].isidentifier():
+        elif part[0] == "{" and part[1:-1].isidentifier() and part.isascii():  # as a shell's variables are
             names.append(part[1:-1])
             part = f'"$TASK__{part[1:-1]}"'
         script += part
     if "TASK" in script:
         return script, names
-    if set(template) & set("|;&<>\n") or not template.strip():
+    if set(template) & set("|;&<>\n") or " #" in template or not template.strip():
         raise Failure(f"{shown}: say with {{}} where the task goes")
     return f'{script} "$TASK"', names
 
@@ -534,16 +536,12 @@ class Command:
             if not isinstance(task, dict) or name not in task:
                 raise ValueError(f"the command wants the member {name} of the task, which it does not have")
             environment[f"TASK__{name}".encode()] = to_bytes(task[name])
-        stdout, stderr = open_output(), open_output()
-        try:
-            actions = [(os.POSIX_SPAWN_DUP2, stdout, 1), (os.POSIX_SPAWN_DUP2, stderr, 2)]
+        with open_output() as stdout, open_output() as stderr:
+            actions = [(os.POSIX_SPAWN_DUP2, stdout.fileno(), 1), (os.POSIX_SPAWN_DUP2, stderr.fileno(), 2)]
             defaults = [signal.SIGPIPE, signal.SIGXFSZ]  # Python ignores them
             pid = os.posix_spawn("/bin/sh", ["sh", "-c", self._script], environment, file_actions=actions, setsigdef=defaults)
             status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
             result = {"exit": status, "stdout": read_output(stdout), "stderr": read_output(stderr)}
-        finally:
-            os.close(stdout)
-            os.close(stderr)
         if status:
             raise CommandFailed(result)
         return result
@@ -554,21 +552,20 @@ def to_bytes(value: Any) -> bytes:
     return os.fsencode(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
 
 
-def open_output() -> int:
+def open_output() -> Any:
     """A file without a name for what a command prints, so that nothing waits for what it left in the background.
 
     As `tempfile.TemporaryFile` makes it, whose checks took a twentieth of a command's time (row `command` of the benchmark).
     """
     with contextlib.suppress(OSError, AttributeError):  # not every system, and not every file system, has these
-        return os.open(tempfile.gettempdir(), os.O_RDWR | os.O_TMPFILE, 0o600)
-    with tempfile.TemporaryFile() as file:
-        return os.dup(file.fileno())
+        return io.FileIO(os.open(tempfile.gettempdir(), os.O_RDWR | os.O_APPEND | os.O_TMPFILE, 0o600), "r+")
+    return tempfile.TemporaryFile("a+b", buffering=0)
 
 
-def read_output(descriptor: int) -> str:
+def read_output(file: Any) -> str:
     """A file as text, cut visibly after OUTPUT_LIMIT bytes."""
-    cut = os.fstat(descriptor).st_size - OUTPUT_LIMIT
-    text = os.pread(descriptor, OUTPUT_LIMIT, 0).decode("utf-8", "replace")
+    cut = os.fstat(file.fileno()).st_size - OUTPUT_LIMIT
+    text = os.pread(file.fileno(), OUTPUT_LIMIT, 0).decode("utf-8", "replace")
     return text if cut <= 0 else f"{text}\n[... {cut} bytes cut]"
 
 
@@ -625,8 +622,6 @@ def run_child(pipe: Any, memory: Memory, folder: str | None, function: str | Non
     except (Failure, OSError, RuntimeError) as failure:  # RuntimeError: there may be no more threads
         pipe.send_bytes(b"!" if isinstance(failure, RuntimeError) else b"-" + str(failure).encode("utf-8", "replace"))
         return
-    if hasattr(mmap, "MADV_DONTFORK"):  # a copy that a task makes by forking, and that comes back, ends when it writes there
-        memory.bytes.madvise(mmap.MADV_DONTFORK)
     streams, fit = identify_streams(), True
     with contextlib.suppress(EOFError, OSError):  # the slot closed the pipe
         while fit:
@@ -707,6 +702,7 @@ def run_tasks(function: Callable[[Any], Any], lines: list[str], memory: Memory, 
     """
     clock, words, place, stdout = time.perf_counter, memory.words, memory.bytes, sys.stdout
     command = function if isinstance(function, Command) else None
+    getpid, pid = os.getpid, os.getpid()
     time_limit, offset = words[TIME_LIMIT], time.time() - clock()
     milliseconds, tick = 0, 0.0  # of Unix time, and when the next one begins
     end, checked_at = HEADER, math.inf if command else clock()  # a command cannot reach the streams of this process
@@ -719,6 +715,8 @@ def run_tasks(function: Callable[[Any], Any], lines: list[str], memory: Memory, 
         if command:
             command.task_id = task_id
         members = run_task(function, text)
+        if getpid() != pid:
+            os._exit(0)  # it is a copy that the task made by forking, and that came back
         now = clock()
         if started_at >= tick:
             milliseconds = int((offset + started_at) * 1e3)
@@ -730,7 +728,6 @@ def run_tasks(function: Callable[[Any], Any], lines: list[str], memory: Memory, 
             words[LENGTH] = end
         else:  # this one and all behind it go through the pipe, so that they stay in order
             end = MEMORY_SIZE
-            words[STARTED_AT] = now  # ends a forked copy before it says anything
             pipe.send_bytes(outcome)
         if now - started_at > time_limit:
             return False  # it may be killed at any moment, and no other task with it

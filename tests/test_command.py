@@ -65,6 +65,8 @@ def test_a_file_name_that_is_not_utf_8_finds_its_file(farm: Farm) -> None:
     ("template", "expected"),
     [
         ("echo ${TASK##*/}", "b c.tar.gz"),
+        ("echo {größe} {}", "{größe} /a/b c.tar.gz"),
+        ("echo one; echo {} >>/dev/stdout; echo two", "one\n/a/b c.tar.gz\ntwo"),
         ('echo "${TASK%.*}" $TASK_ID', "/a/b c.tar 0"),
         ("echo $TASK_ID {}", "0 /a/b c.tar.gz"),
         ("echo {}.{}", "/a/b c.tar.gz./a/b c.tar.gz"),
@@ -99,7 +101,7 @@ def test_a_name_in_braces_stands_for_a_member(farm: Farm) -> None:
 
 
 QUOTED = ['echo "{}"', "echo '{}'", 'echo "a {} b"', "sh -c 'echo {}'", "awk '{print \"{}\"}'", 'echo x"y{}"', "echo \"'{}'\""]
-UNPLACED = ["sort | uniq", "cd x; make", "sleep 1 & wait", "cat <x", "cat >x", "make && make install", "cd x\nmake", "make 2>&1"]
+UNPLACED = ["sort | uniq", "echo hi # note", "cd x; make", "ls &", "cat <x", "cat >x", "make && ls", "cd x\nmake", "make 2>&1"]
 
 
 @pytest.mark.parametrize(("template", "remedy"), [(t, "quot") for t in QUOTED] + [(t, r"\{\}|TASK") for t in UNPLACED])

@@ -293,3 +293,8 @@ def test_a_task_of_100_megabytes_fails_with_its_line_and_a_remedy_and_the_job_go
 def test_a_task_of_20_megabytes_is_run(farm: Farm) -> None:
     run_input(farm, b'"1"\n"' + b"x" * 20_000_000 + b'"\n', function="builtins:len")
     assert sorted(record["result"] for record in farm.records()) == [1, 20_000_000]
+
+
+def test_a_line_without_an_end_is_refused_as_soon_as_it_is_too_long(farm: Farm) -> None:
+    task_master = farm.run("task_master.py", "--port", 0, "--tasks", "/dev/zero", "--results", "results.jsonl")
+    check_said(task_master, 2, "/dev/zero: it has zero bytes")

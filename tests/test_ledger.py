@@ -407,6 +407,17 @@ def test_a_worker_that_fails_ten_times_while_another_does_not_gets_single_tasks_
     assert len(lease(ledger, ANNA, 10, 200.0)) == 10
 
 
+def test_the_pause_of_a_worker_in_doubt_stays_when_others_come_and_go_and_ends_with_the_doubt() -> None:
+    ledger = make_ledger(100)
+    enlist(ledger, ANNA, BERT)
+    fail(ledger, ANNA, 11)
+    ledger.enlist("carla", "carla", 0.0)
+    ledger.drop("carla")
+    assert lease(ledger, ANNA) == []
+    fail(ledger, BERT, 6)  # neither good any more, nor failing all
+    assert len(lease(ledger, ANNA)) == 1
+
+
 def test_a_worker_in_doubt_waits_for_its_pause_and_not_for_tasks() -> None:
     ledger = make_ledger(100)
     enlist(ledger, ANNA, BERT)
