@@ -1680,8 +1680,6 @@ class TaskMaster:
     ) -> None:
         given = locals()
         checked = {name: check_argument(name, given[name], kind) for name, kind in TYPES.items()}
-        if function is not None and command is not None:
-            raise Failure("function and command: give one of them")
         self.address, self.timeout = (checked["host"], checked["port"]), checked["timeout"]
         self.run_id = os.urandom(8).hex()
         self.ledger = Ledger(checked["retries"], checked["redeliveries"], checked["retry_delay"], 0.0 if workers else OTHERS_TIME)
@@ -1690,12 +1688,11 @@ class TaskMaster:
         self.refused = collections.Counter[str]()  # connections, by host and reason
         self._max_failures, self._log = checked["max_failures"], log
         encrypted = not is_loopback(self.address[0]) if tls is None else tls
+        arguments = make_arguments(given, encrypted)
         self.authkey = find_key() if authkey is None else check_key(authkey, "authkey")
         self.context = make_tls_context(self.authkey, self.address[0], server_side=True) if encrypted else None
         self._what = {"function": function, "command": command} if workers or ssh or function or command else None  # of the job
         self._digest = ("", "")  # of the function's module, and the host that stated it
-        arguments = [f"--{name.replace('_', '-')}={given[name]}" for name in WORKER_OPTIONS if given[name] is not None]
-        arguments += ["--tls" if encrypted else "--no-tls", *["--quiet"] * bool(quiet)]
         self.started: list[LocalWorker] = [*make_ssh_workers(self, arguments, ssh, function)]
         self.started += [LocalWorker(self, [f"--processes={workers}", *arguments])] if workers else []
         self.restarts = 0  # of a local worker, since something was reported
@@ -2025,6 +2022,14 @@ def check_argument(name: str, value: Any, kind: Callable[[str], Any]) -> Any:
     if isinstance(value, bool) or not isinstance(value, (int, float) if isinstance(read, float) else type(read)):
         raise Failure(f"{name}: it takes a {type(read).__name__}, {value!r} is none")
     return read
+
+
+def make_arguments(given: dict[str, Any], encrypted: bool) -> list[str]:
+    """What a worker's command line has from the arguments of TaskMaster. Raises Failure for a function and a command."""
+    if given["function"] is not None and given["command"] is not None:
+        raise Failure("function and command: give one of them")
+    values = [f"--{name.replace('_', '-')}={given[name]}" for name in WORKER_OPTIONS if given[name] is not None]
+    return [*values, "--tls" if encrypted else "--no-tls", *["--quiet"] * bool(given["quiet"])]
 
 
 def find_key(path: str | None = None) -> bytes:
