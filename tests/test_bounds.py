@@ -105,14 +105,12 @@ def hang_up(peer: Peer) -> None:
 def test_four_attacks_at_once_leave_the_master_small_and_the_others_served(farm: Farm) -> None:
     where = ("--tasks", "-", "--results", "results.jsonl", "--redeliveries", 1000)
     master = farm.master(*where, stdin=subprocess.PIPE)
-    worker = farm.worker(master, *DOUBLE)
-    master.put("".join(f"{n}\n" for n in range(100)))
-    farm.wait_records(master, 100)
     reporter, releaser, *senders = peers = [farm.peer(master, f"evil/{n}") for n in range(14)]
     run_id = reporter.join()
-    master.put("".join(f"{n}\n" for n in range(100, 1000)))
-    while not (ids := reporter.lease_ids(1, 0.0)):
-        pass
+    master.put("0\n")
+    ids = reporter.lease_ids()
+    worker = farm.worker(master, *DOUBLE)
+    master.put("".join(f"{n}\n" for n in range(1, 1000)))
     outcomes = f"{ids[0]}\n" + make_outcome("[" + "{}," * 8_000_000 + "{}]", seconds="0.500000")
     attacks = [start_attack(lambda peer=peer: begin_message(peer)) for peer in senders]
     attacks.append(start_attack(lambda: say(reporter, f"get_result_queue report {run_id} 0.0", outcomes)))
