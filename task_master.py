@@ -66,7 +66,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from multiprocessing import connection, managers
+from multiprocessing import managers
 from typing import Any, BinaryIO, Callable, NamedTuple
 
 WORKER_FILE = os.path.join(os.path.dirname(os.path.realpath(__file__)), "task_worker.py")
@@ -82,8 +82,8 @@ if "task_worker" not in sys.modules:  # the one beside this file, wherever Pytho
 from task_worker import (  # noqa: E402, I001
     BEAT_INTERVAL, COUNT, DEFAULT_KEY_FILE, ERROR, FINAL, LOADING, PLAIN_WARNING, PROTOCOL, RESULT, SILENCE_LIMIT, STOP_SIGNALS,
     TEXT_LIMIT, Failure, Parser, PlainConnection, add_connection_options, add_function_options, bounded, catch_signals, check_key,
-    check_spec, check_template, describe_error, encode_result, explain_error, format_error, format_outcome, is_loopback,
-    make_tls_context, prepare_process, pack, parse_host, read_key, show_address, unpack, write_all, write_last_line,
+    check_spec, check_template, describe_error, encode_result, explain_error, format_error, format_outcome, has_input,
+    is_loopback, make_tls_context, prepare_process, pack, parse_host, read_key, show_address, unpack, write_all, write_last_line,
 )
 # fmt: on
 
@@ -365,7 +365,7 @@ class Ledger:
                 self._wake_next()  # the signal was perhaps for a task that this holder must not have
                 return []
             self._queue_due(now)
-            share = len(self._ready) // (2 * len(self._slots) or 1)
+            share = len(self._ready) // (len(self._slots) or 1)
             limit = max(1, min(limit, max(share, limit // LEASE_FLOOR)))
             doubtful = self._is_in_doubt(standing, now)
             lease = self._take(1 if doubtful or not standing.proven else limit, len(self._held.get(holder, ())), standing, now)
@@ -499,6 +499,8 @@ class Ledger:
 
     def _move(self, tasks: list[Task], state: str, holder: object = None) -> None:
         """The one gate: all tasks move, or none. A task has a holder exactly while it is LEASED."""
+        if not tasks:
+            return
         for old in {task.state for task in tasks}:
             if (old, state) not in MOVES:
                 raise IllegalMove(f"from {old} to {state}")
@@ -508,7 +510,7 @@ class Ledger:
             task.state, task.holder = state, holder
         if holder is RECORDER:
             self._recording += len(tasks)
-        elif holder is not None and tasks:
+        elif holder is not None:
             self._held.setdefault(holder, {}).update(zip([task.id for task in tasks], tasks))
         if state == DONE:
             self._recording -= len(tasks)
@@ -679,14 +681,14 @@ class TaskQueue:
 
     def _lease(self, limit: int, wait: float) -> list[Task] | None:
         peer, ledger = this_thread.peer, self._master.ledger
-        if wait > 0:
-            ready = ledger.wait_ready(peer, wait, time.monotonic())
-            if connection.wait([peer.conn.sock], 0):  # its end: it waits for our answer, so it says nothing
+        while True:
+            if has_input(peer.conn.sock):  # its end: it waits for our answer, so it says nothing
                 raise EOFError  # it died while it waited: a task given to it would count as lost
-            if not ready:
-                return []
-        peer.moved_at = time.monotonic()
-        return ledger.lease(peer, limit, peer.moved_at)
+            peer.moved_at = time.monotonic()
+            tasks = ledger.lease(peer, limit, peer.moved_at)
+            if tasks != [] or wait <= 0 or not ledger.wait_ready(peer, wait, peer.moved_at):
+                return tasks
+            wait = 0.0
 
 
 class ResultQueue:
@@ -782,11 +784,11 @@ class RequestConnection(PlainConnection):
         super().__init__(sock)
         self.problem = ""  # why its last message was refused
         self._pickles = False  # how the last request came
-        self.turn = contextlib.ExitStack()  # to be closed when the next large message may come
+        self._has_turn = False  # whether it holds `_large`
 
     def recv(self) -> Any:
         """The next (id, method, args, kwds). Raises EOFError for what is not plain data, ValueError for what is no request."""
-        self.turn.close()
+        self.end_turn()
         data = self.recv_bytes()
         self._pickles = data[:1] == pickle.PROTO  # which begins no text
         try:
@@ -804,7 +806,7 @@ class RequestConnection(PlainConnection):
 
     def send(self, answer: tuple[str, Any]) -> None:
         """Send (kind, value), the kind `#RETURN` or that of an error; to a worker as a text, as JSON, or as nothing."""
-        self.turn.close()
+        self.end_turn()
         kind, value = answer
         if self._pickles:
             self.send_bytes(pickle.dumps(answer, 4))
@@ -819,19 +821,23 @@ class RequestConnection(PlainConnection):
             self.problem = OTHER_KEY
         super().send_bytes(data)
 
-    def read(self, size: int) -> bytes:
-        """The next `size` bytes. Large messages come one at a time, so that they do not fill the memory, and must not dawdle."""
+    def fill(self, size: int) -> None:
+        """As for any connection; but large messages come one at a time, to keep memory small, and must not dawdle."""
         if size <= LARGE:
-            return super().read(size)
-        self.turn.enter_context(self._large)
+            super().fill(size)
+            return
+        self._has_turn = self._large.acquire()
         silence_limit = self.sock.gettimeout()
-        pieces = []
-        while size:
+        for part in range(LARGE, size + LARGE, LARGE):
             self.deadline = time.monotonic() + LARGE_LIMIT
-            pieces.append(super().read(min(size, LARGE)))
-            size -= len(pieces[-1])
+            super().fill(min(part, size))
         self.end_handshake(silence_limit)
-        return b"".join(pieces)
+
+    def end_turn(self) -> None:
+        """Let the next large message come."""
+        if self._has_turn:
+            self._has_turn = False
+            self._large.release()
 
 
 def read_call(message: bytes) -> tuple[str, str, tuple[str, ...], dict[str, Any]]:
@@ -969,7 +975,7 @@ class QueueServer(managers.Server):
         except OSError as error:
             conn.problem = explain_tls(error)
         finally:
-            conn.turn.close()
+            conn.end_turn()
             self._forget(conn)
             if hasattr(this_thread, "peer"):
                 self._master._goodbye(this_thread.peer)
@@ -1396,6 +1402,13 @@ def print_text(text: str, encoding: str = "utf-8") -> None:
 # ---- workers that the master starts --------------------------------------------------------------------------------
 
 
+# Runs the file that is its first argument, as Python does, but from what was compiled before: a twentieth of the time to start.
+STARTER = (
+    "import sys;'' in sys.path and sys.path.remove('');from importlib.machinery import SourceFileLoader;del sys.argv[0];"
+    "__file__=sys.argv[0];exec(SourceFileLoader('task_worker',__file__).get_code('task_worker'))"
+)
+
+
 class LocalWorker:
     """The task_worker.py beside this file, run on this host for this master alone; it ends with its standard input."""
 
@@ -1454,7 +1467,7 @@ class LocalWorker:
 
     def _find_command(self, host: str, port: int) -> tuple[list[str], dict[str, str], int]:
         """The command line for a master at this address, the environment, and where output goes: not into the progress."""
-        command = [sys.executable, WORKER_FILE, *self._arguments, "--host", host, "--port", str(port)]
+        command = [sys.executable, "-c", STARTER, WORKER_FILE, *self._arguments, "--host", host, "--port", str(port)]
         return command, {**os.environ, **self._environment}, subprocess.PIPE if console.is_terminal else 2
 
     def _take(self, _process: subprocess.Popen[bytes], line: bytes) -> None:

@@ -356,16 +356,16 @@ def test_the_second_outcome_of_a_task_is_counted_and_dropped(outcome: Any, settl
 # ---- how much is leased --------------------------------------------------------------------------------------------
 
 
-def test_the_ready_tasks_are_divided_between_twice_as_many_leases_as_slots() -> None:
+def test_a_slot_gets_its_share_of_the_ready_tasks() -> None:
     ledger = make_ledger(100)
     for holder in (ANNA, "lost"):
         enlist(ledger, holder)
     ledger.drop("lost")
-    assert len(lease(ledger, ANNA, 60)) == 100 // 2
+    assert len(lease(ledger, ANNA, 60)) == 60
     enlist(ledger, BERT)
-    assert len(lease(ledger, BERT, 40)) == 50 // 4
+    assert len(lease(ledger, BERT, 40)) == 40 // 2
     assert [len(lease(ledger, BERT, limit)) for limit in (3, 0, -5)] == [3, 1, 1]
-    assert len(lease(ledger, BERT, 20 * task_master.LEASE_FLOOR)) == 20  # more than its share
+    assert len(lease(ledger, BERT, 12 * task_master.LEASE_FLOOR)) == 12  # more than its share
 
 
 def test_a_worker_gets_tasks_singly_until_it_has_had_a_result() -> None:
