@@ -82,7 +82,7 @@ if "task_worker" not in sys.modules:  # the one beside this file, wherever Pytho
 from task_worker import (  # noqa: E402, I001
     BEAT_INTERVAL, COUNT, DEFAULT_KEY_FILE, ERROR, FINAL, LOADING, PLAIN_WARNING, PROTOCOL, RESULT, SILENCE_LIMIT, STOP_SIGNALS,
     TEXT_LIMIT, Failure, Parser, PlainConnection, add_connection_options, add_function_options, bounded, catch_signals, check_key,
-    check_spec, check_template, describe_error, encode_result, explain_error, format_error, format_outcome, has_input,
+    check_spec, check_template, describe_error, encode_result, explain_error, format_error, format_outcome,
     is_loopback, make_tls_context, prepare_process, pack, parse_host, read_key, show_address, unpack, write_all, write_last_line,
 )
 # fmt: on
@@ -153,8 +153,9 @@ class Console:
         """Write whole lines, or only clear the progress. Raises OSError when standard output does not take them."""
         with self._lock if descriptor == 2 or os.isatty(1) else contextlib.nullcontext():  # a pipe must block nobody else
             blank, self._blank = self._blank, b""
-            with contextlib.suppress(OSError):
-                write_all(blank + data if descriptor == 2 else blank, 2)
+            if blank or descriptor == 2:
+                with contextlib.suppress(OSError):
+                    write_all(blank + data if descriptor == 2 else blank, 2)
             if descriptor == 1:
                 write_all(data, 1)
 
@@ -245,6 +246,14 @@ class Standing:
         self.failing = False  # whether nothing has worked of late
         self.pause = 0.0  # seconds before its next task, while it is in doubt
         self.resumes_at = 0.0  # when it may have the next one
+
+    def note(self, oks: list[bool]) -> None:
+        """Whether its last outcomes were ok; at most DOUBT_AFTER of them."""
+        self.recent.extend(oks)
+        if any(oks):
+            self.proven, self.failing = True, False
+        else:
+            self.failing = len(self.recent) == DOUBT_AFTER and not any(self.recent)
 
     def is_good(self) -> bool:
         """Whether it has had results at least half of the time of late; also when it has not reported yet."""
@@ -390,15 +399,14 @@ class Ledger:
             self._move(tasks, READY)
             self._queue(tasks)
 
-    def report(self, holder: object, outcomes: Iterable[Outcome], now: float) -> tuple[list[Task], list[Task]]:
+    def report(self, holder: object, outcomes: list[Outcome], now: float) -> tuple[list[Task], list[Task]]:
         """Take outcomes. Returns tasks to record and then settle, and tasks to be retried. EOFError: nothing is recorded now."""
         last: list[Task] = []
         retried: list[Task] = []
-        outcomes = list(outcomes)
         with self._lock:
             standing = self._slots.get(holder)
             if standing:
-                self._note_outcomes(standing, [ok for _, ok, _, _ in outcomes[-DOUBT_AFTER:]])
+                standing.note([ok for _, ok, _, _ in outcomes[-DOUBT_AFTER:]])
             if self.phase == Phase.FAILED or (self.phase == Phase.CLOSED and self._tasks):
                 raise EOFError
             for task_id, ok, final, outcome in outcomes:
@@ -553,11 +561,6 @@ class Ledger:
     def _may_lease(self) -> bool:
         return self.phase > Phase.OVER or bool(self._next_ready() and not self._gate_closed)
 
-    def _note_outcomes(self, standing: Standing, oks: list[bool]) -> None:
-        standing.recent.extend(oks)
-        standing.proven = standing.proven or any(oks)
-        standing.failing = len(standing.recent) == DOUBT_AFTER and not any(standing.recent)
-
     def _is_paused(self, standing: Standing, now: float) -> bool:
         """Whether a worker has to wait before its next task; if that is since it was in doubt, only while it still is."""
         return standing.resumes_at > now and (not standing.pause or self._is_in_doubt(standing, now))
@@ -682,11 +685,11 @@ class TaskQueue:
     def _lease(self, limit: int, wait: float) -> list[Task] | None:
         peer, ledger = this_thread.peer, self._master.ledger
         while True:
-            if has_input(peer.conn.sock):  # its end: it waits for our answer, so it says nothing
+            if peer.conn.poll(0):  # its end: it waits for our answer, so it says nothing
                 raise EOFError  # it died while it waited: a task given to it would count as lost
             peer.moved_at = time.monotonic()
             tasks = ledger.lease(peer, limit, peer.moved_at)
-            if tasks != [] or wait <= 0 or not ledger.wait_ready(peer, wait, peer.moved_at):
+            if tasks != [] or not (wait > 0 and ledger.wait_ready(peer, wait, peer.moved_at)):
                 return tasks
             wait = 0.0
 
@@ -797,8 +800,7 @@ class RequestConnection(PlainConnection):
             self.problem = f"it sent something that is not plain data ({error!r})"
             self.close()
             raise EOFError(self.problem) from None
-        shape = [type(part) for part in request] if isinstance(request, tuple) else []
-        if shape not in ([str, str, tuple, dict], [type(None), str, tuple, dict]):  # the server looks things up by it
+        if self._pickles and not is_request(request):
             raise ValueError("this is no request")
         if not hasattr(this_thread, "peer") and request[1] not in QueueServer.public:
             raise ValueError("there is no such function")  # the base class relies on an assert for that
@@ -815,11 +817,11 @@ class RequestConnection(PlainConnection):
         else:
             self.send_bytes(pack(kind + " json", json.dumps(value, default=repr)))
 
-    def send_bytes(self, data: bytes) -> None:
+    def send_bytes(self, *messages: bytes) -> None:
         """As for any connection; the handshake says in this way that the key is not ours."""
-        if data == b"#FAILURE#":
+        if messages == (b"#FAILURE#",):
             self.problem = OTHER_KEY
-        super().send_bytes(data)
+        super().send_bytes(*messages)
 
     def fill(self, size: int) -> None:
         """As for any connection; but large messages come one at a time, to keep memory small, and must not dawdle."""
@@ -838,6 +840,12 @@ class RequestConnection(PlainConnection):
         if self._has_turn:
             self._has_turn = False
             self._large.release()
+
+
+def is_request(value: Any) -> bool:
+    """Whether a server of BaseManager can look things up by this: (id, method, args, kwds)."""
+    shape = [type(part) for part in value] if isinstance(value, tuple) else []
+    return shape in ([str, str, tuple, dict], [type(None), str, tuple, dict])
 
 
 def read_call(message: bytes) -> tuple[str, str, tuple[str, ...], dict[str, Any]]:

@@ -133,6 +133,7 @@ class PlainConnection:
         self.sock = sock
         self.deadline: float | None = time.monotonic() + HANDSHAKE_LIMIT  # for all reading, until the handshake is done
         self._buffer = bytearray()
+        self.poll = make_poll(sock)
         sock.settimeout(HANDSHAKE_LIMIT)
         # Send at once, and notice a vanished peer: idle within 30 s (keepalive), with data on the way within SILENCE_LIMIT.
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
@@ -157,9 +158,9 @@ class PlainConnection:
             self.sock.shutdown(socket.SHUT_RDWR)  # wakes a thread that reads; close alone would not
         self.sock.close()
 
-    def send_bytes(self, data: bytes) -> None:
-        """Send a message; blocks until the system has taken it all, EOFError when it takes nothing for too long."""
-        view = memoryview(struct.pack("!i", len(data)) + data)
+    def send_bytes(self, *messages: bytes) -> None:
+        """Send messages; blocks until the system has taken them all, EOFError when it takes nothing for too long."""
+        view = memoryview(b"".join([struct.pack("!i", len(message)) + message for message in messages]))
         try:
             while view:
                 view = view[self.sock.send(view) :]
@@ -181,7 +182,7 @@ class PlainConnection:
     def has_data(self) -> bool:
         """Whether something has come, if only the end."""
         pending = self._buffer or getattr(self.sock, "pending", int)()  # which TLS has read
-        return bool(pending or self.sock.fileno() < 0 or has_input(self.sock))
+        return bool(pending or self.sock.fileno() < 0 or self.poll(0))
 
     def fill(self, size: int) -> None:
         """Have at least `size` bytes in the buffer; blocks as `recv_bytes` does."""
@@ -227,16 +228,16 @@ def is_loopback(host: str) -> bool:
     return host.startswith("127.") or host in ("::1", "localhost")
 
 
-def has_input(file: Any, timeout: float = 0.0) -> bool:
-    """Whether something can be read from a socket or pipe, if only its end; blocks for `timeout` seconds at most.
+def make_poll(file: Any) -> Callable[[float], bool]:
+    """A function that tells whether something can be read, if only the end; it blocks for that many seconds at most.
 
-    `connection.wait` makes a selector for each call, a tenth of what it costs to pass a task on (row `slots` of the benchmark).
+    `connection.wait` makes a selector for each call, a tenth of what it costs to pass a task on (row `latency` of the benchmark).
     """
     if not hasattr(select, "poll"):
-        return bool(connection.wait([file], timeout))
+        return lambda timeout: bool(connection.wait([file], timeout))
     poll = select.poll()
     poll.register(file, select.POLLIN)
-    return bool(poll.poll(timeout * 1000))
+    return lambda timeout: bool(poll.poll(timeout * 1000))
 
 
 def write_all(data: bytes, descriptor: int) -> None:
@@ -640,6 +641,7 @@ def run_child(pipe: Any, memory: Memory, folder: str | None, function: str | Non
         while fit:
             fit = run_tasks(call, pipe.recv_bytes().decode().split("\n"), memory, pipe, streams)
             pipe.send_bytes(b"." if fit else b"x")
+            fit = fit and identify_streams() == streams  # looked at while the slot reports; it sees the end of this process
 
 
 class Output(io.FileIO):
@@ -746,9 +748,11 @@ def run_tasks(function: Callable[[Any], Any], lines: list[str], memory: Memory, 
             return False  # it may be killed at any moment, and no other task with it
         if now - checked_at > STREAM_CHECK or stdout.closed:
             checked_at = now
-            if not flush_streams(streams):
+            flush_streams()
+            if identify_streams() != streams:
                 return False
-    return flush_streams(streams)
+    flush_streams()
+    return True
 
 
 def run_task(function: Callable[[Any], Any], text: str) -> str:
@@ -767,12 +771,11 @@ def run_task(function: Callable[[Any], Any], text: str) -> str:
         return describe_error(error, final=True)
 
 
-def flush_streams(streams: Any) -> bool:
-    """Send out what tasks have printed. Returns whether the standard streams are still what they were."""
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(Exception):  # a task may have closed or replaced it
-            stream.flush()
-    return bool(identify_streams() == streams)
+def flush_streams() -> None:
+    """Send out what tasks have printed."""
+    with contextlib.suppress(Exception):  # a task may have closed or replaced them
+        sys.stdout.flush()
+        sys.stderr.flush()
 
 
 def identify_streams() -> list[Any]:
@@ -838,6 +841,7 @@ class Child:
         self.overdue = False  # whether it was killed for the time limit
         try:
             self._pipe, theirs = self.context.Pipe()
+            self._poll = make_poll(self._pipe)
             with theirs, self.starting:
                 if sys.platform == "linux":
                     resource_tracker.ensure_running()  # one for all children, so without the mark of any
@@ -859,11 +863,11 @@ class Child:
     def receive(self, timeout: float) -> bytes | None:
         """The next message, or None when there was none for `timeout` seconds. Raises ChildDied."""
         with contextlib.suppress(EOFError, OSError):
-            if has_input(self._pipe, timeout):
+            if self._poll(timeout):
                 return self._pipe.recv_bytes()
             if self._process.is_alive():
                 return None  # asked, since a process that it started may keep the pipe open
-            if has_input(self._pipe):  # what it said before it died counts
+            if self._poll(0):  # what it said before it died counts
                 return self._pipe.recv_bytes()
         seconds = self.running_for()
         while self.killing_all:  # then the death is our own doing, and no outcome
@@ -1065,8 +1069,8 @@ class Link:
         self.send(message)
         return self.receive()
 
-    def send(self, message: bytes, patient: bool = False) -> None:
-        """Make a call, whose answer `receive` will give.
+    def send(self, *calls: bytes, patient: bool = False) -> None:
+        """Make calls, whose answers `receive` will give one by one.
 
         With `patient` that may take its time, as long as the connection lives: the master's disk may be slow.
         """
@@ -1074,7 +1078,7 @@ class Link:
             self._connection.sock.settimeout(None if patient else self._answer_limit)
         except OSError as error:  # it is closed, since a call before this one was its end
             raise EOFError(str(error)) from error
-        self._connection.send_bytes(message)
+        self._connection.send_bytes(*calls)
 
     def receive(self) -> Any:
         """What a call has returned; blocks until it is there."""
@@ -1215,10 +1219,12 @@ class Slot(threading.Thread):
         """
         self._report(keep=1)
         many = bool(self._outcomes) and self._outcomes[0].count("\n") > MANY
-        if self._outcomes and not many:
-            self._send_report()
         asked_at = time.monotonic()
-        link.send(pack(f"{TASKS} lease {limit} {0 if many else LEASE_WAIT}"), patient=self._sent)
+        call = pack(f"{TASKS} lease {limit} {0 if many else LEASE_WAIT}")
+        if self._outcomes and not many:
+            self._send_report(call)
+        else:
+            link.send(call)
         self._tell()
         lease = link.receive()
         self._worker.served_at = link.called_at
@@ -1236,13 +1242,14 @@ class Slot(threading.Thread):
             self._send_report()
             self._tell()
 
-    def _send_report(self) -> None:
-        """Send the first outcomes. They are recorded when the answer has come, which is awaited before the next call."""
+    def _send_report(self, *calls: bytes) -> None:
+        """Send the first outcomes, and calls behind them. They are recorded when the answer has come, awaited before the next."""
         busy, self._busy_from = time.monotonic() - self._busy_from, time.monotonic()
         self._reported_at = self._busy_from
         try:
             if self._link:
-                self._link.send(pack(f"{RESULTS} report {self._run_id} {busy:.6f}", self._outcomes[0]), patient=True)
+                report = pack(f"{RESULTS} report {self._run_id} {busy:.6f}", self._outcomes[0])
+                self._link.send(report, *calls, patient=True)
                 self._sent = True
         except EOFError as error:
             self._lose_link(error)
