@@ -2008,11 +2008,12 @@ def make_record(task: Task, first: int) -> Record:
     outcome = task.outcome
     try:
         value, end = scan_json(outcome, len(RESULT if task.ok else ERROR))
-        times = parse_times(outcome[end:])
-        read = (value, None, *times) if task.ok else (None, value, *times)
+        started_at, seconds = parse_times(outcome[end:])
+        result, error = (value, None) if task.ok else (None, value)
     except (ValueError, RecursionError, StopIteration):  # not as our workers write it
-        read = load_outcome_here(outcome)
-    columns = (task.id - first, scan_json(task.text, 0)[0], *read, task.worker, task.attempts)
+        result, error, started_at, seconds = load_outcome_here(outcome)
+    value = scan_json(task.text, 0)[0]
+    columns = (task.id - first, value, result, error, started_at, seconds, task.worker, task.attempts)
     return tuple.__new__(Record, columns)  # half the time of Record(*columns)
 
 
