@@ -1410,13 +1410,6 @@ def print_text(text: str, encoding: str = "utf-8") -> None:
 # ---- workers that the master starts --------------------------------------------------------------------------------
 
 
-# Runs the file that is its first argument, as Python does, but from what was compiled before: a twentieth of the time to start.
-STARTER = (
-    "import sys;'' in sys.path and sys.path.remove('');from importlib.machinery import SourceFileLoader;del sys.argv[0];"
-    "__file__=sys.argv[0];exec(SourceFileLoader('task_worker',__file__).get_code('task_worker'))"
-)
-
-
 class LocalWorker:
     """The task_worker.py beside this file, run on this host for this master alone; it ends with its standard input."""
 
@@ -1475,7 +1468,7 @@ class LocalWorker:
 
     def _find_command(self, host: str, port: int) -> tuple[list[str], dict[str, str], int]:
         """The command line for a master at this address, the environment, and where output goes: not into the progress."""
-        command = [sys.executable, "-c", STARTER, WORKER_FILE, *self._arguments, "--host", host, "--port", str(port)]
+        command = [sys.executable, WORKER_FILE, *self._arguments, "--host", host, "--port", str(port)]
         return command, {**os.environ, **self._environment}, subprocess.PIPE if console.is_terminal else 2
 
     def _take(self, _process: subprocess.Popen[bytes], line: bytes) -> None:

@@ -1025,6 +1025,7 @@ def listen(descriptor: int, leaving: threading.Event, silence_limit: float | Non
 def leave_at_once(status: int) -> NoReturn:
     """End this process and all that it has started now."""
     Child.killing_all = True
+    Child.starting.acquire(timeout=EXIT_GRACE)  # one that is half started would end with a traceback
     for process in multiprocessing.active_children():
         process.kill()
     kill_started(WORKER_MARK, root=os.getpid())

@@ -92,9 +92,9 @@ def wait_recorded(farm: Farm, master: Program, count: int) -> None:
 
 
 def check_run_once(farm: Farm, tasks: list[Any]) -> None:
-    """Each task was started once, and has one record, in this order."""
-    assert farm.started() == [str(task) for task in tasks]
-    records = farm.records()
+    """Each task was started once, and has one record; what stood behind a slow one may come later."""
+    assert sorted(farm.started()) == sorted(map(str, tasks))
+    records = farm.in_order()
     assert [record["id"] for record in records] == [*range(len(tasks))]
     assert [record["task"] for record in records] == tasks
     assert {record["attempts"] for record in records} == {1}
@@ -197,5 +197,5 @@ def test_a_forked_copy_that_comes_back_adds_nothing(farm: Farm, way: str) -> Non
     tasks = [*range(100)]
     assert start(farm, tasks, f"fork_{way}").wait() == 0
     check_run_once(farm, tasks)
-    results = [record["result"] for record in farm.records()]
+    results = [record["result"] for record in farm.in_order()]
     assert [result[0] if isinstance(result, list) else result for result in results] == tasks

@@ -11,6 +11,7 @@ import subprocess
 import psutil
 import pytest
 from lab import (
+    ROOT,
     Farm,
     Program,
     check_doubled,
@@ -252,3 +253,28 @@ def test_two_signals_at_once_leave_without_a_traceback(farm: Farm, whom: str) ->
     assert program.wait() in (130, 143), program.stderr
     check_silence(program)
     program.wait_line("leaving at once")
+
+
+STARTS = """
+import sys, threading, time, types
+import task_worker
+
+def start_children():
+    worker = types.SimpleNamespace(folder=None, statement={"function": None, "command": None})
+    children = []
+    while True:
+        children.append(task_worker.Child(worker))
+
+if __name__ == "__main__":
+    threading.Thread(target=start_children, daemon=True).start()
+    time.sleep(float(sys.argv[1]))
+    task_worker.leave_at_once(7)
+"""
+
+
+def test_to_leave_while_a_process_starts_gives_no_traceback(farm: Farm) -> None:
+    script = farm.write("starts.py", STARTS)
+    for n in range(12):
+        program = farm.run(script, 0.3 + n / 50, env=farm.env(PYTHONPATH=str(ROOT)))
+        assert program.wait() == 7
+        check_silence(program)
