@@ -641,7 +641,10 @@ def run_child(pipe: Any, memory: Memory, folder: str | None, function: str | Non
         while fit:
             fit = run_tasks(call, pipe.recv_bytes().decode().split("\n"), memory, pipe, streams)
             pipe.send_bytes(b"." if fit else b"x")
-            fit = fit and identify_streams() == streams  # looked at while the slot reports; it sees the end of this process
+            if fit and identify_streams() != streams:  # looked at while the slot reports
+                pipe.send_bytes(b"x")  # for the tasks to come
+                pipe.close()  # so that the slot does not wait for room
+                fit = False
 
 
 class Output(io.FileIO):
