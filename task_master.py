@@ -800,7 +800,8 @@ class RequestConnection(PlainConnection):
             self.problem = f"it sent something that is not plain data ({error!r})"
             self.close()
             raise EOFError(self.problem) from None
-        if self._pickles and not is_request(request):
+        shape = [*map(type, request)] if isinstance(request, tuple) else []
+        if shape not in ([str, str, tuple, dict], [type(None), str, tuple, dict]):  # the server looks things up by it
             raise ValueError("this is no request")
         if not hasattr(this_thread, "peer") and request[1] not in QueueServer.public:
             raise ValueError("there is no such function")  # the base class relies on an assert for that
@@ -840,12 +841,6 @@ class RequestConnection(PlainConnection):
         if self._has_turn:
             self._has_turn = False
             self._large.release()
-
-
-def is_request(value: Any) -> bool:
-    """Whether a server of BaseManager can look things up by this: (id, method, args, kwds)."""
-    shape = [type(part) for part in value] if isinstance(value, tuple) else []
-    return shape in ([str, str, tuple, dict], [type(None), str, tuple, dict])
 
 
 def read_call(message: bytes) -> tuple[str, str, tuple[str, ...], dict[str, Any]]:

@@ -1324,11 +1324,7 @@ class Slot(threading.Thread):
     def _run(self, child: Child) -> None:
         """Feed tasks to the child until it is done with them. Raises ChildDied."""
         child.feed(self._fed[: self._left], self._time_limit)
-        while True:
-            message = child.receive(min(POLL_INTERVAL, max(0.01, self._time_limit - child.running_for()))) or b""
-            self._collect(child, message)
-            if message in (b".", b"x"):
-                break
+        while (message := self._receive(child)) not in (b".", b"x"):
             if child.position() >= self._done and child.running_for() > self._time_limit:
                 child.overdue = True
                 child.kill()
@@ -1340,6 +1336,12 @@ class Slot(threading.Thread):
         self._left -= self._done
         if message == b"x" or self._left <= 0:
             self._stop_child()
+
+    def _receive(self, child: Child) -> bytes:
+        """The child's next message, b"" when there is none for a while; its outcomes so far are kept. Raises ChildDied."""
+        message = child.receive(min(POLL_INTERVAL, max(0.01, self._time_limit - child.running_for()))) or b""
+        self._collect(child, message)
+        return message
 
     def _collect(self, child: Child, message: bytes = b"") -> None:
         """Keep the outcomes that the child has written into the memory, or sent, if it does not fit there."""
