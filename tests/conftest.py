@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -12,6 +13,8 @@ from lab import Farm
 
 settings.register_profile("patient", deadline=None)  # the machine may be busy
 settings.load_profile("patient")
+if hasattr(signal, "SIGHUP"):
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the programs would heed it if the tests were started with nohup
 
 
 @pytest.fixture
