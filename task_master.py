@@ -1449,9 +1449,9 @@ class LocalWorker:
             process = self._process = subprocess.Popen(
                 command, env=environ, stdin=subprocess.PIPE, stdout=stdout, stderr=subprocess.STDOUT, start_new_session=True
             )
-        except OSError as error:
+        except (OSError, ValueError) as error:  # ValueError: no command line can carry an argument
             say(f"cannot run {command[0]}: {explain_error(error)}")
-            return 255
+            return 255 if isinstance(error, OSError) else 2
         self.name = f"{self.host}/{process.pid}"
         if self._stopping.is_set():
             self.end()

@@ -312,9 +312,10 @@ def test_a_port_in_use_is_refused(mine: Mine) -> None:
     assert raised.value.status == 3
 
 
-def test_a_function_that_does_not_exist_ends_the_run(mine: Mine) -> None:
+@pytest.mark.parametrize("function", ["mine:missing", "mine:\ud800", "mine:\0"], ids=ascii)
+def test_a_function_that_does_not_exist_ends_the_run(mine: Mine, function: str) -> None:
     with pytest.raises(Failure, match="local worker"):
-        mine.results([2], function="mine:missing")
+        mine.results([2], function=function)
 
 
 @pytest.mark.parametrize(
