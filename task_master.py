@@ -295,6 +295,8 @@ class Ledger:
     def begin(self) -> None:
         """There will be tasks. Raises Failure when the last job is not over, or was ended early."""
         with self._lock:
+            if self.phase == Phase.FAILED and self.reason:
+                raise self.reason
             if self.phase != Phase.OVER:
                 under_way = "a run is under way: take all its records first, or make another TaskMaster"
                 closed = "this farm was closed, or a run of it was left early: make another TaskMaster"
