@@ -64,8 +64,11 @@ def check_error(program: Program, status: int, pattern: str, *, alone: bool = Tr
     ],
     ids=lambda value: " ".join(value).replace(".py", "") if isinstance(value, list) else "",
 )
-def test_a_wrong_option_is_named_with_what_it_takes(argv: list[str], pattern: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_wrong_option_is_named_with_what_it_takes(
+    argv: list[str], pattern: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     program, *options = argv
+    monkeypatch.setattr("signal.signal", lambda number, handler: None)  # else the tests behind this one would ignore signals
     with pytest.raises(SystemExit) as leaving:
         (task_master if program == MASTER else task_worker).main(options)
     assert leaving.value.code == 2
