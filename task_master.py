@@ -82,8 +82,8 @@ if "task_worker" not in sys.modules:  # the one beside this file, wherever Pytho
 from task_worker import (  # noqa: E402, I001
     BEAT_INTERVAL, COUNT, DEFAULT_KEY_FILE, ERROR, FINAL, LOADING, PLAIN_WARNING, PROTOCOL, RESULT, SILENCE_LIMIT, STOP_SIGNALS,
     TEXT_LIMIT, Failure, Parser, PlainConnection, add_connection_options, add_function_options, bounded, catch_signals, check_key,
-    check_spec, check_template, describe_error, encode_result, explain_error, format_error, format_outcome,
-    is_loopback, make_tls_context, prepare_process, pack, parse_host, read_key, show_address, unpack, write_all, write_last_line,
+    check_spec, check_template, describe_error, encode_result, explain_error, format_error, format_outcome, is_loopback,
+    make_tls_context, prepare_process, pack, parse_host, read_key, show_address, unpack, write_all, write_last_line,
 )
 # fmt: on
 
@@ -248,7 +248,7 @@ class Standing:
         self.resumes_at = 0.0  # when it may have the next one
 
     def note(self, oks: list[bool]) -> None:
-        """Whether its last outcomes were ok; at most DOUBT_AFTER of them."""
+        """Take note of whether its last outcomes were ok, at most DOUBT_AFTER of them."""
         self.recent.extend(oks)
         if any(oks):
             self.proven, self.failing = True, False
@@ -293,7 +293,7 @@ class Ledger:
         self.submitted = self.done = self.failed = self.retried = self.redelivered = self.dropped = 0
 
     def begin(self) -> None:
-        """There will be tasks. Raises Failure when the last job is not over, or was ended early."""
+        """There will be tasks. Raises Failure when the last job is not over or was ended early; what ended it, if that is known."""
         with self._lock:
             if self.phase == Phase.FAILED and self.reason:
                 raise self.reason

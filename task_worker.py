@@ -133,7 +133,7 @@ class PlainConnection:
         self.sock = sock
         self.deadline: float | None = time.monotonic() + HANDSHAKE_LIMIT  # for all reading, until the handshake is done
         self._buffer = bytearray()
-        self.poll = make_poll(sock)
+        self.poll = make_poll(sock)  # also for TLS, which keeps the descriptor
         sock.settimeout(HANDSHAKE_LIMIT)
         # Send at once, and notice a vanished peer: idle within 30 s (keepalive), with data on the way within SILENCE_LIMIT.
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
@@ -412,7 +412,7 @@ SLOW_TASK = 0.5  # seconds after which the tasks behind a running one are releas
 REMEDIES = {errno.EMFILE: "see ulimit -n", errno.EAGAIN: "see ulimit -u", errno.ENOMEM: "memory is short"}
 START_ATTEMPTS = 3  # of a child that dies before it could run a task
 START_POLL = 0.02  # seconds between looks around while a child loads the function
-MANY = 200  # outcomes, whose recording takes as long as a round trip
+LARGE_REPORT = 200  # outcomes: to record them takes as long as a round trip
 POLL_INTERVAL = 0.25  # seconds after which a slot looks around while its child works
 EXIT_GRACE = 5.0  # seconds for a child to leave by itself
 OUTPUT_LIMIT = 1 << 20  # bytes kept of each stream of a --command
@@ -845,7 +845,7 @@ class Child:
         try:
             self._pipe, theirs = self.context.Pipe()
             self._poll = make_poll(self._pipe)
-            while self.killing_all:
+            while self.killing_all:  # this process is about to end
                 time.sleep(EXIT_GRACE)
             with theirs, self.starting:
                 if sys.platform == "linux":
@@ -861,7 +861,7 @@ class Child:
     def feed(self, lines: list[str], time_limit: float) -> None:
         """Hand over tasks, to be run in this order."""
         self._taken = HEADER
-        struct.pack_into("5d", self._memory.bytes, 0, -1, time.perf_counter(), 0, HEADER, time_limit)  # POSITION and so on
+        struct.pack_into("5d", self._memory.bytes, 0, -1, time.perf_counter(), 0, HEADER, time_limit)  # from POSITION on
         with contextlib.suppress(OSError):  # it just died: `receive` finds out
             self._pipe.send_bytes("\n".join(lines).encode("utf-8", "replace"))
 
@@ -1224,7 +1224,7 @@ class Slot(threading.Thread):
         A report of many outcomes is sent when the lease is there, so that the child works while the master records.
         """
         self._report(keep=1)
-        many = bool(self._outcomes) and self._outcomes[0].count("\n") > MANY
+        many = bool(self._outcomes) and self._outcomes[0].count("\n") > LARGE_REPORT
         asked_at = time.monotonic()
         call = pack(f"{TASKS} lease {limit} {0 if many else LEASE_WAIT}")
         if self._outcomes and not many:
@@ -1249,7 +1249,7 @@ class Slot(threading.Thread):
             self._tell()
 
     def _send_report(self, *calls: bytes) -> None:
-        """Send the first outcomes, and calls behind them. They are recorded when the answer has come, awaited before the next."""
+        """Send the first outcomes, with calls behind them. Their answer, awaited before the next call, says that they are recorded."""
         busy, self._busy_from = time.monotonic() - self._busy_from, time.monotonic()
         self._reported_at = self._busy_from
         try:

@@ -313,7 +313,7 @@ def test_a_port_in_use_is_refused(mine: Mine) -> None:
 
 
 @pytest.mark.parametrize("function", ["mine:missing", "mine:\ud800", "mine:\0"], ids=ascii)
-def test_a_function_that_does_not_exist_ends_the_run(mine: Mine, function: str) -> None:
+def test_a_function_that_no_worker_can_load_ends_the_run(mine: Mine, function: str) -> None:
     with pytest.raises(Failure, match="local worker"):
         mine.results([2], function=function)
 
