@@ -293,7 +293,7 @@ class Ledger:
         self.submitted = self.done = self.failed = self.retried = self.redelivered = self.dropped = 0
 
     def begin(self) -> None:
-        """There will be tasks. Raises Failure when the last job is not over or was ended early; what ended it, if that is known."""
+        """There will be tasks. Raises Failure when the last job is not over or was ended early, or what has ended it."""
         with self._lock:
             if self.phase == Phase.FAILED and self.reason:
                 raise self.reason

@@ -1249,7 +1249,7 @@ class Slot(threading.Thread):
             self._tell()
 
     def _send_report(self, *calls: bytes) -> None:
-        """Send the first outcomes, with calls behind them. Their answer, awaited before the next call, says that they are recorded."""
+        """Send the first outcomes, with calls behind them. The answer, awaited before the next call, says they are recorded."""
         busy, self._busy_from = time.monotonic() - self._busy_from, time.monotonic()
         self._reported_at = self._busy_from
         try:
