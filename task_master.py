@@ -1901,18 +1901,20 @@ class TaskMaster:
             with contextlib.suppress(EOFError):
                 self._take_result(peer, format_error("TypeError", f"the result cannot be recorded: {peer.conn.problem}"))
         again, given_up = self.ledger.drop(peer)
+        last = False  # of its worker's connections
         with self._counting:
             self.peers.discard(peer)
             if peer.joined_at is not None:
                 host = self.hosts[peer.host]
                 host.slots[peer.name] -= 1
+                last = not host.slots[peer.name]
                 host.connected += time.monotonic() - peer.joined_at
         if again:
             shown = ", ".join([f"{task.id} (attempt {task.attempts})" for task in again[:5]])
             more = f" and {len(again) - 5} more" if len(again) > 5 else ""
             self._log(f"redelivered since {peer.name} was lost: task {shown}{more}")
         self._look_for_workers()
-        if peer.joined_at is not None and not host.slots[peer.name] and self.ledger.phase < Phase.DRAINING:
+        if last and self.ledger.phase < Phase.DRAINING:
             self._log(f"worker {peer.name} disconnected")
         for task in given_up:
             times = "once" if task.losses == 1 else f"{task.losses} times"
