@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 import task_master
-from task_master import DONE, LEASED, MOVES, READY, Failure, IllegalMove, Ledger, Phase
+from task_master import DONE, LEASED, MOVES, READY, Failure, IllegalMove, Ledger, Outcomes, Phase
 
 ANNA, BERT = "anna", "bert"  # two connections
 OK, ERROR, LAST_ERROR = (True, False, "what"), (False, False, "what"), (False, True, "what")
@@ -33,9 +33,15 @@ def lease(ledger: Ledger, holder: object, limit: int = 1, now: float = 0.0) -> l
     return [task.id for task in tasks]
 
 
+def make_outcomes(outcomes: dict[int, tuple[bool, bool, str]]) -> Outcomes:
+    """What was reported of some tasks, by id."""
+    oks, finals, texts = ([outcome[column] for outcome in outcomes.values()] for column in range(3))
+    return Outcomes([*outcomes], oks, finals, texts)
+
+
 def report(ledger: Ledger, holder: object, outcomes: dict[int, Any], now: float = 0.0) -> tuple[list[int], list[int]]:
     """Report, record and settle; the ids that have their last outcome, and those that are retried."""
-    last, retried = ledger.report(holder, [(task_id, *outcome) for task_id, outcome in outcomes.items()], now)
+    last, retried = ledger.report(holder, make_outcomes(outcomes), now)
     ledger.settle(last)
     return [task.id for task in last], [task.id for task in retried]
 
@@ -85,7 +91,7 @@ def move(ledger: Ledger, task: Any, state: str) -> None:
     if state == READY:
         ledger.release(ANNA, [task.id])
     elif state == LEASED:
-        ledger.report(ANNA, [(task.id, *OK)], 0.0)
+        ledger.report(ANNA, make_outcomes({task.id: OK}), 0.0)
     else:
         ledger.settle([task])
 
@@ -123,7 +129,7 @@ def test_a_task_goes_from_ready_over_leased_and_reported_to_done() -> None:
     assert [lease(ledger, holder) for holder in (ANNA, BERT, ANNA)] == [[0], [], []]
     assert ledger.first_held() == {ANNA: 0}
     check_counts(ledger, ready=0, leased=1, done=0)
-    last, retried = ledger.report(ANNA, [(0, *OK)], 0.0)
+    last, retried = ledger.report(ANNA, make_outcomes({0: OK}), 0.0)
     check_counts(ledger, ready=0, leased=1, done=0)  # until it is recorded
     assert drop(ledger, ANNA) == ([], [])
     ledger.settle(last)
@@ -345,7 +351,7 @@ def test_a_late_outcome_settles_a_retry_that_waits_for_its_delay() -> None:
 def test_the_second_outcome_of_a_task_is_counted_and_dropped(outcome: Any, settled: bool) -> None:
     ledger = make_ledger(1, retries=5)
     lease(ledger, ANNA)
-    last, _ = ledger.report(ANNA, [(0, *OK)], 0.0)
+    last, _ = ledger.report(ANNA, make_outcomes({0: OK}), 0.0)
     if settled:
         ledger.settle(last)
     assert report(ledger, ANNA, {0: outcome, 7: OK, -1: ERROR}) == ([], [])  # and those of unknown tasks
@@ -526,7 +532,7 @@ def test_a_job_is_over_when_no_task_will_come_and_all_are_done_and_another_may_b
     ledger.end(Phase.ENDED)
     waiter = in_thread(ledger.wait_over, None)
     lease(ledger, ANNA)
-    last, _ = ledger.report(ANNA, [(0, *OK)], 0.0)
+    last, _ = ledger.report(ANNA, make_outcomes({0: OK}), 0.0)
     check_blocked(waiter)
     assert not ledger.is_over() and not ledger.wait_over(0.0)
     ledger.settle(last)
@@ -560,7 +566,7 @@ def test_a_phase_only_goes_up_and_the_first_reason_counts() -> None:
 
 COMING_BACK = {
     "released": lambda ledger: ledger.release(ANNA, [0]),
-    "retried": lambda ledger: ledger.report(ANNA, [(0, *ERROR)], 0.0),
+    "retried": lambda ledger: ledger.report(ANNA, make_outcomes({0: ERROR}), 0.0),
     "lost": lambda ledger: ledger.drop(ANNA),
 }
 LAST_MOVES = {**COMING_BACK, "reported": lambda ledger: report(ledger, ANNA, {0: OK})}
@@ -585,7 +591,7 @@ def test_an_outcome_is_not_acknowledged_when_it_cannot_be_recorded_any_more(phas
     lease(ledger, ANNA)
     ledger.end(phase)
     with pytest.raises(EOFError):
-        ledger.report(ANNA, [(0, *OK)], 0.0)
+        ledger.report(ANNA, make_outcomes({0: OK}), 0.0)
     check_counts(ledger, ready=0, leased=1, done=0)
 
 
@@ -785,7 +791,7 @@ class Walk(RuleBasedStateMachine):
         """By a live connection or one that has ended, of what it held, or of what anybody held."""
         holder = data.draw(st.sampled_from(sorted(self.held)))
         ids = self.draw_ids(data, self.held[holder] if data.draw(st.booleans()) else range(self.submitted))
-        outcomes = [(task_id, *data.draw(st.sampled_from([OK, ERROR, LAST_ERROR]))) for task_id in ids]
+        outcomes = make_outcomes({task_id: data.draw(st.sampled_from([OK, ERROR, LAST_ERROR])) for task_id in ids})
         if self.ledger.is_over() and len(self.settled) < self.submitted:
             with pytest.raises(EOFError):
                 self.ledger.report(holder, outcomes, self.now)
@@ -845,7 +851,7 @@ class Walk(RuleBasedStateMachine):
         self.ledger.end(Phase.ENDED)
         self.ledger.close_gate(False)
         while tasks := self.ledger.lease("last", 10, self.now + 1000.0):
-            self.ledger.settle(self.ledger.report("last", [(task.id, *OK) for task in tasks], self.now)[0])
+            self.ledger.settle(self.ledger.report("last", make_outcomes({task.id: OK for task in tasks}), self.now)[0])
         self.ledger.audit()
         assert self.ledger.is_over()
         assert self.draining or self.ledger.done == self.submitted

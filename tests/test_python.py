@@ -385,7 +385,7 @@ def test_a_script_needs_no_main_guard(farm: Farm) -> None:
     ("ok", "outcome", "expected"),
     [
         (True, '"result": 1 , "started_at" : 1, "seconds": 2', 1),
-        (True, '"result": 1, "started_at": 1, "seconds": 2, "result": 5', 1),
+        (True, '"result": 1, "started_at": 1, "seconds": 2, "result": 5', 5),
         (True, f'"result": {"1" * 5000}, "started_at": 1, "seconds": 2', None),
         (False, '"error": null, "error": {"type": "E", "message": ""}, "started_at": 1, "seconds": 2', None),
     ],
@@ -393,5 +393,5 @@ def test_a_script_needs_no_main_guard(farm: Farm) -> None:
 def test_an_outcome_that_is_not_written_as_ours_is_a_record_nevertheless(ok: bool, outcome: str, expected: object) -> None:
     task = task_master.Task(7, "[1]")
     task.ok, task.outcome = ok, outcome
-    record = task_master.make_record(task, 5)
+    (record,) = task_master.make_records([task], 5)
     assert (record.id, record.task, record.result, record.ok) == (2, [1], expected, expected is not None)

@@ -600,10 +600,6 @@ def test_a_worker_on_another_host_is_started_with_two_commands(newcomer: Newcome
     assert not master.said("without TLS")
 
 
-# Each "host" has a home of its own, though both are this machine
-# All hosts are this machine, the master's too
-
-
 # ---- what is stated ------------------------------------------------------------------------------------------------
 
 
