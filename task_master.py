@@ -264,7 +264,7 @@ Sink = Callable[["list[Task]"], None]  # takes tasks that have their last outcom
 
 
 class Outcomes(NamedTuple):
-    """What running some tasks once gave, in columns: a tuple for each task would be one more to make (row `run`)."""
+    """What running some tasks once gave, in columns: a tuple for each task would be one more to make (row `python`)."""
 
     ids: list[int]
     oks: list[bool]
