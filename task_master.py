@@ -756,12 +756,12 @@ def parse_report(text: str) -> Outcomes:
     return Outcomes(*map(list, zip(*[(task_id, *check_outcome(text)) for task_id, text in reversed(first_texts.items())])))
 
 
-def check_outcome(outcome: str) -> tuple[bool, bool, str]:
+def check_outcome(outcome: str, scan: Callable[..., Any] = scan_roughly) -> tuple[bool, bool, str]:
     """Whether an outcome is ok, whether it is final, and its text for the results file. What is not sound becomes an error."""
     try:
         if outcome.count('"') + outcome.count("[") + outcome.count("{") > VALUE_LIMIT:
             raise ValueError(f"it has more than {VALUE_LIMIT} strings, lists and objects: write it to a file")
-        error = load_outcome(outcome, scan_roughly)[1]
+        error = load_outcome(outcome, scan)[1]
     except ValueError as problem:
         return False, False, format_outcome(format_error("ValueError", f"what the worker sent cannot be read: {problem}"))
     final = bool(error and error.get("final"))
@@ -2011,8 +2011,8 @@ def make_records(tasks: list[Task], first: int) -> Iterator[Record]:
             member, end = scan_json(task.outcome, len(RESULT if task.ok else ERROR))
             started_at, seconds = parse_times(task.outcome[end:])
             result, error = (member, None) if task.ok else (None, member)
-        except (ValueError, RecursionError, StopIteration):  # not as our workers write it
-            result, error, started_at, seconds = load_outcome_here(task.outcome)
+        except (ValueError, RecursionError, StopIteration):  # not as our workers write it, or too deep for this stack
+            result, error, started_at, seconds = load_outcome(check_outcome(task.outcome, scan_json)[2])
         columns = (task.id - first, value, result, error, started_at, seconds, task.worker, task.attempts)
         yield tuple.__new__(Record, columns)  # half the time of Record(*columns)
 
@@ -2022,14 +2022,6 @@ def parse_times(text: str) -> tuple[Any, Any]:
     """`started_at` and `seconds`, of the end of an outcome; tiny tasks, of which there are most, begin and last alike."""
     started_at, seconds = scan_json("{" + text[2:] + "}", 0)[0].values()
     return started_at, seconds
-
-
-def load_outcome_here(outcome: str) -> tuple[Any, Any, Any, Any]:
-    """What `load_outcome` reads; an error when it cannot: the caller may have less room for lists or numbers than we have."""
-    try:
-        return load_outcome(outcome)
-    except ValueError as problem:
-        return load_outcome(format_outcome(format_error("ValueError", f"the result cannot be read here: {problem}")))
 
 
 def check_argument(name: str, value: Any, kind: Callable[[str], Any]) -> Any:
