@@ -1772,16 +1772,11 @@ class TaskMaster:
         if not self._server:
             raise Failure("this farm is not open: use `with TaskMaster(...) as master:`, or call start()")
         self.ledger.begin()
-        return self._run(tasks)
-
-    def _run(self, tasks: Iterable[Any]) -> Iterator[Record]:
         records: queue.SimpleQueue[list[Task]] = queue.SimpleQueue()
-        first, put, taken = self._next_id, 0, 0
+        first, taken = self._next_id, self.ledger.done
 
         def sink(tasks: list[Task]) -> None:
-            nonlocal put
-            put += len(tasks)
-            self.ledger.close_gate(put - taken > CALLER_LIMIT)
+            self.ledger.close_gate(self.ledger.done - taken > CALLER_LIMIT)
             records.put(tasks)
 
         def finish() -> None:
@@ -1794,7 +1789,7 @@ class TaskMaster:
             while settled := records.get():
                 yield from make_records(settled, first)
                 taken += len(settled)
-                self.ledger.close_gate(put - taken > CALLER_LIMIT)
+                self.ledger.close_gate(self.ledger.done - taken > CALLER_LIMIT)
         finally:
             if not self.ledger.is_over():
                 self.ledger.end(Phase.CLOSED)  # the caller has lost interest
