@@ -1212,14 +1212,11 @@ class ResultsFile:
         """Append the records of tasks; when this returns, they survive the end of this process. Raises Failure."""
         data = format_records(tasks).encode("utf-8", "replace")
         with self._explaining():
-            self._cut_torn_end()  # not before there is something to put there
+            if self._torn:  # cut now, when it is known that this is the file of this job
+                os.ftruncate(self._fd, self._end)
+                self._torn = False
             write_all(data, self._fd)
         self._unsynced_since = self._unsynced_since or time.monotonic()
-
-    def _cut_torn_end(self) -> None:
-        if self._torn:
-            os.ftruncate(self._fd, self._end)
-        self._torn = False
 
     def sync(self, interval: float = SYNC_INTERVAL) -> None:
         """Make what was written survive a power cut, if it has waited for `interval` seconds. Raises Failure."""
@@ -1290,8 +1287,8 @@ class ResultsFile:
 
     def finish(self, ordered: bool) -> None:
         """Put the lines in order, if wanted, without those that a later record has replaced; close the file. Raises Failure."""
+        self.write([])  # which cuts a torn end
         self.sync(0.0)
-        self._cut_torn_end()
         if self.regular and (ordered or self.repeated or self._stale):
             try:
                 self._rewrite(ordered)
