@@ -1803,7 +1803,7 @@ class TaskMaster:
         try:
             for tasks in batches:
                 first, self._next_id = self._next_id, self._next_id + len(tasks)
-                if isinstance(tasks, BadTask):
+                if isinstance(tasks, BadTask) and tasks[0]:  # else it has a result, of when the line was another
                     outcome = format_outcome(format_error("ValueError", tasks.problem))
                     with self._recording:
                         self._record([self.ledger.submit_failed(first, tasks[0], outcome)], "")

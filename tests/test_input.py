@@ -215,6 +215,12 @@ def test_a_job_with_a_bad_line_is_resumed(farm: Farm) -> None:
         assert ["error" in record for record in farm.in_order()] == [False, True, False]
 
 
+def test_a_line_that_has_become_bad_since_it_has_a_result_spoils_no_record(farm: Farm) -> None:
+    for content, options in ((b'1\n"x"\n', []), (b"1\nx\n", ["--resume"])):
+        run_input(farm, content, *options)
+        assert [record["task"] for record in farm.in_order()] == [1, "x"]
+
+
 # ---- standard input, as it arrives ---------------------------------------------------------------------------------
 
 
