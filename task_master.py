@@ -65,6 +65,7 @@ import stat
 import subprocess
 import threading
 import time
+import types
 from collections.abc import Iterable, Iterator, Sequence
 from multiprocessing import managers
 from typing import Any, BinaryIO, Callable, NamedTuple
@@ -899,28 +900,8 @@ def load_plain(data: bytes) -> Any:
     return PlainUnpickler(io.BytesIO(data)).load()
 
 
-class PlainListener:
-    """Accepts connections; what `multiprocessing.managers` expects of a listener."""
-
-    def __init__(self, address: tuple[str, int], backlog: int = BACKLOG) -> None:
-        family, *_, bound = socket.getaddrinfo(*address, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        both = address[0] == "::" and socket.has_dualstack_ipv6()
-        self._socket = socket.create_server(bound[:2], family=family, backlog=max(backlog, BACKLOG), dualstack_ipv6=both)
-        self._socket.settimeout(LOOK_INTERVAL)  # close does not wake a thread that accepts
-        self.address: tuple[str, int] = self._socket.getsockname()[:2]
-        self.close = self._socket.close
-
-    def wake(self) -> None:
-        """Let a thread that accepts see at once that there is no more to accept, where the system can do that."""
-        with contextlib.suppress(OSError):
-            self._socket.shutdown(socket.SHUT_RDWR)
-
-    def accept(self) -> RequestConnection:
-        """The next connection. Raises TimeoutError (an OSError) when there is none for LOOK_INTERVAL."""
-        return RequestConnection(self._socket.accept()[0])
-
-
-managers.listener_client["plain"] = (PlainListener, None)  # type: ignore[attr-defined]
+# What the base class makes to listen; ours listens at a socket.
+managers.listener_client["plain"] = (types.SimpleNamespace, None)  # type: ignore[attr-defined]
 
 
 class QueueServer(managers.Server):
@@ -930,8 +911,11 @@ class QueueServer(managers.Server):
     fallback_mapping: dict[str, Any] = {}  # nor `#GETVALUE`, which would pickle the object itself
 
     def __init__(self, master: TaskMaster, registry: Any) -> None:
-        self.listener: PlainListener
         super().__init__(registry, master.address, master.authkey, "plain")
+        family, *_, bound = socket.getaddrinfo(*master.address, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        both = master.address[0] == "::" and socket.has_dualstack_ipv6()
+        self.listener = socket.create_server(bound[:2], family=family, backlog=BACKLOG, dualstack_ipv6=both)
+        self.listener.settimeout(LOOK_INTERVAL)  # close does not wake a thread that accepts
         self.stop_event = threading.Event()
         self._master = master
         self._pending: dict[RequestConnection, None] = {}  # in the handshake, oldest first
@@ -953,7 +937,8 @@ class QueueServer(managers.Server):
     def stop(self) -> None:
         """Close the port and every connection. Blocks until the port is free."""
         self.stop_event.set()
-        self.listener.wake()
+        with contextlib.suppress(OSError):  # where the system can do that, it wakes a thread that accepts
+            self.listener.shutdown(socket.SHUT_RDWR)
         self._accepting.join()  # it holds the socket while it accepts
         self.listener.close()
         for conn in [*self._pending, *[peer.conn for peer in [*self._master.peers]]]:
@@ -962,7 +947,7 @@ class QueueServer(managers.Server):
     def accepter(self) -> None:
         while not self.stop_event.is_set():
             try:
-                conn = self.listener.accept()
+                conn = RequestConnection(self.listener.accept()[0])
             except OSError as error:
                 if not isinstance(error, socket.timeout):  # out of file descriptors, say
                     self.stop_event.wait(LOOK_INTERVAL)
@@ -1733,7 +1718,7 @@ class TaskMaster:
             remedy = 'put what makes it below `if __name__ == "__main__":` there'
             raise Failure(f"this TaskMaster is made while a worker loads the module: {remedy}")
         server = make_server(self)
-        self.address = server.listener.address
+        self.address = server.listener.getsockname()[:2]
         if len(self.authkey) < 16 and not is_loopback(self.address[0]):
             server.listener.close()
             few = f"the key has {len(self.authkey)} bytes, too few to listen on {self.address[0]}"
