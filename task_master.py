@@ -822,18 +822,14 @@ class RequestConnection(PlainConnection):
         """Send (kind, value), the kind `#RETURN` or that of an error; to a worker as a text, as JSON, or as nothing."""
         self.end_turn()
         kind, value = answer
+        if kind == "#TRACEBACK" and "AuthenticationError: " in value:  # of the handshake
+            self.problem = OTHER_KEY
         if self._pickles:
             self.send_bytes(pickle.dumps(answer, 4))
         elif value is None or isinstance(value, str):
             self.send_bytes(pack(kind + " none") if value is None else pack(kind + " text", value))
         else:
             self.send_bytes(pack(kind + " json", json.dumps(value, default=repr)))
-
-    def send_bytes(self, *messages: bytes) -> None:
-        """As for any connection; the handshake says in this way that the key is not ours."""
-        if messages == (b"#FAILURE#",):
-            self.problem = OTHER_KEY
-        super().send_bytes(*messages)
 
     def fill(self, size: int) -> None:
         """As for any connection; but large messages come one at a time, to keep memory small, and must not dawdle."""
