@@ -241,7 +241,6 @@ class Standing:
     """
 
     def __init__(self, proven: bool = False) -> None:
-        self.slots = 0
         self.proven = proven  # whether it ever had a result
         self.recent: collections.deque[bool] = collections.deque(maxlen=DOUBT_AFTER)  # whether the last outcomes were ok
         self.failing = False  # whether nothing has worked of late
@@ -251,10 +250,8 @@ class Standing:
     def note(self, oks: list[bool]) -> None:
         """Take note of whether its last outcomes were ok, at most DOUBT_AFTER of them."""
         self.recent.extend(oks)
-        if any(oks):
-            self.proven, self.failing = True, False
-        else:
-            self.failing = len(self.recent) == DOUBT_AFTER and not any(self.recent)
+        self.proven = self.proven or any(oks)
+        self.failing = len(self.recent) == DOUBT_AFTER and not any(self.recent)
 
     def is_good(self) -> bool:
         """Whether it has had results at least half of the time of late; also when it has not reported yet."""
@@ -357,8 +354,7 @@ class Ledger:
         """Count a holder among the slots between which the READY tasks are divided, as one of a worker's, until it is dropped."""
         with self._lock:
             self._others_until = self._others_until or now + self._others_time
-            self._slots[holder] = standing = self._workers.setdefault(worker, Standing())
-            standing.slots += 1
+            self._slots[holder] = self._workers.setdefault(worker, Standing())
 
     def wait_ready(self, holder: object, timeout: float, now: float) -> bool:
         """Block until `lease` would return tasks or None, for `timeout` seconds at most. Returns whether it would."""
@@ -468,9 +464,9 @@ class Ledger:
             self.failed += len(given_up)
             self.redelivered += len(again)
             self._held.pop(holder, None)
-            if standing := self._slots.pop(holder, None):
-                standing.slots -= 1
-                self._workers = {worker: other for worker, other in self._workers.items() if other.slots}
+            if self._slots.pop(holder, None):
+                connected = {*self._slots.values()}
+                self._workers = {worker: other for worker, other in self._workers.items() if other in connected}
         return again, given_up
 
     def is_in_doubt(self, holder: object, now: float) -> bool:
