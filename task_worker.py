@@ -1185,10 +1185,7 @@ class Slot(threading.Thread):
             while joined and self._link and not self._worker.leaving.is_set():
                 lease = self._lease(self._link, limit)
                 if lease is None:
-                    self._report()
                     self._worker.end_job(self._run_id)
-                    self._leave()  # before the child has ended, since the master waits for that
-                    self._stop_child()  # the next job begins with a fresh one
                     break
                 if lease:
                     limit = min(LEASE_GROWTH * limit, self._work(lease.split("\n")))
@@ -1196,7 +1193,9 @@ class Slot(threading.Thread):
             self._lose_link(error)
         finally:
             self._report()
-            self._leave()
+            self._leave()  # before the child has ended, since the master waits for that
+        if self._run_id == self._worker.finished:
+            self._stop_child()  # the next job begins with a fresh one
 
     def _leave(self) -> None:
         if self._link:
@@ -1211,13 +1210,11 @@ class Slot(threading.Thread):
             self._start_child()
         statement = {**self._worker.statement, "digest": self._digest}
         settings = link.call(pack(f"{TASKS} join {PROTOCOL}", json.dumps(statement)))
-        if not self._worker.accept(settings):
-            self._stop_child()  # the next job begins with a fresh one
-            return False
+        joined = self._worker.accept(settings)
         if settings["run"] != self._run_id:  # another master: what was finished for the last one is void
             self._run_id, self._outcomes = settings["run"], []
         self._time_limit = math.inf if settings["timeout"] is None else float(settings["timeout"])
-        return True
+        return joined
 
     def _lease(self, link: Link, limit: int) -> str | None:
         """Report what is finished and lease anew, in one round trip. Returns lines; None when the job is over.
@@ -1403,7 +1400,7 @@ class Worker:
         self._lock = threading.Lock()
         self._state = ""  # then "new", "connected", "waiting" or, after a job, "idle"
         self.served_at = time.monotonic()  # when the master last answered
-        self.finished = ""  # id of the last run that is over
+        self.finished = "none"  # id of the last run that is over
         self._failure: Failure | None = None
         self._slots = [Slot(self) for _ in range(options.processes)]
         self._slots_left = options.processes
