@@ -637,15 +637,13 @@ def run_child(pipe: Any, memory: Memory, folder: str | None, function: str | Non
     except (Failure, OSError, RuntimeError) as failure:  # RuntimeError: there may be no more threads
         pipe.send_bytes(b"!" if isinstance(failure, RuntimeError) else b"-" + str(failure).encode("utf-8", "replace"))
         return
-    streams, fit = identify_streams(), True
-    with contextlib.suppress(EOFError, OSError):  # the slot closed the pipe
-        while fit:
-            fit = run_tasks(call, pipe.recv_bytes().decode().split("\n"), memory, pipe, streams)
-            pipe.send_bytes(b"." if fit else b"x")
-            if fit and identify_streams() != streams:  # looked at while the slot reports
-                pipe.send_bytes(b"x")  # for the tasks to come
-                pipe.close()  # so that the slot does not wait for room
-                fit = False
+    streams = identify_streams()
+    with pipe, contextlib.suppress(EOFError, OSError):  # the slot closed the pipe
+        while run_tasks(call, pipe.recv_bytes().decode().split("\n"), memory, pipe, streams):
+            pipe.send_bytes(b".")
+            if identify_streams() != streams:  # looked at while the slot reports
+                break
+        pipe.send_bytes(b"x")  # for the tasks to come
 
 
 class Output(io.FileIO):
