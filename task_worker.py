@@ -876,8 +876,7 @@ class Child:
         seconds = self.running_for()
         while self.killing_all:  # then the death is our own doing, and no outcome
             time.sleep(EXIT_GRACE)
-        self._process.join(EXIT_GRACE)
-        self.stop(0)
+        self.stop()
         raise ChildDied(self._process.exitcode or 0, seconds)
 
     def take_outcomes(self) -> str:
@@ -901,16 +900,14 @@ class Child:
 
     def kill(self) -> None:
         """Kill the process and its process group."""
-        with contextlib.suppress(OSError, AttributeError):
-            has_group = hasattr(os, "killpg") and os.getpgid(self._process.pid or 0) == self._process.pid
+        with contextlib.suppress(OSError, AttributeError):  # it has no group yet, or the system has none
             self._process.kill()  # first, so that it does not see its command die
-            if has_group:
-                os.killpg(self._process.pid or 0, signal.SIGKILL)
+            os.killpg(self._process.pid or 0, signal.SIGKILL)
 
-    def stop(self, grace: float = EXIT_GRACE) -> None:
-        """Let the child leave for `grace` seconds, then kill it; and kill all that it has started and left."""
+    def stop(self) -> None:
+        """Let the child leave for EXIT_GRACE seconds, then kill it; and kill all that it has started and left."""
         self._pipe.close()
-        self._process.join(grace)
+        self._process.join(EXIT_GRACE)
         self.kill()
         self._process.join()
         kill_started(self._mark)
