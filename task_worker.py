@@ -1480,13 +1480,11 @@ class Worker:
 
     def end_job(self, run_id: str, reason: str = "the job is over") -> None:
         """A slot heard that there is nothing more to do here: leave, or with --wait 0 look for the next master."""
-        if not self._stays:
-            self.leaving.set()
-            return
-        with self._lock:
-            first, self.finished = self.finished != run_id, run_id
-        if first:
+        if self._stays:
+            self.finished = run_id
             self._change("idle", f"{reason}; waiting for the next master")
+        else:
+            self.leaving.set()
 
     def lose_slot(self, error: OSError) -> None:
         """A slot cannot have what it needs: go on with the others, if there are any."""
