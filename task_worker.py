@@ -900,9 +900,11 @@ class Child:
 
     def kill(self) -> None:
         """Kill the process and its process group."""
+        pid = self._process.pid
+        assert pid  # 0 would be our own group
         with contextlib.suppress(OSError, AttributeError):  # it has no group yet, or the system has none
             self._process.kill()  # first, so that it does not see its command die
-            os.killpg(self._process.pid or 0, signal.SIGKILL)
+            os.killpg(pid, signal.SIGKILL)
 
     def stop(self) -> None:
         """Let the child leave for EXIT_GRACE seconds, then kill it; and kill all that it has started and left."""
