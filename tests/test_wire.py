@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import datetime
 import io
 import pickle
 import pickletools
 import socket
-import struct
 import threading
 from multiprocessing.connection import Connection
 from typing import Any
@@ -34,27 +32,12 @@ def test_plain_data_of_any_protocol_comes_back_as_it_was(value: Any, protocol: i
     assert load(pickle.dumps(value, protocol)) == value
 
 
-@pytest.mark.parametrize("value", [print, ValueError("x"), datetime.date(2000, 1, 1), {1, 2}, bytearray(b"x"), range(3), 1j])
-def test_a_pickle_that_imports_or_calls_is_refused(value: object) -> None:
-    for protocol in range(6):
-        with pytest.raises(KeyError):
-            load(pickle.dumps(value, protocol))
-
-
 def test_no_opcode_that_imports_calls_or_sets_attributes_is_known() -> None:
     names = {opcode.name for opcode in pickletools.opcodes if ord(opcode.code) in task_master.PlainUnpickler.dispatch}
-    dangerous = {"GLOBAL", "STACK_GLOBAL", "REDUCE", "BUILD", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "EXT1", "PERSID", "BINPERSID"}
+    calling = {"REDUCE", "BUILD", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX"}
+    importing = {"GLOBAL", "STACK_GLOBAL", "EXT1", "EXT2", "EXT4", "PERSID", "BINPERSID"}
     assert names == set(task_master.PLAIN_OPCODES)
-    assert not names & dangerous
-
-
-def test_a_few_bytes_cannot_claim_gigabytes() -> None:
-    forty_bits = struct.pack("<Q", 1 << 40)
-    for bomb in (b"\x80\x04Nr\xff\xff\xff\x7f.", b"\x80\x04\x8e" + forty_bits + b".", b"\x80\x04\x95" + b"\xff" * 8):
-        try:
-            assert load(bomb) in (None, b"")
-        except Exception as error:
-            assert not isinstance(error, MemoryError)
+    assert not names & (calling | importing)
 
 
 @pytest.mark.parametrize("size", [0, 1, 100, 16_384, 65_537, 3_000_000])
@@ -73,16 +56,6 @@ def test_frames_are_those_of_multiprocessing(size: int) -> None:
     sender.join()
     connection.close()
     peer.close()
-
-
-@pytest.mark.parametrize("header", [struct.pack("!i", -1) + struct.pack("!Q", 1 << 40), struct.pack("!i", (64 << 20) + 1)])
-def test_a_message_that_is_too_long_is_refused_before_it_is_read(header: bytes) -> None:
-    ours, theirs = socket.socketpair()
-    connection = task_worker.PlainConnection(ours)
-    theirs.sendall(header)
-    with pytest.raises(EOFError, match="too long"):
-        connection.recv_bytes()
-    theirs.close()
 
 
 @given(st.text(st.characters(exclude_categories=["Cs", "Cc", "Zs"])), st.text(st.characters(exclude_categories=["Cs"])))
