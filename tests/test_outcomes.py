@@ -7,7 +7,7 @@ import subprocess
 from typing import Any
 
 import pytest
-from lab import MEGABYTE, Farm, Program, check_once, wait_until
+from lab import MEGABYTE, Farm, Program, check_once
 
 QUICK = 300  # tasks before the last one, a few milliseconds of work
 OUTCOMES = """
@@ -27,6 +27,8 @@ def last(task):
     if task == "stay":
         return stay(task)
     note(task)
+    if task == "large":
+        return "x" * (2 << 20)
     if task == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
     if task == "exit":
@@ -39,12 +41,6 @@ def repeat(n):
 def large(size):
     note(size)
     return "x" * size
-
-def fork_by_python(n):
-    note(n)
-    if n in (5, 60):
-        os.fork()
-    return n
 
 def fork_by_c(n):
     note(n)
@@ -86,35 +82,19 @@ def start(farm: Farm, tasks: list[Any], function: str, *options: object) -> Prog
     return master
 
 
-def wait_recorded(farm: Farm, master: Program, count: int) -> None:
-    """Block until there are so many records."""
-    wait_until(lambda: (farm.folder / "results.jsonl").read_bytes().count(b"\n") >= count, master)
-
-
-def check_run_once(farm: Farm, tasks: list[Any]) -> None:
-    """Each task was started once, and has one record; what stood behind a slow one may come later."""
-    assert sorted(farm.started()) == sorted(map(str, tasks))
-    records = farm.in_order()
+def check_run_once(farm: Farm, tasks: list[Any], *again: Any) -> None:
+    """Each task was started once, or more often if it is one of `again`, and has one record."""
+    assert sorted(farm.started()) == sorted(map(str, [*tasks, *again]))
+    records = farm.in_order()  # what stood behind a slow one may come later
     assert [record["id"] for record in records] == [*range(len(tasks))]
-    assert [record["task"] for record in records] == tasks
-    assert {record["attempts"] for record in records} == {1}
-
-
-def test_what_has_finished_is_recorded_while_the_next_task_runs(farm: Farm) -> None:
-    tasks = [*range(QUICK), "stay"]
-    master = start(farm, tasks, "last")
-    wait_recorded(farm, master, QUICK)
-    assert [record["result"] for record in farm.records()] == tasks[:-1]
-    farm.let_go()
-    assert master.wait() == 0
-    check_run_once(farm, tasks)
+    assert [(record["task"], record["attempts"]) for record in records] == [(task, 1 + again.count(task)) for task in tasks]
 
 
 def test_what_has_finished_is_recorded_while_each_of_several_slow_tasks_runs(farm: Farm) -> None:
     tasks = [*range(50), "stay", *range(50, 100), "more", *range(100, 150)]
     master = start(farm, tasks, "last", "--timeout", 4)
     farm.wait_started(master, "stay")
-    wait_recorded(farm, master, 50)
+    farm.wait_records(master, 50)
     farm.let_go()
     assert master.wait() == 1
     records = {record["task"]: record for record in farm.records()}
@@ -123,54 +103,42 @@ def test_what_has_finished_is_recorded_while_each_of_several_slow_tasks_runs(far
 
 
 @pytest.mark.parametrize(
-    ("last", "kind", "options"),
-    [("kill", "ProcessDied", []), ("exit", "ProcessDied", []), ("overrun", "TimeoutError", ["--timeout", 3])],
+    ("last", "kind", "options", "retries"),
+    [
+        ("kill", "ProcessDied", [], 2),
+        ("exit", "ProcessDied", [], 0),
+        ("overrun", "TimeoutError", ["--timeout", 3], 0),
+    ],
 )
 @pytest.mark.parametrize("behind", [0, 50], ids=["at the end", "in the middle"])
 def test_what_has_finished_is_not_run_again_when_the_next_task_dies(
-    farm: Farm, last: str, kind: str, options: list[object], behind: int
+    farm: Farm, last: str, kind: str, options: list[object], retries: int, behind: int
 ) -> None:
     tasks = [*range(QUICK), last, *range(QUICK, QUICK + behind)]
-    assert start(farm, tasks, "last", *options).wait() == 1
-    check_run_once(farm, tasks)
+    assert start(farm, tasks, "last", *options, "--retries", retries).wait() == 1
+    check_run_once(farm, tasks, *[last] * retries)
     errors = {record["task"]: record["error"]["type"] for record in farm.records() if "error" in record}
     assert errors == {last: kind}
 
 
-def test_nothing_but_the_task_that_died_is_retried(farm: Farm) -> None:
-    tasks = [*range(QUICK), "kill", *range(QUICK, QUICK + 50)]
-    assert start(farm, tasks, "last", "--retries", 2).wait() == 1
-    assert sorted(farm.started()) == sorted([*map(str, tasks), "kill", "kill"])
-    assert {record["task"]: record["attempts"] for record in farm.records()} == {**dict.fromkeys(tasks, 1), "kill": 3}
+LARGE = [*range(100), MEGABYTE, *range(100, 150), 8 * MEGABYTE, 3 * MEGABYTE, *range(150, 250), MEGABYTE + 1, 250]
+MANY = [20_000 + n for n in range(200)]
 
 
-SIZES = [*range(100), MEGABYTE, *range(100, 150), 8 * MEGABYTE, 3 * MEGABYTE, *range(150, 250), MEGABYTE + 1, 250]
-
-
-def test_outcomes_larger_than_the_shared_memory_stay_in_order_and_complete(farm: Farm) -> None:
-    assert start(farm, SIZES, "large").wait() == 0
-    check_run_once(farm, SIZES)
-    assert [record["result"] == "x" * record["task"] for record in farm.records()] == [True] * len(SIZES)
-
-
-def test_outcomes_that_fill_the_shared_memory_together_stay_in_order_and_complete(farm: Farm) -> None:
-    sizes = [20_000 + n for n in range(200)]
+@pytest.mark.parametrize("sizes", [LARGE, MANY], ids=["each", "together"])
+def test_outcomes_larger_than_the_shared_memory_stay_in_order_and_complete(farm: Farm, sizes: list[int]) -> None:
     assert start(farm, sizes, "large").wait() == 0
     check_run_once(farm, sizes)
-    assert [len(record["result"]) for record in farm.records()] == sizes
+    assert [record["result"] == "x" * size for record, size in zip(farm.records(), sizes)] == [True] * len(sizes)
 
 
 @pytest.mark.parametrize("last", ["stay", "kill"])
 def test_what_stands_behind_a_large_outcome_is_recorded_though_the_next_task_stays_or_dies(farm: Farm, last: str) -> None:
-    code = "import outcomes\ndef run(task):\n    return outcomes.large(task) if task in SIZES else outcomes.last(task)\n"
-    farm.write("both.py", f"SIZES = {[2 * MEGABYTE]}\n{code}")
-    tasks = [*range(50), 2 * MEGABYTE, *range(50, 100), last]
-    farm.write_tasks(tasks)
-    master = farm.master("--tasks", "tasks.jsonl", "--results", "results.jsonl")
-    farm.worker(master, "--function", "both:run")
+    tasks = [*range(50), "large", *range(50, 100), last]
+    master = start(farm, tasks, "last")
     if last == "stay":
         farm.wait_started(master, "stay")
-        wait_recorded(farm, master, 101)
+        farm.wait_records(master, 101)
         farm.let_go()
     assert master.wait() == (last == "kill")
     check_run_once(farm, tasks)
@@ -192,7 +160,7 @@ def test_lines_that_are_no_tasks_get_records_that_no_large_outcome_tears(farm: F
 
 
 @pytest.mark.skipif("not hasattr(__import__('os'), 'fork')", reason="there is no fork")
-@pytest.mark.parametrize("way", ["by_python", "by_c", "and_raise", "and_return_later", "and_return_much"])
+@pytest.mark.parametrize("way", ["by_c", "and_raise", "and_return_later", "and_return_much"])
 def test_a_forked_copy_that_comes_back_adds_nothing(farm: Farm, way: str) -> None:
     tasks = [*range(100)]
     assert start(farm, tasks, f"fork_{way}").wait() == 0
