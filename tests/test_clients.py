@@ -29,15 +29,10 @@ for options in [{"timeout": 0.05}, {"block": False}]:
     except queue.Empty as error:
         print(type(error), tasks.qsize())
 print("nothing yet", flush=True)
-"""
-UNTIL_EMPTY = """
-while True:
-    try:
-        n = tasks.get(timeout=30)
-    except queue.Empty:
-        break
-    results.put(n * n)
-print("worker exit.")
+try:
+    print(tasks.get())
+except queue.Empty:
+    print("the job is over")
 """
 TAKE_AND_WAIT = """
 print("took", tasks.get(timeout=30), flush=True)
@@ -58,7 +53,7 @@ PYTHONS = find_pythons()
 
 def start_client(farm: Farm, master: Program, code: str, python: str = sys.executable, **options: object) -> Program:
     client = farm.write("client.py", PLAIN_CLIENT + code)
-    return farm.run(client, master.port(), options.pop("key", farm.key), python=python, **options)
+    return farm.run(client, master.port(), farm.key, python=python, **options)
 
 
 def start_master(farm: Farm, *tasks: object) -> Program:
@@ -82,25 +77,14 @@ def test_a_client_of_a_dozen_lines_drains_the_master(farm: Farm, version: str) -
 
 
 def test_queue_empty_reaches_a_client_when_there_is_no_task_in_time_and_when_the_job_is_over(farm: Farm) -> None:
-    master = farm.master("--tasks", "-", "--results", "results.jsonl", stdin=subprocess.PIPE)
-    client = start_client(farm, master, ASK_ONCE + UNTIL_EMPTY)
-    client.wait_line("^nothing yet$", "stdout")
-    assert client.stdout[:2] == ["<class '_queue.Empty'> 0"] * 2
-    master.put("0\n1\n2\n")
-    master.end_input()
-    assert (client.wait(), master.wait()) == (0, 0), client.stderr
-    assert client.stdout[-1] == "worker exit."
-    assert results(farm) == [0, 1, 4]
-
-
-def test_a_client_that_waits_for_a_task_hears_that_the_job_is_over(farm: Farm) -> None:
     master = start_master(farm, 2)
     busy = start_client(farm, master, TAKE_AND_WAIT + "results.put('late')\n", stdin=subprocess.PIPE)
     busy.wait_line("^took 2$", "stdout")
-    waiting = start_client(farm, master, ASK_ONCE + UNTIL_EMPTY)
+    waiting = start_client(farm, master, ASK_ONCE)
     waiting.wait_line("^nothing yet$", "stdout")
     busy.end_input()
     assert (waiting.wait(), busy.wait(), master.wait()) == (0, 0, 0), waiting.stderr
+    assert waiting.stdout == ["<class '_queue.Empty'> 0"] * 2 + ["nothing yet", "the job is over"]
     assert results(farm) == ["late"]
 
 
@@ -116,13 +100,6 @@ def test_the_end_of_a_client_gives_its_task_back(farm: Farm, how: str) -> None:
     assert (farm.worker(master).wait(), master.wait()) == (0, 0)
     (record,) = farm.records()
     assert (record["result"], record["attempts"]) == ("5 * 5 = 25", 2)
-
-
-def test_results_settle_the_tasks_of_a_client_in_the_order_of_taking(farm: Farm) -> None:
-    master = start_master(farm, "a", "b", "c")
-    code = "for task in [tasks.get() for _ in range(3)]:\n    results.put(task.upper())\n"
-    assert (start_client(farm, master, code).wait(), master.wait()) == (0, 0)
-    assert results(farm) == ["A", "B", "C"]
 
 
 def test_a_result_without_a_task_is_a_value_error_for_the_client(farm: Farm) -> None:
@@ -141,31 +118,24 @@ results.put({"n": n, "list": [1.5, math.nan, True], "x": -math.inf})
     assert master.stdout[-1] == 'Result: {"n": 7, "list": [1.5, null, true], "x": null}'
 
 
-def test_a_client_with_another_key_is_refused(farm: Farm) -> None:
-    master = farm.master(1)
-    client = start_client(farm, master, "", key="another key than the master has")
-    assert client.wait() == 1
-    assert "AuthenticationError" in client.stderr[-1]
-    assert (farm.worker(master).wait(), master.wait()) == (0, 0)
-
-
-def test_a_client_may_ask_whether_there_is_something_to_do(farm: Farm) -> None:
-    master = start_master(farm, 1, 2, 3)
+def test_a_client_may_take_all_there_is_and_its_results_settle_its_tasks_in_the_order_of_taking(farm: Farm) -> None:
+    master = start_master(farm, "a", "b", "c")
     code = """
+taken = []
 while not tasks.empty():
-    n = tasks.get_nowait()
+    taken.append(tasks.get_nowait())
     assert tasks.empty() == (tasks.qsize() == 0)
-    results.put(n + 1) if n < 3 else None
 try:
     tasks.get_nowait()
 except queue.Empty:
     print("empty")
-results.put(4)
+for task in taken:
+    results.put(task.upper())
 """
     client = start_client(farm, master, code)
-    assert client.wait() == 0, client.stderr
-    assert (client.stdout, master.wait()) == (["empty"], 0)
-    assert results(farm) == [2, 3, 4]
+    assert (client.wait(), master.wait()) == (0, 0), client.stderr
+    assert client.stdout == ["empty"]
+    assert results(farm) == ["A", "B", "C"]
 
 
 # ---- tasks and results that are refused ----------------------------------------------------------------------------
