@@ -452,12 +452,16 @@ def find_pythons() -> dict[str, str]:
     return pythons
 
 
+def has_psk(python: str) -> bool:
+    """Whether it can do TLS with a pre-shared key."""
+    return subprocess.run([python, "-c", "import ssl; ssl.HAS_PSK or exit(1)"], capture_output=True, check=False).returncode == 0
+
+
 @functools.lru_cache
 def tls_python() -> str:
     """A Python with TLS-PSK; skips the test when there is none."""
-    for python in find_pythons().values():
-        if subprocess.run([python, "-c", "import ssl; ssl.HAS_PSK or exit(1)"], capture_output=True, check=False).returncode == 0:
-            return python
+    for python in filter(has_psk, find_pythons().values()):
+        return python
     pytest.skip("no Python 3.13 or newer here: TLS with a pre-shared key needs one")
 
 

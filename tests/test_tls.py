@@ -7,32 +7,12 @@ What crashes cost is looked at with TLS, too, where it is without: see the tests
 from __future__ import annotations
 
 import itertools
-import json
 import socket
 import subprocess
-from collections.abc import Iterator
-from typing import Any, Callable, NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
-from lab import Farm, Program, Relay, check_said, check_silence, find_pythons, make_patched
-
-QUICK = ("--wait", "0.5")
-
-
-def test_results_are_the_same_with_and_without_tls(any_farm: Farm) -> None:
-    master = any_farm.master("--workers", 2, "--tasks", any_farm.write_tasks(range(500)), "--results", "results.jsonl")
-    assert master.wait() == 0
-    records = {record["id"]: json.dumps(record["result"]) for record in any_farm.records()}
-    assert records == {n: f'"{n} * {n} = {n * n}"' for n in range(500)}
-
-
-def test_a_worker_with_another_key_is_refused(tls_farm: Farm) -> None:
-    master = tls_farm.master("1")
-    worker = tls_farm.worker(master, *QUICK, env=tls_farm.env(TASK_AUTHKEY="another key of many bytes"))
-    check_said(worker, 3, "refused the key")
-    master.wait_line("refused a connection from .*its key is another one")
-    check_silence(master)
-
+from lab import Farm, Program, Relay, check_said, check_silence, find_pythons, has_psk, make_patched
 
 IMPOSTOR = """
 import socket, ssl, sys
@@ -57,7 +37,7 @@ def test_an_impostor_with_a_certificate_of_its_own_gets_no_word(tls_farm: Farm) 
     except FileNotFoundError:
         pytest.skip("no openssl command here, to make a certificate with")
     impostor = tls_farm.run(tls_farm.write("impostor.py", IMPOSTOR))
-    worker = tls_farm.worker(impostor, *QUICK)
+    worker = tls_farm.worker(impostor, "--wait", 0.5)
     check_said(worker, 3, "not the key")
     impostor.wait_line("refused:", "stdout")
     assert "a worker talks to me" not in impostor.stdout
@@ -116,18 +96,10 @@ CHOICES = ["--tls", "--no-tls", ""]
 LOOPBACK, BEYOND = "loopback", "beyond"
 
 
-def has_psk(python: str) -> bool:
-    command = [python, "-c", "import ssl; ssl.HAS_PSK or exit(1)"]
-    return subprocess.run(command, capture_output=True, check=False).returncode == 0
-
-
 @pytest.fixture(scope="module")
 def pythons() -> dict[str, str]:
-    """The oldest Python without TLS-PSK and the newest one with it, as far as they are there."""
-    return {
-        "new" if has_psk(python) else "old": python
-        for python in [*find_pythons().values()][::-1] + [*find_pythons().values()][-1:]
-    }
+    """A Python without TLS-PSK and one with it, as far as they are there."""
+    return {"new" if has_psk(python) else "old": python for python in find_pythons().values()}
 
 
 @pytest.fixture(scope="module")
@@ -173,8 +145,7 @@ class End(NamedTuple):
         return find_mode(*self)
 
 
-Pair = tuple[End, End]
-PAIRS: list[Pair] = [
+PAIRS = [
     (End(master_age, master_choice, place), End(worker_age, worker_choice, place))
     for place in (LOOPBACK, BEYOND)
     for master_age, worker_age in itertools.product(["old", "new"], repeat=2)
@@ -182,42 +153,22 @@ PAIRS: list[Pair] = [
 ]
 
 
-@pytest.fixture(scope="module")
-def start(tmp_path_factory: pytest.TempPathFactory, pythons: dict[str, str], addresses: dict[str, str]) -> Iterator[Any]:
-    """Starts a pair; those that take the time of a handshake are all started with the first one."""
-    farm = Farm(tmp_path_factory.mktemp("pairs"))
-    begun: dict[Pair, list[Program]] = {}
+@pytest.mark.parametrize(("listens", "connects"), PAIRS, ids=" ".join)
+def test_a_pair(farm: Farm, pythons: dict[str, str], addresses: dict[str, str], listens: End, connects: End) -> None:
+    """With a fifth of the product's patience for a handshake."""
+    if {listens.age, connects.age} - set(pythons) or listens.place not in addresses:
+        pytest.skip(f"here are only {pythons} and {addresses}")
+    patched = make_patched(farm, HANDSHAKE_LIMIT=2.0)
 
-    def run(end: End, program: str, *options: object) -> Program:
+    def start(end: End, program: str, *options: object) -> Program:
         where = ("--host", addresses[end.place], *end.choice.split())
-        return farm.run(program, *where, *options, python=pythons[end.age])
+        return farm.run(patched / program, *where, *options, python=pythons[end.age])
 
-    def begin(pair: Pair) -> list[Program]:
-        if {end.age for end in pair} - set(pythons) or pair[0].place not in addresses:
-            pytest.skip(f"here are only {pythons} and {addresses}")
-        master = run(pair[0], "task_master.py", "--port", 0, "3")
-        if pair[0].mode == "refuses":
-            return [master]
-        return [master, run(pair[1], "task_worker.py", "--port", master.port(), "--processes", 1, "--wait", 0.3)]
-
-    def start_pair(pair: Pair) -> list[Program]:
-        if not begun:
-            slow = [each for each in PAIRS if [end.mode for end in each] == ["tls", "plain"]]
-            begun.update({each: begin(each) for each in slow if "new" in pythons and each[0].place in addresses})
-        return begun.get(pair) or begin(pair)
-
-    yield start_pair
-    farm.close()
-    check_silence(*farm.programs)
-
-
-@pytest.mark.parametrize("pair", PAIRS, ids=lambda pair: "-".join(map(" ".join, pair)))
-def test_a_pair(start: Callable[[Pair], list[Program]], pair: Pair) -> None:
-    (master, *workers), (listens, connects) = start(pair), pair
+    master = start(listens, "task_master.py", "--port", 0, "3")
     if listens.mode == "refuses":
         check_refused(master, listens.choice)
         return
-    (worker,) = workers
+    worker = start(connects, "task_worker.py", "--port", master.port(), "--processes", 1, "--wait", 0.3)
     if connects.mode == "refuses":
         check_refused(worker, connects.choice)
     elif connects.mode != listens.mode:
@@ -229,6 +180,7 @@ def test_a_pair(start: Callable[[Pair], list[Program]], pair: Pair) -> None:
         assert "Result: 3 * 3 = 9" in master.stdout
         check_warned(worker, connects.mode, connects.place)
     check_warned(master, listens.mode, listens.place)
+    check_silence(master, worker)
 
 
 @pytest.mark.parametrize("age", ["old", "new"])
