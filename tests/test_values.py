@@ -12,7 +12,7 @@ from lab import README, Farm, Program
 from task_master import TaskMaster
 
 MODULE = """
-import array, collections, dataclasses, datetime, decimal, enum, math, os, pathlib, sys, time, uuid
+import array, collections, datetime, enum, math, os, sys, time
 try:
     import numpy as np
 except ImportError:
@@ -33,10 +33,6 @@ Level = enum.IntEnum("Level", "LOW HIGH")
 day = datetime.date(2025, 1, 2)
 circle = []
 circle.append(circle)
-
-@dataclasses.dataclass
-class Data:
-    x: int
 
 def value(text):
     return eval(text)
@@ -96,21 +92,14 @@ NUMPY = {
     "np.array([1, np.nan, np.inf])": [1.0, None, None],
     "np.float64('nan')": None,
     "{'mean': np.float32('inf'), 'rows': [np.arange(3), (np.int8(1), 'x')]}": {"mean": None, "rows": [[0, 1, 2], [1, "x"]]},
-    "np.array(['a', 'b'])": ["a", "b"],
     "np.array([], dtype=float)": [],
 }
 REFUSED = {
     "day": ("result", "datetime.date"),
-    "{'amp': [1, 2, 3, day]}": ('result["amp"][3]', "datetime.date"),
     "[[], [{'x y': {1, 2}}]]": ('result[1][0]["x y"]', "set"),
     "(1, b'x')": ("result[1]", "bytes"),
     "Listed([1, day])": ("[1]", "datetime.date"),
-    "{'p': pathlib.PurePosixPath('/')}": ('result["p"]', "PosixPath"),
-    "[decimal.Decimal(1)]": ("result[0]", "decimal.Decimal"),
-    "{'d': Data(1)}": ('result["d"]', "Data"),
-    "[uuid.UUID(int=1), math.nan]": ("result[0]", "uuid.UUID"),
     "[math.nan, 1j]": ("result[1]", "complex"),
-    "{'f': len}": ('result["f"]', "builtin_function_or_method"),
     "{(1, 2): 3}": ("result", "tuple"),
     "{'np': [0, np.array([1, day])]}": ('result["np"][1]', "datetime.date"),
     "np.datetime64('2025-01-02')": ("result", "datetime"),
