@@ -12,11 +12,10 @@ import json
 import os
 import random
 import signal
-import time
 from typing import Any
 
 import pytest
-from lab import PATIENCE, Farm, Program
+from lab import Farm, Program, check_silence, wait_until
 
 resource = pytest.importorskip("resource", reason="limits of a process are of POSIX")
 MODULE = """
@@ -81,10 +80,11 @@ class History:
         else:
             master = self.start(*what, *local)
         if how in ("kill", "drain"):
-            self.wait_size(master, size + self.dice.randrange(6000))
+            enough = size + self.dice.randrange(6000)
+            wait_until(lambda: self.size() >= enough or not master.is_running())
             master.signal(signal.SIGKILL if how == "kill" else signal.SIGTERM)
         status = master.wait()
-        assert "Traceback" not in "\n".join(master.stderr), master.stderr
+        check_silence(master)
         self.compare(before, function)
         if f"{how} {status}" in ("end 0", "end 1"):
             self.check_ended(master, status)
@@ -92,12 +92,6 @@ class History:
             allowed = {"kill": (-9, 0, 1), "drain": (143, 0, 1), "full disk": (0, 1), "end": (0, 1)}
             assert status in allowed[how], master.stderr
         return status
-
-    def wait_size(self, master: Program, size: int) -> None:
-        give_up_at = time.monotonic() + PATIENCE
-        while master.process.poll() is None and self.size() < size:
-            assert time.monotonic() < give_up_at
-            time.sleep(0.001)
 
     def compare(self, before: dict[int, dict[str, Any]], function: str) -> None:
         """What was done is as it was and was not started again; what is new was done by this function for this task."""
