@@ -8,7 +8,6 @@ import subprocess
 import sys
 from typing import Any
 
-import psutil
 import pytest
 from lab import ROOT, Farm, check_ended, check_said, descendants_of, wait_until
 
@@ -57,32 +56,14 @@ def results(farm: Farm) -> list[Any]:
     return [record.get("result") for record in farm.in_order()]
 
 
-def start_and_kill(farm: Farm, port: int = 0) -> tuple[int, list[psutil.Process]]:
-    """A master that is killed while its two local processes run; returns its port and all of its processes."""
-    options = ["--results", "first.jsonl", "--workers", 2, "--function", "mod:old", *range(500)]
-    master = farm.run("task_master.py", "--port", port, *options)
-    port, path = master.port(), farm.folder / "first.jsonl"
-    wait_until(lambda: path.exists() and path.read_bytes(), master)
-    processes = descendants_of(master.pid)
-    assert len(processes) >= 3
-    master.kill()
-    return port, processes
-
-
-@pytest.mark.parametrize("options", [["--workers", 1, "--function", "mod:new"], ["--workers", 1, "--command", "echo new {}"]])
-def test_the_next_job_on_the_port_of_a_killed_master_gets_its_own_function_only(farm: Farm, options: list[object]) -> None:
-    port, _ = start_and_kill(farm)
-    farm.write_tasks(range(300))
-    master = farm.run("task_master.py", "--port", port, "--tasks", "tasks.jsonl", "--results", "results.jsonl", *options)
-    assert master.wait() == 0, master.stderr
-    assert len(farm.records()) == 300
-    assert all("new" in str(record.get("result")) for record in farm.records())
-    assert len({record["worker"] for record in farm.records()}) == 1
-
-
 def test_a_killed_masters_workers_end_and_do_not_serve_one_that_waits_for_workers(farm: Farm) -> None:
-    port, processes = start_and_kill(farm)
-    master = farm.run("task_master.py", "--port", port, "--results", "results.jsonl", "1", "2")
+    first = farm.master("--results", "first.jsonl", "--workers", 2, "--function", "mod:old", *range(500))
+    path = farm.folder / "first.jsonl"
+    wait_until(lambda: path.exists() and path.read_bytes(), first)
+    processes = descendants_of(first.pid)
+    assert len(processes) >= 3
+    first.kill()
+    master = farm.run("task_master.py", "--port", first.port(), "--results", "results.jsonl", "1", "2")
     master.wait_line("listening")
     check_ended(processes)
     assert farm.worker(master, "--function", "mod:new").wait() == 0
@@ -144,19 +125,6 @@ def test_a_worker_whose_module_has_another_text_is_taken_and_said(farm: Farm, sa
     assert len({record["worker"] for record in farm.records()}) == 2
 
 
-def test_a_service_uses_the_code_as_it_is_when_a_job_begins(farm: Farm) -> None:
-    port = 0
-    for number, text in enumerate(["first", "second", "third"]):
-        farm.write("edited.py", f"def f(n):\n    return '{text}'\n# {'x' * 10 * number}")
-        master = farm.run("task_master.py", "--port", port, "--results", f"{text}.jsonl", *range(5))
-        port = master.port()
-        if not number:
-            service = farm.worker(master, "--wait", 0, "--function", "edited:f")
-        assert master.wait() == 0, master.stderr
-        assert {record["result"] for record in farm.records(f"{text}.jsonl")} == {text}
-        service.wait_line("the job is over", count=number + 1)
-
-
 SCRIPT = """
 import os, sys
 open(f"load-{os.getpid()}", "w").close()
@@ -209,13 +177,8 @@ def test_a_path_or_main_or_the_name_of_a_standard_module_is_refused_and_the_erro
     check_refused(farm, program, "--function", spec.format(folder=farm.folder), says=f"--function.*{says}")
 
 
-@pytest.mark.parametrize("program", ["master", "worker"])
-def test_the_demonstration_that_is_given_no_number_says_that_it_squares_numbers(farm: Farm, program: str) -> None:
-    farm.write_tasks(["a.jpg", 3, {"to": "you"}, [1], None])
-    master = farm.master("--tasks", "tasks.jsonl", "--results", "results.jsonl", *["--workers", 1] * (program == "master"))
-    if program == "worker":
-        assert farm.worker(master).wait() == 0
-    assert master.wait() == 1
+def test_the_demonstration_that_is_given_no_number_says_that_it_squares_numbers(farm: Farm) -> None:
+    farm.run_job("--tasks", farm.write_tasks(["a.jpg", 3, {"to": "you"}, [1], None]), status=1)
     assert results(farm)[1] == "3 * 3 = 9"
     for record in farm.records():
         if record["task"] != 3:
@@ -238,15 +201,14 @@ def f(n):
 WHAT = {"function": ["--function", "user_module:f"], "command": ["--command", "echo {}"], "none": []}
 
 
-@pytest.mark.parametrize("names", [["queue"], ["token"], ["random", "hashlib"], STANDARD], ids=["queue", "token", "two", "all"])
 @pytest.mark.parametrize("where", ["current folder", "beside the programs"])
 @pytest.mark.parametrize("what", WHAT)
-def test_no_file_of_the_user_replaces_a_standard_module(farm: Farm, names: list[str], where: str, what: str) -> None:
+def test_no_file_of_the_user_replaces_a_standard_module(farm: Farm, where: str, what: str) -> None:
     """There are files with the names of standard modules, which complain when they are imported; some of them packages."""
     folder, log = farm.folder / "folder", farm.folder / "shadowed.log"
     folder.mkdir()
     farm.write("folder/user_module.py", USER)
-    for name in names:
+    for name in STANDARD:
         path = folder / name / "__init__.py" if name.endswith("e") else folder / f"{name}.py"
         path.parent.mkdir(exist_ok=True)
         path.write_text(SPOILER.format(log=log, name=name))

@@ -42,28 +42,19 @@ def test_a_lost_worker_is_one_line_that_names_it(farm: Farm) -> None:
     assert len(master.said(rf"redelivered since {name} was lost")) in (1, 2)  # a line for each connection
 
 
-def test_a_lost_master_is_one_line_that_names_it_and_so_is_its_return(farm: Farm) -> None:
+def test_a_lost_master_is_one_line_while_the_tasks_run_and_so_is_its_return(farm: Farm) -> None:
     master = farm.master("--results", "results.jsonl", "1", "2")
-    port = master.port()
-    worker = farm.worker(master, "--processes", 2, "--function", "functions:stay")
+    options = ("--port", master.port(), "--processes", 2, "--function", "functions:stay")
+    worker = farm.run(make_patched(farm, BEAT_INTERVAL=0.2) / "task_worker.py", *options)
     worker.wait_line("it runs", "stdout", count=2)
     master.kill()
+    worker.wait_line(rf"^task_worker: lost the master at 127\.0\.0\.1:{master.port()} \(.+\)$")
     farm.let_go()
-    worker.wait_line(rf"^task_worker: lost the master at 127\.0\.0\.1:{port} \(.+\)$")
-    again = farm.run("task_master.py", "--port", port, "--results", "results.jsonl", "--resume", "1", "2")
+    again = farm.run("task_master.py", "--port", master.port(), "--results", "results.jsonl", "--resume", "1", "2")
     assert (again.wait(), worker.wait()) == (0, 0)
     kinds = [re.sub(r"^task_worker: (\w+).*", r"\1", line) for line in worker.stderr]
     assert kinds == ["connected", "lost", "connected"], worker.stderr
     assert sorted(record["id"] for record in farm.records()) == [0, 1]
-
-
-def test_a_busy_worker_says_that_its_master_is_lost_while_its_task_runs(farm: Farm) -> None:
-    master = farm.master("1")
-    options = ("--port", master.port(), "--processes", 1, "--function", "functions:stay")
-    worker = farm.run(make_patched(farm, BEAT_INTERVAL=0.2) / "task_worker.py", *options)
-    worker.wait_line("it runs", "stdout")
-    master.kill()
-    worker.wait_line("lost the master at")
 
 
 @pytest.mark.parametrize("wait", ["60", "0"])
@@ -91,16 +82,21 @@ def test_a_worker_that_was_started_first_waits_for_its_master(farm: Farm) -> Non
 # ---- one worker, several jobs --------------------------------------------------------------------------------------
 
 
-def test_a_worker_that_waits_for_ever_serves_one_master_after_the_other(farm: Farm) -> None:
-    first = farm.master("--results", "first.jsonl", "1")
-    worker = farm.worker(first, "--wait", 0, "--processes", 2)
-    assert first.wait() == 0
-    worker.wait_line("the job is over; waiting for the next master")
-    for name in ("second", "third"):
-        master = farm.run("task_master.py", "--port", first.port(), "--results", f"{name}.jsonl", "5", "6")
+def test_a_worker_that_waits_for_ever_serves_one_master_after_the_other_with_the_code_as_it_is_then(farm: Farm) -> None:
+    port = 0
+    for number, text in enumerate(["first", "second", "third"]):
+        farm.write("edited.py", f"import functions\ndef f(n):\n    functions.stay(n)\n    return '{text}'\n")
+        master = farm.run("task_master.py", "--port", port, "--results", f"{text}.jsonl", "5", "6")
+        port = master.port()
+        if not number:
+            worker = farm.worker(master, "--wait", 0, "--processes", 2, "--function", "edited:f")
+        worker.wait_line("it runs", "stdout", count=2 * number + 2)  # both processes take part in each job
+        farm.let_go()
         assert master.wait() == 0, master.stderr
-        assert [record["worker"] for record in farm.records(f"{name}.jsonl")] == [name_of(worker)] * 2
-    worker.wait_line("the job is over", count=3)
+        (farm.folder / "go").unlink()
+        found = [(record["result"], record["worker"]) for record in farm.records(f"{text}.jsonl")]
+        assert found == [(text, name_of(worker))] * 2
+        worker.wait_line("the job is over; waiting for the next master", count=number + 1)
     worker.signal(signal.SIGTERM)
     assert worker.wait() == 0
     kinds = [re.sub(".*(connected to|the job is over|draining).*", r"\1", line) for line in worker.stderr]
@@ -143,26 +139,15 @@ def make_host(farm: Farm, name: str, mailer: str = "") -> Path:
     return farm.folder / name
 
 
-def test_a_missing_module_is_named_with_the_host_and_where_it_was_looked_for(farm: Farm) -> None:
-    folder = make_host(farm, "bare host")
-    worker = farm.worker(free_port(), "--function", "mailer:send", cwd=folder)
-    assert worker.wait() == 2
-    (line,) = worker.stderr
-    assert line.startswith("task_worker: --function mailer:send: cannot import it on " + socket.gethostname())
-    assert all(words in line for words in ("No module named 'mailer'", str(folder), sys.executable))
-
-
-def test_a_module_that_the_functions_module_wants_is_the_one_that_is_named(farm: Farm) -> None:
-    folder = make_host(farm, "host", mailer="import no_such_library\ndef send(task): ...\n")
-    worker = farm.worker(free_port(), "--function", "mailer:send", cwd=folder)
-    assert worker.wait() == 2
-    assert all(words in worker.stderr[0] for words in ("No module named 'no_such_library'", "mailer:send"))
-
-
-def test_a_function_that_one_host_has_does_the_job_there_where_the_worker_was_started(farm: Farm) -> None:
+def test_a_function_that_one_host_has_does_the_job_there_and_the_other_says_where_it_was_looked_for(farm: Farm) -> None:
     complete = make_host(farm, "complete", mailer="import os\ndef send(task): return [task, os.getcwd()]\n")
+    bare = make_host(farm, "bare host")
     master = farm.master("--results", "results.jsonl", *range(20))
-    assert farm.worker(master, "--function", "mailer:send", cwd=make_host(farm, "bare")).wait() == 2
+    unable = farm.worker(master, "--function", "mailer:send", cwd=bare)
+    assert unable.wait() == 2
+    (line,) = unable.stderr
+    assert line.startswith("task_worker: --function mailer:send: cannot import it on " + socket.gethostname())
+    assert all(words in line for words in ("No module named 'mailer'", str(bare), sys.executable))
     assert farm.worker(master, "--function", "mailer:send", cwd=complete).wait() == 0
     assert master.wait() == 0
     assert sorted(record["result"] for record in farm.records()) == [[n, os.path.realpath(complete)] for n in range(20)]
