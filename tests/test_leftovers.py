@@ -125,9 +125,8 @@ class Scene:
 
 @pytest.fixture
 def scene(farm: Farm) -> Iterator[Scene]:
-    scene = Scene(farm)
-    yield scene
-    scene.close()
+    with contextlib.closing(Scene(farm)) as scene:
+        yield scene
 
 
 def wait_spread(program: Program, count: int = 1) -> dict[str, Any]:
@@ -192,9 +191,13 @@ def test_a_command_is_over_when_its_shell_is(scene: Scene, command: str) -> None
 
 
 def test_a_command_that_overruns_its_time_is_ended_with_all_that_it_started(scene: Scene) -> None:
-    master = scene.master('"a"', "--workers", 1, "--timeout", 2, "--command", ": {}; setsid sleep 421 & timeout 300 sleep 421")
+    command = "[ {} = b ] || { setsid sleep 421 & (sleep 421; echo) | cat & (sleep 421 & wait) & timeout 300 sleep 421; }"
+    master = scene.master('"a"', '"b"', "--workers", 1, "--timeout", 2, "--command", command)
     assert master.wait() == 1
-    assert scene.farm.records()[0]["error"]["type"] == "TimeoutError"
+    late, good = scene.farm.in_order()
+    assert late["error"]["type"] == "TimeoutError"
+    assert "2 s" in late["error"]["message"]
+    assert "result" in good
     scene.wait_none_left()
 
 
