@@ -6,6 +6,7 @@ Its arguments are checked as on the command line, it runs one job at a time, and
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import os
 import queue
@@ -102,10 +103,6 @@ def test_records_say_what_became_of_each_task(mine: Mine) -> None:
     assert all(record.worker.startswith(socket.gethostname() + "/") for record in records)
 
 
-def test_without_a_function_numbers_are_squared(mine: Mine) -> None:
-    assert mine.results([12], function=None) == ["12 * 12 = 144"]
-
-
 def test_any_json_value_is_a_task(mine: Mine) -> None:
     values = [None, True, 0, -1.5, "ü\n\ud800", [1, [2]], {"a": {"b": None}}, (1, 2)]
     with mine.start(function="builtins:repr") as master:
@@ -177,13 +174,17 @@ def test_the_next_task_is_asked_for_before_there_is_one_and_meanwhile_no_other_r
             assert seen == [1, 2, 3, 4]
 
 
-def test_no_more_tasks_are_read_than_there_is_room_for(mine: Mine) -> None:
+def test_an_endless_iterable_is_read_while_there_is_room_and_ends_with_the_interest_in_it(mine: Mine) -> None:
     read = 0
+    closed = threading.Event()
 
     def count() -> Iterator[int]:
         nonlocal read
-        for read in itertools.count():
-            yield 2 * read
+        try:
+            for read in itertools.count():
+                yield 2 * read
+        finally:
+            closed.set()
 
     with mine.start() as master:
         for _record in master.run(count()):
@@ -192,58 +193,44 @@ def test_no_more_tasks_are_read_than_there_is_room_for(mine: Mine) -> None:
                 before = read
                 time.sleep(1)
             break
-
-
-def test_an_endless_iterable_ends_with_the_interest_in_it(mine: Mine) -> None:
-    closed = threading.Event()
-
-    def count() -> Iterator[int]:
-        try:
-            yield from itertools.count(0, 2)
-        finally:
-            closed.set()
-
-    with mine.start() as master:
-        results = {record.result for record in itertools.islice(master.run(count()), 10)}
-    assert len(results) == 10
-    assert closed.wait(PATIENCE)
+        assert closed.wait(PATIENCE)
 
 
 # ---- tasks that cannot be read -------------------------------------------------------------------------------------
-
-
-def check_raised(mine: Mine, tasks: Any, error: type[BaseException], message: str = "") -> None:
-    """It reaches the caller after the records of the tasks before it, which are 2 and 4; the farm goes on."""
-    seen = []
-    with mine.start() as master:
-        with pytest.raises(error, match=message or None) as raised:
-            for record in master.run(tasks):
-                seen.append(record.result)
-        assert [record.result for record in master.run([4])] == [2]
-    assert sorted(seen) == [1, 2]
-    assert raised.type is error
-
-
-@pytest.mark.parametrize(
-    ("bad", "error"), [({1, 2}, TypeError), (float("nan"), ValueError), (b"bytes", TypeError), (object(), TypeError)]
-)
-def test_a_task_that_is_not_json_is_raised_after_the_records_of_those_before_it(
-    mine: Mine, bad: object, error: type[Exception]
-) -> None:
-    check_raised(mine, [2, 4, bad, 6], error)
 
 
 class OfMyOwn(BaseException):
     """Of the user's making."""
 
 
-@pytest.mark.parametrize("error", [RuntimeError, OSError, SystemExit, KeyboardInterrupt, OfMyOwn])
-def test_what_the_users_iterable_raises_reaches_the_caller_after_the_records(mine: Mine, error: type[BaseException]) -> None:
-    def tasks() -> Iterator[int]:
-        yield from (2, 4)
-        raise error("mine")
+def fail(error: type[BaseException]) -> Iterator[int]:
+    """An iterable of two tasks, and then an error."""
+    yield from (2, 4)
+    raise error("mine")
 
-    check_raised(mine, tasks(), error, "mine")
+
+ERRORS: list[type[BaseException]] = [RuntimeError, OSError, SystemExit, KeyboardInterrupt, OfMyOwn]
+BAD = [({1, 2}, TypeError), (float("nan"), ValueError), (b"bytes", TypeError), (object(), TypeError)]
+
+
+@pytest.mark.parametrize(
+    ("make_tasks", "error", "message"),
+    [
+        *[(functools.partial(fail, error), error, "mine") for error in ERRORS],
+        *[(functools.partial(list, [2, 4, bad, 6]), error, None) for bad, error in BAD],
+    ],
+)
+def test_what_the_iterable_raises_or_has_that_is_no_json_is_raised_after_the_records_of_those_before_it(
+    mine: Mine, make_tasks: Any, error: type[BaseException], message: str | None
+) -> None:
+    seen = []
+    with mine.start() as master:
+        with pytest.raises(error, match=message) as raised:
+            for record in master.run(make_tasks()):
+                seen.append(record.result)
+        assert [record.result for record in master.run([4])] == [2]
+    assert sorted(seen) == [1, 2]
+    assert raised.type is error
 
 
 # ---- blocks that end early: what is left is looked for behind each test ------------------------------------------------
@@ -274,8 +261,14 @@ def test_a_farm_whose_tasks_were_abandoned_runs_others_or_says_that_it_does_not(
     with mine.start() as master:
         for _record in master.run(range(0, 20_000, 2)):
             break
-        with contextlib.suppress(Failure, RuntimeError, ValueError):
+        with contextlib.suppress(Failure):
             assert sorted(record.result for record in master.run([2, 4])) == [1, 2]
+
+
+def test_a_run_that_ends_early_is_a_failure_that_says_why(mine: Mine) -> None:
+    with mine.start(max_failures=2) as master, pytest.raises(Failure, match=r"^stopped, as --max-failures 2 asks") as raised:
+        list(master.run([1] * 10))
+    assert raised.value.status == 1
 
 
 # ---- a farm that cannot start --------------------------------------------------------------------------------------
@@ -329,11 +322,6 @@ def test_any_bytes_are_a_key_or_are_refused_at_once(mine: Mine, key: bytes) -> N
     assert mine.results([2], authkey=key) == [1]
 
 
-def test_without_an_authkey_the_key_file_is_made(mine: Mine, tmp_path: Path) -> None:
-    assert mine.results([2], authkey=None) == [1]
-    assert (tmp_path / ".task_authkey").stat().st_mode & 0o077 == 0
-
-
 # ---- scripts -------------------------------------------------------------------------------------------------------
 
 
@@ -347,38 +335,18 @@ import sys
 
 from task_master import TaskMaster
 
-
-def main():
-    limit = 20
-    tasks = (n for n in range(limit))  # nothing here could be sent to another process
-    with TaskMaster(port=0, workers=2, function="mine:halve", log=lambda line: None) as master:
-        print(sum(record.result for record in master.run(tasks) if record.ok), multiprocessing.get_start_method())
-
-
-if __name__ == "__main__":
-    multiprocessing.set_start_method(sys.argv[1])
-    main()
-"""
-UNGUARDED = """
-from task_master import TaskMaster
-
-with TaskMaster(port=0, workers=2) as master:
-    print(sorted(record.result for record in master.run([3, 4])))
+multiprocessing.set_start_method(sys.argv[1])
+tasks = (n for n in [3, 4])  # nothing here could be sent to another process
+with TaskMaster(port=0, workers=2, log=lambda line: None) as master:
+    print(sorted(record.result for record in master.run(tasks)), multiprocessing.get_start_method())
 """
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
-def test_the_default_start_method_does_not_matter(farm: Farm, method: str) -> None:
-    farm.write("mine.py", MINE)
+def test_a_script_needs_no_main_guard_and_the_default_start_method_does_not_matter(farm: Farm, method: str) -> None:
     program = farm.run(farm.write("script.py", SCRIPT), method, env=farm.env(PYTHONPATH=str(ROOT)))
     assert program.wait() == 0, program.stderr
-    assert program.stdout == [f"{sum(n // 2 for n in range(0, 20, 2))} {method}"]
-
-
-def test_a_script_needs_no_main_guard(farm: Farm) -> None:
-    program = farm.run(farm.write("script.py", UNGUARDED), env=farm.env(PYTHONPATH=str(ROOT)))
-    assert program.wait() == 0, program.stderr
-    assert program.stdout == ["['3 * 3 = 9', '4 * 4 = 16']"]
+    assert program.stdout == [f"['3 * 3 = 9', '4 * 4 = 16'] {method}"]
 
 
 @pytest.mark.parametrize(
