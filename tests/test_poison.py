@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-import os
 import re
 import subprocess
 from collections.abc import Iterator
@@ -124,26 +124,23 @@ FAILING = {
     "surrogates and newlines": ("ValueError", lambda: throw(ValueError("\ud800\n\r\0\u2028"))),
     "chain": ("ValueError", chain),
     "os._exit(0)": ("ProcessDied", lambda: os._exit(0)),
-    "os._exit(9)": ("ProcessDied", lambda: os._exit(9)),
+    "os._exit(9)": ("ProcessDied: .*exit status 9", lambda: os._exit(9)),
     "exit beside a grandchild": ("ProcessDied", exit_beside_a_grandchild),
-    "segfault": ("ProcessDied", lambda: ctypes.string_at(0)),
+    "segfault": ("ProcessDied: .*SIGSEGV", lambda: ctypes.string_at(0)),
     "abort": ("ProcessDied", os.abort),
     "stack overflow": ("ProcessDied|RecursionError", crash_the_stack),  # which Python 3.14 and newer see in time
-    "SIGKILL": ("ProcessDied", lambda: catch(signal.SIGKILL)),
+    "SIGKILL": ("ProcessDied: .*SIGKILL", lambda: catch(signal.SIGKILL)),
     "SIGTERM": ("ProcessDied", lambda: catch(signal.SIGTERM)),
     "SIGINT": ("KeyboardInterrupt", lambda: catch(signal.SIGINT)),
     "SIGKILL to the group": ("ProcessDied", lambda: os.kill(0, signal.SIGKILL)),
     "SIGSTOP": ("TimeoutError", lambda: catch(signal.SIGSTOP)),
     "endless loop": ("TimeoutError", lambda: [None for _ in iter(int, 1)]),
-    "endless sleep": ("TimeoutError", lambda: time.sleep(1e6)),
+    "endless sleep": ("TimeoutError: .* 3 s", lambda: time.sleep(1e6)),
     "endless loop that catches all": ("TimeoutError", stubborn),
     "endless loop in C": ("TimeoutError", lambda: re.match(r"(a|a)*$", "a" * 500 + "b")),
     "sleep in C with the lock held": ("TimeoutError", lambda: ctypes.PyDLL(None).sleep(1000)),
     "sleep with grandchildren": ("TimeoutError", sleep_with_grandchildren),
     "recursion": ("RecursionError", recurse),
-    "no JSON": ("TypeError: .*object", object),
-    "a set": ("TypeError: .*set", lambda: {1, 2}),
-    "bytes": ("TypeError: .*bytes", lambda: b"raw"),
     "a key that is no text": ("TypeError: .*a key .*tuple", lambda: {(1, 2): 3}),
     "a circle": ("ValueError: .*contains itself", circle),
     "nested too deeply": ("ValueError: .*nested too deeply", nest),
@@ -152,7 +149,6 @@ FAILING = {
 }
 # What does no harm, to itself or to others, and its result
 HARMLESS = {
-    "not a number": ([None], lambda: [float("nan")]),
     "a megabyte of prints": (None, lambda: print("y" * 100 + "\n", end="") or [print("z" * 1023) for _ in range(1024)][0]),
     "read standard input": ("", lambda: sys.stdin.read()),
     "surrogate as a result": ("\ud800", lambda: "\ud800"),
@@ -221,11 +217,8 @@ class Job:
 
 @pytest.fixture(scope="module")
 def job(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Job]:
-    farm = Farm(tmp_path_factory.mktemp("poison"))
-    try:
+    with contextlib.closing(Farm(tmp_path_factory.mktemp("poison"))) as farm:
         yield Job(farm)
-    finally:
-        farm.close()
 
 
 def test_all_tasks_are_recorded_once_and_the_worker_lives_through_it_all(job: Job) -> None:
@@ -259,11 +252,6 @@ def test_a_task_that_does_no_harm_keeps_its_result(job: Job, way: str) -> None:
     assert record["attempts"] == 1
 
 
-def test_how_a_process_died_is_told(job: Job) -> None:
-    how = {"segfault": "SIGSEGV", "SIGKILL": "SIGKILL", "os._exit(9)": "exit status 9", "endless sleep": f"{TIME_LIMIT} s"}
-    assert [way for way, words in how.items() if words not in job.bad[way]["error"]["message"]] == []
-
-
 @pytest.mark.parametrize("way", ["abort", "unspeakable", "surrogates and newlines", "too large"])
 def test_the_first_failure_of_its_kind_is_one_line_with_reason_task_worker_and_attempt(job: Job, way: str) -> None:
     record = job.bad[way]
@@ -282,11 +270,10 @@ def test_failures_that_are_alike_are_said_once_and_counted_in_the_end(job: Job) 
 def test_a_time_limit_kills_the_grandchildren_too(job: Job) -> None:
     """Whatever the tasks started is gone, but for what ends by itself."""
 
-    def left() -> list[psutil.Process]:
-        found = [process for process in psutil.process_iter(["cwd"]) if process.info["cwd"] == str(job.folder)]
-        return [process for process in found if is_alive(process)]
+    def is_left(process: psutil.Process) -> bool:
+        return process.info["cwd"] == str(job.folder) and is_alive(process)
 
-    wait_until(lambda: not left())
+    wait_until(lambda: not any(map(is_left, psutil.process_iter(["cwd"]))))
 
 
 # ---- jobs of their own -------------------------------------------------------------------------------------------------
@@ -303,17 +290,6 @@ def test_a_task_that_tampers_with_its_process_hurts_no_other(poison_farm: Farm, 
     check_once(records, 160)
     assert [record for record in records if "error" in record and record["id"] not in (0, 40)] == []
     assert {record["attempts"] for record in records} == {1}
-
-
-def test_a_fork_that_python_does_not_see_runs_no_other_task_twice(farm: Farm) -> None:
-    farm.write(
-        "forks.py",
-        "import ctypes\nfrom functions import note\nlibc = ctypes.CDLL(None)\n"
-        "def fork(n):\n    if n in (5, 50):\n        libc.fork()\n    note(n)\n    return n\n",
-    )
-    farm.run_job("--tasks", farm.write_tasks(range(100)), function="forks:fork")
-    assert sorted(record["result"] for record in farm.records()) == list(range(100))
-    assert sorted(int(n) for n in farm.started() if n not in ("5", "50")) == [n for n in range(100) if n not in (5, 50)]
 
 
 def test_standard_input_is_empty_for_a_task(poison_farm: Farm) -> None:
@@ -364,18 +340,3 @@ def test_a_result_nested_as_deeply_as_json_allows_is_printed_recorded_and_kept(f
     assert good <= read_ids("result")
     assert resumed.said(rf"\b{len(good)} done, .*, {len(good)} kept from before"), "none of those that succeeded runs again"
     check_silence(printed, recorded, resumed)
-
-
-def test_a_process_killed_from_outside_costs_the_task_that_ran(farm: Farm) -> None:
-    farm.write(
-        "victim.py",
-        "import os, time\nfrom functions import note\n"
-        "def work(n):\n    if n == 5:\n        note(os.getpid())\n        time.sleep(1000)\n    return n\n",
-    )
-    master = farm.master("--tasks", farm.write_tasks(range(10)), "--results", "results.jsonl")
-    worker = farm.worker(master, "--function", "victim:work")
-    farm.wait_started(worker)
-    os.kill(int(farm.started()[0]), 9)
-    assert (master.wait(), worker.wait()) == (1, 0)
-    kinds = {record["id"]: record.get("error", {}).get("type") for record in farm.records()}
-    assert kinds == {n: "ProcessDied" if n == 5 else None for n in range(10)}
