@@ -83,8 +83,10 @@ def recorded(farm: Farm) -> list[int]:
 
 
 @each_signal
-def test_the_first_signal_drains_the_master_and_the_printed_command_resumes(farm: Farm, number: int) -> None:
-    master, worker = start_job(farm, *RESULTS)
+def test_the_first_signal_drains_the_master_and_the_printed_command_resumes_as_often_as_it_is_drained(
+    farm: Farm, number: int
+) -> None:
+    master, worker = start_job(farm, *RESULTS, "--retries", 0)
     drain(master, number)
     farm.let_go()
     assert (master.wait(), worker.wait()) == (128 + number, 0)
@@ -93,21 +95,14 @@ def test_the_first_signal_drains_the_master_and_the_printed_command_resumes(farm
     assert 3 in recorded(farm), "what ran is recorded"
     assert recorded(farm) == sorted(map(int, farm.started())), "and nothing was begun since"
     assert len(farm.started()) < TASKS
-    finish(farm, farm.start(shlex.split(find_command(master))))
-    assert len(farm.started()) == TASKS, "no task was run twice"
-
-
-def test_a_second_drain_prints_a_command_that_resumes_too(farm: Farm) -> None:
-    master, worker = start_job(farm, *RESULTS, "--retries", 0)
-    drain(master)
-    farm.let_go()
-    master.wait()
-    again = farm.start(shlex.split(find_command(master)))
+    command = find_command(master)
+    again = farm.start(shlex.split(command))
     again.port()
-    drain(again)
-    assert again.wait() == 130
-    assert find_command(again) == find_command(master)
-    assert worker.wait() == 0
+    drain(again, number)
+    assert again.wait() == 128 + number
+    assert find_command(again) == command
+    finish(farm, farm.start(shlex.split(command)))
+    assert len(farm.started()) == TASKS, "no task was run twice"
 
 
 def test_the_printed_command_quotes_what_a_shell_would_split(farm: Farm) -> None:
