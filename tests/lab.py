@@ -6,13 +6,13 @@ import contextlib
 import functools
 import json
 import os
-import queue
 import re
 import secrets
 import select
 import shutil
 import signal
 import socket
+import socketserver
 import struct
 import subprocess
 import sys
@@ -106,33 +106,19 @@ class Program:
             argv, cwd=cwd, env=env, stdin=options.pop("stdin", subprocess.DEVNULL), stdout=subprocess.PIPE,
             stderr=subprocess.PIPE, start_new_session=True, **options,
         )  # fmt: skip
-        self.lines: dict[str, list[str]] = {"stdout": [], "stderr": []}
-        self._arrived: queue.SimpleQueue[None] = queue.SimpleQueue()
-        self._readers = [
-            threading.Thread(target=self._read, args=(name, getattr(self.process, name)), daemon=True) for name in self.lines
-        ]
+        self.pid = self.process.pid
+        self.stdout: list[str] = []  # the lines on standard output so far
+        self.stderr: list[str] = []  # the lines on standard error so far
+        self.lines = {"stdout": self.stdout, "stderr": self.stderr}
+        streams = [(self.process.stdout, self.stdout), (self.process.stderr, self.stderr)]
+        self._readers = [threading.Thread(target=self._read, args=ends, daemon=True) for ends in streams]
         for reader in self._readers:
             reader.start()
 
-    def _read(self, name: str, stream: Any) -> None:
+    def _read(self, stream: Any, lines: list[str]) -> None:
         with stream:
             for line in stream:
-                self.lines[name].append(line.decode("utf-8", "replace").rstrip("\n"))
-                self._arrived.put(None)
-
-    @property
-    def pid(self) -> int:
-        return self.process.pid
-
-    @property
-    def stdout(self) -> list[str]:
-        """The lines on standard output so far."""
-        return self.lines["stdout"]
-
-    @property
-    def stderr(self) -> list[str]:
-        """The lines on standard error so far."""
-        return self.lines["stderr"]
+                lines.append(line.decode("utf-8", "replace").rstrip("\n"))
 
     def said(self, pattern: str) -> list[str]:
         """The lines on standard error so far that match."""
@@ -141,18 +127,18 @@ class Program:
     def is_running(self) -> bool:
         return self.process.poll() is None
 
+    def is_over(self) -> bool:
+        """Whether it has ended, and all that it wrote is read."""
+        return not self.is_running() and not any(reader.is_alive() for reader in self._readers)
+
+    def find_line(self, pattern: str, name: str, count: int) -> re.Match[str] | None:
+        """The last match of the first `count` lines of a stream that match; None while there are fewer."""
+        matches = [match for line in list(self.lines[name]) if (match := re.search(pattern, line))]
+        return matches[count - 1] if len(matches) >= count else None
+
     def wait_line(self, pattern: str, name: str = "stderr", count: int = 1, timeout: float = PATIENCE) -> re.Match[str]:
         """Block until `count` lines of a stream match; returns the last of these matches. Fails with all the output."""
-        give_up_at = time.monotonic() + timeout
-        while True:
-            over = not any(reader.is_alive() for reader in self._readers)
-            matches = [match for line in list(self.lines[name]) if (match := re.search(pattern, line))]
-            if len(matches) >= count:
-                return matches[count - 1]
-            if over or time.monotonic() >= give_up_at:
-                pytest.fail(f"no line {count} like {pattern!r} on {name}; got {json.dumps(self.lines, indent=1)}")
-            with contextlib.suppress(queue.Empty):
-                self._arrived.get(timeout=0.5)
+        return wait_until(functools.partial(self.find_line, pattern, name, count), self, patience=timeout)
 
     def port(self) -> int:
         """The port that the master listens on; blocks until it does."""
@@ -331,14 +317,14 @@ def without_key(farm: Farm, **more: str) -> dict[str, str]:
     return farm.env(TASK_AUTHKEY=None, **more)
 
 
-def wait_until(condition: Callable[[], Result], *programs: Program, patience: float = PATIENCE) -> Result:
+def wait_until(condition: Callable[[], Result | None], *programs: Program, patience: float = PATIENCE) -> Result:
     """Block until a condition is true, and return what it gave. Fails when one of these programs ends instead."""
     give_up_at = time.monotonic() + patience
     while True:
-        running = all(program.is_running() for program in programs)
+        over = any(program.is_over() for program in programs)
         if result := condition():
             return result
-        if not running or time.monotonic() > give_up_at:
+        if over or time.monotonic() > give_up_at:
             pytest.fail(f"waited in vain for {condition}; got {[program.lines for program in programs]}")
         time.sleep(0.02)
 
@@ -592,40 +578,45 @@ def is_closed(sock: socket.socket, patience: float = PATIENCE) -> bool:
     return False
 
 
-class FalseServer:
+class FalseServer(socketserver.ThreadingTCPServer):
     """Accepts connections, and does to each what `act` says, in a thread of its own."""
 
+    request_queue_size = 100
+
     def __init__(self, act: Callable[[socket.socket], None]) -> None:
+        super().__init__(("127.0.0.1", 0), socketserver.BaseRequestHandler)
+        self.port = int(self.server_address[1])
         self._act = act
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.port = int(self._listener.getsockname()[1])
         self._sockets: list[socket.socket] = []
-        self._threads = [threading.Thread(target=self._accept, daemon=True)]
-        self._threads[0].start()
+        threading.Thread(target=self.serve_forever, args=[0.1], daemon=True).start()
 
     @property
     def served(self) -> int:
         """How many connections there have been."""
         return len(self._sockets)
 
-    def _accept(self) -> None:
-        with contextlib.suppress(OSError):
-            while True:
-                self._sockets.append(self._listener.accept()[0])
-                self._threads.append(threading.Thread(target=self._serve, args=(self._sockets[-1],), daemon=True))
-                self._threads[-1].start()
+    def get_request(self) -> tuple[socket.socket, Any]:
+        sock, address = super().get_request()
+        self._sockets.append(sock)
+        return sock, address
 
-    def _serve(self, sock: socket.socket) -> None:
-        with contextlib.suppress(OSError, EOFError, AuthenticationError), sock:
-            self._act(sock)
+    def finish_request(self, request: Any, client_address: Any) -> None:
+        with contextlib.suppress(OSError, EOFError, AuthenticationError):
+            self._act(request)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        raise  # the error in `act`, which pytest then tells
+
+    def cut(self) -> None:
+        """End all connections; wakes the threads that wait for them."""
+        for sock in self._sockets:
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
-        for sock in (self._listener, *self._sockets):
-            with contextlib.suppress(OSError):
-                sock.shutdown(socket.SHUT_RDWR)  # wakes the thread that waits for it
-        self._listener.close()
-        for thread in self._threads:
-            thread.join(PATIENCE)
+        self.shutdown()
+        self.cut()
+        self.server_close()
 
 
 def false_master(farm: Farm, reply: Callable[[str, list[str]], bytes]) -> Callable[[socket.socket], None]:
@@ -649,25 +640,22 @@ def false_master(farm: Farm, reply: Callable[[str, list[str]], bytes]) -> Callab
     return act
 
 
-class Relay:
+class Relay(FalseServer):
     """Passes on what comes to its port, until it is told to cut all connections; keeps a copy, and may change it."""
 
     def __init__(self, target: int, change: Callable[[bytes], bytes] = lambda data: data) -> None:
+        super().__init__(self._pass_on)
         self.target = target
         self.seen = bytearray()
         self._change = change
-        self._sockets: list[socket.socket] = []
-        self._server = FalseServer(self._pass_on)
-        self.port = self._server.port
 
     @property
     def connections(self) -> int:
         """How many there have been."""
-        return self._server.served
+        return self.served
 
     def _pass_on(self, near: socket.socket) -> None:
         with socket.create_connection(("127.0.0.1", self.target)) as far, contextlib.suppress(ValueError):
-            self._sockets += [near, far]
             while True:
                 for source in select.select([near, far], [], [])[0]:
                     data = source.recv(1 << 16)
@@ -675,16 +663,6 @@ class Relay:
                         return
                     self.seen += data
                     (far if source is near else near).sendall(self._change(data))
-
-    def cut(self) -> None:
-        for end in self._sockets:
-            with contextlib.suppress(OSError):
-                end.shutdown(socket.SHUT_RDWR)
-        self._sockets.clear()
-
-    def close(self) -> None:
-        self.cut()
-        self._server.close()
 
 
 # ---- other hosts, reached through ssh --------------------------------------------------------------------------------
