@@ -1111,6 +1111,7 @@ class Slot(threading.Thread):
         self._worker = worker
         self._child: Child | None = None
         self._digest = ""  # of the module that the child has loaded
+        self._started_after = ""  # id of the last run that was over when the child was started
         self._left = 0  # tasks until the child is replaced
         self._link: Link | None = None
         self._run_id = ""  # of the master whose outcomes we hold
@@ -1143,7 +1144,7 @@ class Slot(threading.Thread):
         """Start the child and wait until it has loaded the function, or the worker leaves. Raises Failure, OSError."""
         for _ in range(START_ATTEMPTS):
             self._child = child = Child(self._worker)
-            self._left = self._worker.tasks_per_process
+            self._started_after, self._left = self._worker.finished, self._worker.tasks_per_process
             try:
                 while (answer := child.receive(START_POLL)) is None:
                     if self._worker.leaving.is_set():
@@ -1191,7 +1192,7 @@ class Slot(threading.Thread):
         finally:
             self._report()
             self._leave()  # before the child has ended, since the master waits for that
-        if self._run_id == self._worker.finished:
+        if self._started_after != self._worker.finished:
             self._stop_child()  # the next job begins with a fresh one
 
     def _leave(self) -> None:
@@ -1203,6 +1204,8 @@ class Slot(threading.Thread):
         if link.run_id == self._worker.finished:
             self._worker.leaving.wait(random.uniform(0.5, 2.0))
             return False
+        if self._started_after != self._worker.finished:
+            self._stop_child()  # it was too late for the last job
         if self._child is None:
             self._start_child()
         statement = {**self._worker.statement, "digest": self._digest}
@@ -1397,7 +1400,7 @@ class Worker:
         self._lock = threading.Lock()
         self._state = ""  # then "new", "connected", "waiting" or, after a job, "idle"
         self.served_at = time.monotonic()  # when the master last answered
-        self.finished = "none"  # id of the last run that is over
+        self.finished = ""  # id of the last run that is over
         self._failure: Failure | None = None
         self._slots = [Slot(self) for _ in range(options.processes)]
         self._slots_left = options.processes

@@ -104,6 +104,34 @@ def test_a_worker_that_waits_for_ever_serves_one_master_after_the_other_with_the
     assert worker.stdout[-1] == "worker exit."
 
 
+LATE = """
+import os, time
+TEXT = {text!r}
+try:
+    os.close(os.open("first", os.O_CREAT | os.O_EXCL))
+except FileExistsError:
+    while not os.path.exists("go"):
+        time.sleep(0.01)
+
+def f(n):
+    time.sleep(0.05)
+    return [TEXT, os.getpid()]
+"""
+
+
+def test_a_process_that_was_too_late_for_a_job_does_not_run_the_code_of_then_in_the_next_one(farm: Farm) -> None:
+    farm.write("late.py", LATE.format(text="old"))
+    master = farm.run("task_master.py", "--port", 0, "--results", "first.jsonl", "5")
+    worker = farm.worker(master, "--wait", 0, "--processes", 2, "--function", "late:f")
+    assert master.wait() == 0
+    worker.wait_line("the job is over")
+    farm.write("late.py", LATE.format(text="newer"))
+    farm.let_go()
+    farm.run("task_master.py", "--port", master.port(), "--results", "second.jsonl", *range(100)).wait()
+    texts, processes = zip(*[record["result"] for record in farm.records("second.jsonl")])
+    assert ({*texts}, len({*processes})) == ({"newer"}, 2)
+
+
 # ---- another version -----------------------------------------------------------------------------------------------
 
 
