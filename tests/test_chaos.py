@@ -81,7 +81,8 @@ class Storm:
             program.pause(0.5)
             program.resume()
         else:
-            (worker.process if kind == "kill a worker" else psutil.Process(worker.pid).children()[0]).kill()
+            proper = wait_until(lambda: psutil.Process(worker.pid).children(), worker)[0]
+            (worker.process if kind == "kill a worker" else proper).kill()
             worker.wait()
             self.workers[self.workers.index(worker)] = self.start_worker()
 
