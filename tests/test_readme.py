@@ -375,6 +375,13 @@ def test_the_picture_shows_who_worked_when_and_what_failed(newcomer: Newcomer, f
         assert max(first) < min(reds) < min(second) < max(second) < max(reds) < min(third)
 
 
+@needs(not importlib.util.find_spec("matplotlib"), reason="matplotlib is not installed")
+def test_a_picture_of_nothing_is_refused_in_one_line(newcomer: Newcomer) -> None:
+    newcomer.write("look.py")
+    (newcomer.folder / "results.jsonl").write_text("")
+    assert newcomer.run("python3 look.py results.jsonl picture.png", 1).stderr == ["results.jsonl has no task that was started"]
+
+
 # ---- dask ----------------------------------------------------------------------------------------------------------
 
 CUBE = "import time\ndef cube(n):\n    time.sleep(0.01)\n    return n ** 3\n"
