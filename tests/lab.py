@@ -49,6 +49,13 @@ def same(task):
 def double(n):
     return 2 * n
 
+def mendable(n):
+    """Fails for a number that ends in 7, unless there is a file `mended`."""
+    note(n)
+    if n % 10 == 7 and not os.path.exists("mended"):
+        raise ValueError(n)
+    return 2 * n
+
 def fail(task):
     raise ValueError(f"no {task} today")
 
@@ -197,6 +204,7 @@ class Farm:
         self.folder = folder
         self.tls = ["--tls"] if tls else []
         self.python = tls_python() if tls else sys.executable
+        self.results = folder / "results.jsonl"
         self.key = secrets.token_hex(16)
         self.home = folder / "home"
         self.home.mkdir(parents=True)
@@ -230,6 +238,11 @@ class Farm:
     def master(self, *argv: object, **options: Any) -> Program:
         """Start a master on a free port."""
         return self.run("task_master.py", "--port", 0, *self.tls, *argv, **options)
+
+    def altered_master(self, code: str, *argv: object) -> Program:
+        """Start a master in whose own process some code has run before."""
+        code = f"import errno, fcntl, os, task_master\n{code}\nraise SystemExit(task_master.main())"
+        return self.run("-c", code, "--port", 0, *argv, env=self.env(PYTHONPATH=str(ROOT)))
 
     def worker(self, master: Program | int, *argv: object, **options: Any) -> Program:
         """Start a worker for a master, or for a port, with one process unless told otherwise."""
@@ -271,8 +284,7 @@ class Farm:
 
     def wait_records(self, program: Program, count: int) -> None:
         """Block until so many lines are in results.jsonl; `program` is what must not end before that."""
-        path = self.folder / "results.jsonl"
-        wait_until(lambda: path.exists() and path.read_bytes().count(b"\n") >= count, program)
+        wait_until(lambda: self.results.exists() and self.results.read_bytes().count(b"\n") >= count, program)
 
     def started(self) -> list[str]:
         """The tasks that were noted in started.log, in this order."""
@@ -282,6 +294,10 @@ class Farm:
     def wait_started(self, program: Program, task: object = None) -> None:
         """Block until a task has been noted, or any at all; `program` is what must not end before that."""
         wait_until(lambda: self.started() if task is None else str(task) in self.started(), program)
+
+    def mend(self) -> None:
+        """From now on the function `mendable` fails for no task."""
+        (self.folder / "mended").touch()
 
     def let_go(self) -> None:
         """Let the tasks that wait for the file `go` end."""

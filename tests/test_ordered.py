@@ -6,7 +6,7 @@ import json
 import signal
 
 import pytest
-from lab import Farm, Program, check_doubled, make_outcome, ok, wait_until
+from lab import Farm, Program, check_doubled, make_outcome, ok
 
 UNEVEN = """
 import os, time
@@ -53,11 +53,6 @@ def ids(farm: Farm) -> list[int]:
     return [record["id"] for record in farm.records()]
 
 
-def wait_recorded(farm: Farm, master: Program, count: int) -> None:
-    master.port()  # then there is a file
-    wait_until(lambda: (farm.folder / "results.jsonl").read_bytes().count(b"\n") == count, master)
-
-
 def check_in_order(farm: Farm, count: int) -> None:
     """Each task has its result, and stands in its place."""
     assert ids(farm) == list(range(count))
@@ -66,7 +61,7 @@ def check_in_order(farm: Farm, count: int) -> None:
 
 def test_records_are_written_as_they_come_and_put_in_order_at_the_end(farm: Farm) -> None:
     master = start(farm, 40, "late")
-    wait_recorded(farm, master, 39)
+    farm.wait_records(master, 39)
     assert 0 not in ids(farm)
     farm.let_go()
     assert master.wait() == 0
@@ -84,7 +79,7 @@ def test_a_failed_task_gets_its_place_and_keeps_it_when_it_is_repeated(farm: Far
     assert start(farm, 30, "mixed", "--max-failures", 11).wait() == 1
     assert ids(farm) == list(range(30))
     assert ["error" in record for record in farm.records()] == [n % 3 == 1 for n in range(30)]
-    farm.write("mended", "")
+    farm.mend()
     assert start(farm, 30, "mixed", "--resume").wait() == 0
     check_in_order(farm, 30)
 
@@ -95,7 +90,7 @@ def test_a_task_whose_worker_was_killed_gets_its_place(farm: Farm) -> None:
     victim = farm.worker(master, "--function", "uneven:late")
     farm.wait_started(victim)
     other = farm.worker(master, "--function", "uneven:late")
-    wait_recorded(farm, master, 49)
+    farm.wait_records(master, 49)
     victim.kill()
     farm.let_go()
     assert (master.wait(), other.wait()) == (0, 0)
@@ -123,21 +118,13 @@ def test_a_job_that_was_stopped_is_in_order_after_a_drain_and_after_it_was_resum
     check_in_order(farm, 30)
 
 
-def test_resuming_puts_a_job_in_order_that_was_not_and_alters_no_record(farm: Farm) -> None:
-    lines = [json.dumps({"id": n, "task": n, "result": 2 * n, "worker": "w/1", "attempts": 1}) for n in (7, 2, 9, 0)]
-    path = farm.write("results.jsonl", "".join(f"{line}\n" for line in lines) + '{"id": 3, "ta')
-    assert start(farm, 12, "uneven", "--resume").wait() == 0
-    check_in_order(farm, 12)
-    assert lines == [path.read_text().splitlines()[n] for n in (7, 2, 9, 0)]
-
-
-def test_resuming_a_finished_job_that_was_not_ordered_only_puts_it_in_order(farm: Farm) -> None:
-    records = [{"id": n, "task": n, "result": 2 * n, "worker": "w/1", "attempts": 1} for n in range(3)]
-    lines = [json.dumps(record) + "\n" for record in records]
-    path = farm.write("results.jsonl", lines[2] + lines[0] + lines[1])
-    farm.write_tasks(range(3))
-    assert farm.master(*OPTIONS, "--resume").wait() == 0
-    assert path.read_text() == "".join(lines)
+@pytest.mark.parametrize("count", [12, 4], ids=["that goes on", "that is finished"])
+def test_resuming_puts_a_job_in_order_that_was_not_and_alters_no_record(farm: Farm, count: int) -> None:
+    lines = [json.dumps({"id": n, "task": n, "result": 2 * n, "worker": "w/1", "attempts": 1}) for n in (3, 2, 1, 0)]
+    farm.write("results.jsonl", "".join(f"{line}\n" for line in lines) + '{"id": 3, "ta')
+    assert start(farm, count, "uneven", "--resume").wait() == 0
+    check_in_order(farm, count)
+    assert farm.results.read_text().splitlines()[:4] == lines[::-1]
 
 
 # ---- the end comes early -------------------------------------------------------------------------------------------

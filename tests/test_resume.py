@@ -8,47 +8,28 @@ import random
 import re
 import signal
 import stat
-from pathlib import Path
+import tracemalloc
 from typing import Any
 
 import pytest
-from lab import REPORT, RESULTS, ROOT, Farm, Program, check_doubled, check_silence, join_outcomes, ok
+from lab import REPORT, RESULTS, Farm, Program, check_doubled, check_once, check_silence, join_outcomes, ok
 
 from task_master import ResultsFile
 
-RESUME = """
-import os, time
-from functions import note, work
-
-def double(n):
-    note(n)
-    if n % 10 == 7 and not os.path.exists("mended"):
-        raise ValueError(n)
-    return 2 * n
-"""
 COUNT = 200
 BAD = [n for n in range(COUNT) if n % 10 == 7]
 JOB = ["--tasks", "tasks.jsonl", "--results", "results.jsonl"]
+WORK = ["--workers", 1, "--function", "functions:mendable"]
 
 
 @pytest.fixture(autouse=True)
-def module(farm: Farm) -> None:
-    farm.write("resume.py", RESUME)
+def tasks(farm: Farm) -> None:
     farm.write_tasks(range(COUNT))
 
 
-def results(farm: Farm) -> Path:
-    return farm.folder / "results.jsonl"
-
-
-def mend(farm: Farm) -> None:
-    """From now on no task fails."""
-    farm.write("mended", "")
-
-
-def run(farm: Farm, *options: object, function: str = "double", **more: Any) -> Program:
-    """A job of this module with a local worker; returns the master, which may still run."""
-    return farm.master(*JOB, "--workers", 1, "--function", f"resume:{function}", *options, **more)
+def run(farm: Farm, *options: object) -> Program:
+    """A job with a local worker; returns the master, which may still run."""
+    return farm.master(*JOB, *WORK, *options)
 
 
 def resume(farm: Farm, *options: object, **more: Any) -> Program:
@@ -93,13 +74,10 @@ def give_input(farm: Farm, kind: str, tasks: list[Any]) -> tuple[list[object], d
 
 @pytest.mark.parametrize("kind", INPUTS)
 def test_resuming_runs_only_what_failed_and_says_so(farm: Farm, kind: str) -> None:
-    where = [*JOB[2:], "--workers", 1, "--function", "resume:double"]
+    run_half(farm)
+    farm.mend()
     options, more = give_input(farm, kind, list(range(COUNT)))
-    assert farm.master(*where, *options, **more).wait() == 1
-    assert started(farm) == list(range(COUNT))
-    mend(farm)
-    options, more = give_input(farm, kind, list(range(COUNT)))
-    master = farm.master(*where, "--resume", *options, **more)
+    master = resume(farm, *WORK, *options, **more)
     assert master.wait() == 0
     assert started(farm) == BAD
     check_doubled(farm.records(), COUNT)
@@ -109,12 +87,12 @@ def test_resuming_runs_only_what_failed_and_says_so(farm: Farm, kind: str) -> No
 
 
 def test_resuming_a_finished_job_runs_nothing_but_what_is_new_and_leaves_the_file_as_it_is(farm: Farm) -> None:
-    mend(farm)
+    farm.mend()
     assert run(farm).wait() == 0
     assert started(farm) == list(range(COUNT))
-    before = results(farm).read_bytes(), results(farm).stat().st_ino
+    before = farm.results.read_bytes(), farm.results.stat().st_ino
     assert resume(farm).wait() == 0
-    assert (results(farm).read_bytes(), results(farm).stat().st_ino) == before
+    assert (farm.results.read_bytes(), farm.results.stat().st_ino) == before
     farm.write_tasks(range(COUNT + 25))  # the input has grown
     master = run(farm, "--resume")
     assert master.wait() == 0
@@ -123,20 +101,14 @@ def test_resuming_a_finished_job_runs_nothing_but_what_is_new_and_leaves_the_fil
     assert master.said("resuming results.jsonl: 200 done are kept, 0 failed are repeated, 25 to do$")
 
 
-def test_resuming_without_a_results_file_begins_one(farm: Farm) -> None:
-    mend(farm)
-    assert not run(farm, "--resume").wait()
-    check_doubled(farm.records(), COUNT)
-
-
 @pytest.mark.parametrize("kind", INPUTS)
 def test_an_input_that_differs_is_refused_naming_the_first_task_that_does(farm: Farm, kind: str) -> None:
     run_half(farm)
-    before = results(farm).read_bytes()
+    before = farm.results.read_bytes()
     for tasks, words in (([*range(12), 1200, 1300, *range(14, COUNT)], ("task 12 ", "1200")), ([*range(COUNT - 5)], ("195",))):
         options, more = give_input(farm, kind, tasks)
         check_refused(resume(farm, *options, **more), "results.jsonl", *words)
-        assert results(farm).read_bytes() == before
+        assert farm.results.read_bytes() == before
 
 
 def test_tasks_written_another_way_are_the_same_tasks_and_blank_lines_take_no_id(farm: Farm) -> None:
@@ -179,14 +151,6 @@ def test_a_line_that_a_full_disk_has_torn_spoils_no_other_when_the_file_is_put_r
     assert [line for line in lines if line != torn] == sorted(whole.splitlines(keepends=True), reverse=not ordered)
 
 
-@pytest.mark.parametrize("line", ["not a record", "[]", "{}", '{"id": "x", "task": 1, "result": 1}', "\0" * 100])
-def test_a_line_that_is_no_record_is_refused_and_named(farm: Farm, line: str) -> None:
-    content = f"{LINE % (0, 0)}{line}\n{LINE % (1, 1)}"
-    farm.write("results.jsonl", content)
-    check_refused(resume(farm), "results.jsonl, line 2")
-    assert results(farm).read_text() == content
-
-
 # ---- one master at a time ------------------------------------------------------------------------------------------
 
 
@@ -197,8 +161,8 @@ def test_a_second_master_on_the_same_file_is_refused_and_the_first_goes_on(farm:
     for name in ("results.jsonl", "link.jsonl"):
         for options in ([], ["--resume"]):
             check_refused(farm.master(*JOB[:2], "--results", name, *options), "another master")
-    mend(farm)
-    farm.worker(first, "--function", "resume:double")
+    farm.mend()
+    farm.worker(first, *WORK[2:])
     assert first.wait() == 0
     check_doubled(farm.records(), COUNT)
 
@@ -206,8 +170,8 @@ def test_a_second_master_on_the_same_file_is_refused_and_the_first_goes_on(farm:
 def test_a_killed_master_loses_no_record_that_it_acknowledged(farm: Farm) -> None:
     dice = random.Random(1)
     acknowledged: set[int] = set()
-    for attempt in range(4):
-        master = farm.master(*JOB, *["--resume"] * bool(attempt))
+    for _ in range(4):
+        master = farm.master(*JOB, "--resume")  # which begins a file where there is none
         peer = farm.peer(master)
         run_id = peer.join()
         for _ in range(dice.randrange(1, 20)):
@@ -217,7 +181,7 @@ def test_a_killed_master_loses_no_record_that_it_acknowledged(farm: Farm) -> Non
             acknowledged |= set(ids)
         master.kill()
         assert {record["id"] for record in farm.records()} == acknowledged
-    mend(farm)
+    farm.mend()
     assert run(farm, "--resume").wait() == 0
     assert not acknowledged & set(started(farm))
     check_doubled(farm.records(), COUNT)
@@ -226,18 +190,12 @@ def test_a_killed_master_loses_no_record_that_it_acknowledged(farm: Farm) -> Non
 # ---- only appended to while the job runs, and put right at the end ---------------------------------------------------
 
 
-def start_patched(farm: Farm, code: str, *options: object) -> Program:
-    """A master in whose own process some code has run before."""
-    code = f"import errno, os, task_master\n{code}\nraise SystemExit(task_master.main())"
-    return farm.run("-c", code, "--port", 0, *JOB, *options, env=farm.env(PYTHONPATH=str(ROOT)))
-
-
 def start_repeating(farm: Farm, code: str = "") -> tuple[Program, bytes]:
     """A master that resumes a job with failed tasks, and what the file was before."""
     run_half(farm)
-    mend(farm)
-    before = results(farm).read_bytes()
-    master = start_patched(farm, code, "--resume")
+    farm.mend()
+    before = farm.results.read_bytes()
+    master = farm.altered_master(code, *JOB, "--resume")
     master.port()
     return master, before
 
@@ -259,38 +217,32 @@ def test_a_resumed_job_only_appends_and_drops_superseded_lines_at_its_end(farm: 
     run_id = peer.join()
     for n in BAD:
         assert peer.lease_ids() == [n]
-        assert results(farm).read_bytes().startswith(before)
+        assert farm.results.read_bytes().startswith(before)
         peer.report(run_id, ok(n, 2 * n))
     assert master.wait() == 0
-    assert results(farm).read_bytes().splitlines()[: len(kept)] == kept
+    assert farm.results.read_bytes().splitlines()[: len(kept)] == kept
     check_doubled(farm.records(), COUNT)
     assert [path.name for path in farm.folder.glob("results*")] == ["results.jsonl"]
     (line,) = master.stdout
     assert re.search(r"results\.jsonl\.[0-9a-f]{8,} is new and private$", line)
 
 
-def test_after_a_drain_each_task_has_its_last_record_only(farm: Farm) -> None:
-    master, _ = start_repeating(farm)
-    peer = farm.peer(master)
-    run_id = peer.join()
-    assert peer.lease_ids() == [BAD[0]]
-    master.signal(signal.SIGTERM)
-    master.wait_line("draining")
-    peer.report(run_id, ok(BAD[0], 2 * BAD[0]))
-    assert master.wait() == 143
-    assert sorted(record["id"] for record in farm.records()) == list(range(COUNT))
-    assert sorted(record["id"] for record in farm.records() if "error" in record) == BAD[1:]
-
-
-def test_a_master_that_was_killed_before_the_end_leaves_a_file_whose_last_records_count(farm: Farm) -> None:
+@pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGKILL])
+def test_the_last_records_count_of_a_job_that_was_drained_or_killed(farm: Farm, end: int) -> None:
+    """A drain leaves them alone in the file; a kill leaves the file as it was, and they stand behind that."""
     master, before = start_repeating(farm)
     peer = farm.peer(master)
     run_id = peer.join()
     assert peer.lease_ids() == [BAD[0]]
     peer.report(run_id, ok(BAD[0], 2 * BAD[0]))
-    master.kill()
-    assert len(results(farm).read_bytes().splitlines()) == COUNT + 1
-    assert results(farm).read_bytes().startswith(before)
+    master.signal(end)
+    assert master.wait() == (143 if end == signal.SIGTERM else -end)
+    if end == signal.SIGTERM:
+        check_once(farm.records(), COUNT)
+        assert sorted(record["id"] for record in farm.records() if "error" in record) == BAD[1:]
+    else:
+        assert farm.results.read_bytes().startswith(before)
+        assert len(farm.records()) == COUNT + 1
     assert run(farm, "--resume").wait() == 0
     assert started(farm) == BAD[1:]
     check_doubled(farm.records(), COUNT)
@@ -300,17 +252,17 @@ def test_a_master_that_was_killed_before_the_end_leaves_a_file_whose_last_record
 def test_a_file_that_was_put_right_has_its_mode_and_owner_and_stays_behind_its_link(farm: Farm) -> None:
     real = farm.folder / "elsewhere/real.jsonl"
     real.parent.mkdir()
-    results(farm).symlink_to("elsewhere/real.jsonl")
+    farm.results.symlink_to("elsewhere/real.jsonl")
     run_half(farm)
     os.chown(real, 12345, 23456)
     real.chmod(0o664)
     farm.write("treasure", "precious")
     (farm.folder / "elsewhere/real.jsonl.new").symlink_to("../treasure")  # a name that could be guessed
-    mend(farm)
+    farm.mend()
     assert run(farm, "--resume").wait() == 0
     after = real.stat()
     assert (after.st_uid, after.st_gid, stat.S_IMODE(after.st_mode)) == (12345, 23456, 0o664)
-    assert results(farm).is_symlink() and (farm.folder / "treasure").read_text() == "precious"
+    assert farm.results.is_symlink() and (farm.folder / "treasure").read_text() == "precious"
     assert sorted(os.listdir(farm.folder / "elsewhere")) == ["real.jsonl", "real.jsonl.new"]
     check_doubled(farm.records(), COUNT)
 
@@ -322,27 +274,15 @@ def test_a_file_that_cannot_be_put_right_is_one_line_and_the_status_is_as_withou
     master, before = start_repeating(farm, fail)
     if status:
         (farm.folder / "mended").unlink()
-    farm.worker(master, "--function", "resume:double")
+    farm.worker(master, *WORK[2:])
     assert master.wait() == status
     assert len(master.said("cannot put results.jsonl in order: operation not permitted")) == 1
     check_silence(master)
-    assert results(farm).read_bytes().startswith(before)
+    assert farm.results.read_bytes().startswith(before)
     assert [path.name for path in farm.folder.glob("results*")] == ["results.jsonl"]
-    mend(farm)
+    farm.mend()
     assert run(farm, "--resume").wait() == 0
     check_doubled(farm.records(), COUNT)
-
-
-@pytest.mark.parametrize("how", ["removed", "replaced"])
-def test_a_file_that_is_taken_away_while_the_job_runs_ends_it_with_one_line(farm: Farm, how: str) -> None:
-    master = farm.master(*JOB)
-    master.port()
-    results(farm).unlink()
-    if how == "replaced":
-        farm.write("results.jsonl", "precious\n")
-    assert master.wait() == 1
-    assert "results.jsonl was removed or replaced" in master.stderr[-1]
-    assert how == "removed" or results(farm).read_text() == "precious\n"
 
 
 # ---- disks that fail -----------------------------------------------------------------------------------------------
@@ -361,7 +301,7 @@ os.write = tear
 
 def test_nothing_is_written_behind_a_torn_line(farm: Farm) -> None:
     """As when a disk is full for a moment, and then a worker is lost: the record of that would spoil the file."""
-    master = start_patched(farm, TEAR, "--redeliveries", 0)
+    master = farm.altered_master(TEAR, *JOB, "--redeliveries", 0)
     reporting, lost = farm.peer(master), farm.peer(master)
     run_id = reporting.join()
     lost.join()
@@ -369,7 +309,7 @@ def test_nothing_is_written_behind_a_torn_line(farm: Farm) -> None:
     assert reporting.try_call(RESULTS, REPORT, run_id, 0.0, join_outcomes(ok(0, 0))) != "#RETURN"
     lost.close()
     assert master.wait() == 1
-    *lines, _ = results(farm).read_bytes().split(b"\n")
+    *lines, _ = farm.results.read_bytes().split(b"\n")
     assert [json.loads(line)["id"] for line in lines] in ([], [1])
 
 
@@ -390,22 +330,22 @@ def test_a_full_disk_ends_the_job_without_acknowledging_what_is_not_written(farm
 @pytest.mark.skipif(not hasattr(signal, "SIGXFSZ"), reason="needs a limit on the size of files")
 @pytest.mark.parametrize("options", [[], ["--ordered"]], ids=["as they come", "ordered"])
 def test_a_file_that_may_not_grow_is_resumed_when_it_may_and_repeats_no_record(farm: Farm, options: list[str]) -> None:
-    import resource
+    import resource  # not on every system
 
     for limit, more in ((5_000, []), (10_000, ["--resume"])):
         master = farm.master(*JOB, *options, *more)
         master.port()
         resource.prlimit(master.pid, resource.RLIMIT_FSIZE, (limit, limit))
-        worker = farm.worker(master, "--function", "resume:work", "--wait", 0.1)
+        worker = farm.worker(master, "--function", "functions:work", "--wait", 0.1)
         assert master.wait() == 1
         assert "results.jsonl" in master.stderr[-1] and "too large" in master.stderr[-1]
         check_silence(master)
         worker.kill()
-        *lines, _ = results(farm).read_bytes().split(b"\n")  # the last one may be torn
+        *lines, _ = farm.results.read_bytes().split(b"\n")  # the last one may be torn
         check_doubled(sorted(map(json.loads, lines), key=lambda record: record["id"]), len(lines))
-        assert results(farm).stat().st_size <= limit
+        assert farm.results.stat().st_size <= limit
     started(farm)
-    assert run(farm, *options, "--resume", function="work").wait() == 0
+    assert run(farm, *options, "--resume", "--function", "functions:work").wait() == 0
     check_doubled(farm.records(), COUNT)
     assert len(started(farm)) == COUNT - len(lines)
 
@@ -413,26 +353,28 @@ def test_a_file_that_may_not_grow_is_resumed_when_it_may_and_repeats_no_record(f
 def test_a_failing_fsync_ends_the_job_with_one_line(farm: Farm) -> None:
     """A disk may tell only then that it could not keep what it took."""
     fail = "def fail(descriptor):\n    raise OSError(errno.EIO, os.strerror(errno.EIO))\nos.fsync = fail"
-    master = start_patched(farm, fail, "--workers", 1)
+    master = farm.altered_master(fail, *JOB, "--workers", 1)
     assert master.wait() == 1
     assert "results.jsonl" in master.stderr[-1] and "input/output error" in master.stderr[-1]
     check_silence(master)
 
 
 def test_a_master_whose_messages_nobody_reads_any_more_does_its_job(farm: Farm) -> None:
-    mend(farm)
+    farm.mend()
     alone = "ours, theirs = os.pipe()\nos.close(ours)\nos.dup2(theirs, 2)"
-    master = farm.run_after(alone, "task_master.py", "--port", 0, *JOB, "--workers", 1, "--function", "resume:double")
+    master = farm.run_after(alone, "task_master.py", "--port", 0, *JOB, *WORK)
     assert master.wait() == 0
     check_doubled(farm.records(), COUNT)
 
 
 def test_memory_for_a_resumed_job_is_at_most_twenty_four_bytes_a_record(farm: Farm) -> None:
-    code = "import tracemalloc, task_master; tracemalloc.start(); results = task_master.ResultsFile('results.jsonl', True); "
-    code += "print(tracemalloc.get_traced_memory()[0])"
     count = 30_000
     line = '{"id": %d, "task": %d, "result": 1, "seconds": 0.1, "worker": "host/1", "attempts": 1}\n'
     farm.write("results.jsonl", "".join(line % (n, n) for n in range(count)))
-    master = farm.run("-c", code, env=farm.env(PYTHONPATH=str(ROOT)))
-    assert master.wait() == 0, master.stderr
-    assert int(master.stdout[0]) < 24 * count + 200_000
+    tracemalloc.start()
+    resumed = ResultsFile(str(farm.results), True)
+    used, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    resumed.finish(False)
+    assert resumed.kept == count
+    assert used < 24 * count + 200_000
