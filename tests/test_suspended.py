@@ -20,7 +20,7 @@ from typing import Any
 
 import psutil
 import pytest
-from lab import PATIENCE, Farm, check_ended, check_once, check_silence, descendants_of, wait_until
+from lab import Farm, check_ended, check_once, check_silence, descendants_of, wait_until
 
 pytestmark = [
     pytest.mark.skipif(not hasattr(fcntl, "F_SETPIPE_SZ"), reason="needs pipes whose size can be set"),
@@ -56,7 +56,7 @@ class Pipe:
 
     def __init__(self) -> None:
         self.reader, self.writer = os.pipe()
-        self.size = fcntl.fcntl(self.writer, fcntl.F_SETPIPE_SZ, 4096)
+        fcntl.fcntl(self.writer, fcntl.F_SETPIPE_SZ, 4096)
         os.set_inheritable(self.writer, True)
 
     def fill(self) -> None:
@@ -68,13 +68,6 @@ class Pipe:
 
     def wait_full(self) -> None:
         wait_until(lambda: not select.select([], [self.writer], [], 0)[1])
-
-    def read_until(self, text: bytes) -> bytes:
-        said = b""
-        while text not in said:
-            assert select.select([self.reader], [], [], PATIENCE)[0], said
-            said += os.read(self.reader, self.size)
-        return said
 
     def read(self) -> bytes:
         """All that is written until nobody can write any more."""
