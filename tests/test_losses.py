@@ -19,7 +19,6 @@ from lab import (
     TASKS,
     FalseServer,
     Farm,
-    Program,
     Relay,
     answer,
     check_ended,
@@ -127,17 +126,11 @@ def test_an_outcome_of_another_run_is_refused(farm: Farm) -> None:
 # ---- a connection that is cut ------------------------------------------------------------------------------------------
 
 
-def start_behind_relay(farm: Farm) -> tuple[Program, Relay, Program]:
-    """A master, a relay, and a worker that runs the only task until it is let go."""
+def test_a_worker_whose_connection_was_cut_reports_what_it_finished_meanwhile(farm: Farm) -> None:
     master = farm.master('"any"', *RESULTS)
     relay = farm.closing(Relay(master.port()))
     worker = farm.worker(relay.port, "--function", "functions:stay")
     farm.wait_started(worker)
-    return master, relay, worker
-
-
-def test_a_worker_whose_connection_was_cut_reports_what_it_finished_meanwhile(farm: Farm) -> None:
-    master, relay, worker = start_behind_relay(farm)
     relay.cut()
     master.wait_line("redelivered since")
     farm.let_go()
@@ -147,7 +140,10 @@ def test_a_worker_whose_connection_was_cut_reports_what_it_finished_meanwhile(fa
 
 
 def test_a_worker_that_meets_another_run_drops_what_it_finished(farm: Farm) -> None:
-    master, relay, _ = start_behind_relay(farm)
+    master = farm.master('"any"', *RESULTS)
+    relay = farm.closing(Relay(master.port()))
+    worker = farm.worker(relay.port, "--function", "functions:stay")
+    farm.wait_started(worker)
     master.kill()
     again = farm.master('"any"', *RESULTS, "--resume")
     relay.target = again.port()
