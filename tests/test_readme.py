@@ -49,6 +49,7 @@ with warnings.catch_warnings():
     from aiosmtpd.controller import Controller
 
 needs = pytest.mark.skipif
+needs_matplotlib = needs(not importlib.util.find_spec("matplotlib"), reason="matplotlib is not installed")
 
 
 def test_no_block_is_without_a_test() -> None:
@@ -344,10 +345,11 @@ def test_pandas_counts_failures_by_type_and_time_by_host(newcomer: Newcomer, fai
     assert [float(cell) for cell in row[1:]] == pytest.approx([1000, 100, 0.1, 0.1])
 
 
+@needs_matplotlib
 def test_the_picture_shows_who_worked_when_and_what_failed(newcomer: Newcomer, failing: int) -> None:
     newcomer.write("look.py")
     newcomer.run("python3 look.py results.jsonl picture.png")
-    pixels = (pytest.importorskip("matplotlib.image").imread(newcomer.folder / "picture.png")[:, :, :3] * 255).round()
+    pixels = (importlib.import_module("matplotlib.image").imread(newcomer.folder / "picture.png")[:, :, :3] * 255).round()
     colors = {"blue": (31, 119, 180), "red": (214, 39, 40), "black": (0, 0, 0)}
     blue, red, black = [(abs(pixels - color) < 8).all(axis=2) for color in colors.values()]
 
@@ -375,7 +377,7 @@ def test_the_picture_shows_who_worked_when_and_what_failed(newcomer: Newcomer, f
         assert max(first) < min(reds) < min(second) < max(second) < max(reds) < min(third)
 
 
-@needs(not importlib.util.find_spec("matplotlib"), reason="matplotlib is not installed")
+@needs_matplotlib
 def test_a_picture_of_nothing_is_refused_in_one_line(newcomer: Newcomer) -> None:
     newcomer.write("look.py")
     (newcomer.folder / "results.jsonl").write_text("")
