@@ -943,7 +943,7 @@ def kill_started(mark: str, root: int | None = None) -> None:
     give_up_at = time.monotonic() + EXIT_GRACE
     found = {0}
     while found and time.monotonic() < give_up_at:
-        with contextlib.suppress(OSError):  # there may be no descriptor free to look, for a moment
+        with contextlib.suppress(OSError, MemoryError):  # there may be no descriptor free to look, for a moment
             found = find_started(mark, root) - {os.getpid()}
             for pid in found:
                 with contextlib.suppress(ProcessLookupError, PermissionError):
@@ -1134,6 +1134,8 @@ class Slot(threading.Thread):
             self._worker.fail(failure)
         except OSError as error:
             self._worker.lose_slot(error)
+        except MemoryError:
+            self._worker.lose_slot(OSError(errno.ENOMEM, os.strerror(errno.ENOMEM)))
         except Exception as error:  # a defect of this program: the one case for a traceback
             self._worker.fail(Failure(f"internal error: {error!r}", 1))
             raise
