@@ -161,8 +161,8 @@ def test_a_job_needs_no_shared_memory_of_the_system(farm: Farm, place: str) -> N
 @pytest.mark.parametrize("when", ["before", "meanwhile"])
 @pytest.mark.parametrize("what", [(), ("--command", "echo $((2 * TASK))")], ids=["function", "command"])
 def test_a_worker_whose_current_directory_was_deleted_loses_no_task(farm: Farm, when: str, what: Any) -> None:
-    """It does without it, or leaves with a line that says so; another does the rest."""
-    master = start_master(farm)
+    """It does without it, or leaves with a line that says so; another does the rest, and again what ran at that moment."""
+    master = start_master(farm, "--redeliveries", 2)
     gone = farm.folder / "gone"
     gone.mkdir()
     options = ("--port", master.port(), "--processes", 2, *what, *(("--tasks-per-process", 3) if when == "meanwhile" else ()))
@@ -177,4 +177,4 @@ def test_a_worker_whose_current_directory_was_deleted_loses_no_task(farm: Farm, 
     assert master.wait() == 0
     check_silence(worker)
     check_once(farm.records(), TASKS)
-    assert {record["attempts"] for record in farm.records()} == {1}
+    assert {record["attempts"] for record in farm.records()} <= ({1} if worker.wait() == 0 else {1, 2})
