@@ -754,7 +754,7 @@ def parse_report(text: str) -> Outcomes:
 
 
 def check_outcome(outcome: str, scan: Callable[..., Any] = scan_roughly) -> tuple[bool, bool, str]:
-    """Whether an outcome is ok, whether it is final, and its text for the results file. What is not sound becomes an error."""
+    """Whether an outcome is ok, whether it is final, and its text for the results file; an error for what `scan` cannot read."""
     try:
         if outcome.count('"') + outcome.count("[") + outcome.count("{") > VALUE_LIMIT:
             raise ValueError(f"it has more than {VALUE_LIMIT} strings, lists and objects: write it to a file")
@@ -892,7 +892,7 @@ def load_plain(data: bytes) -> Any:
     return PlainUnpickler(io.BytesIO(data)).load()
 
 
-# What the base class makes to listen; ours listens at a socket.
+# The base class wants something that has an address; QueueServer puts a socket in its place.
 managers.listener_client["plain"] = (types.SimpleNamespace, None)  # type: ignore[attr-defined]
 
 

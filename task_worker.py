@@ -1145,8 +1145,8 @@ class Slot(threading.Thread):
     def _start_child(self) -> Child:
         """Start the child and wait until it has loaded the function, or the worker leaves. Raises Failure, OSError."""
         for _ in range(START_ATTEMPTS):
-            self._child = child = Child(self._worker)
             self._started_after, self._left = self._worker.finished, self._worker.tasks_per_process
+            self._child = child = Child(self._worker)
             try:
                 while (answer := child.receive(START_POLL)) is None:
                     if self._worker.leaving.is_set():
