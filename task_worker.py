@@ -1412,17 +1412,16 @@ class Worker:
         os.chdir(os.path.abspath(os.sep))  # since a new Python looks for modules in the current folder first
 
     def run(self) -> None:
-        """Serve until the job is over, or this worker drained. A failure of it ends this process."""
+        """Serve until the job is over, or this worker drained. After a failure this process ends here."""
         for slot in self._slots:
             try:
                 slot.start()
             except RuntimeError:  # there may be no more threads
                 self.lose_slot(OSError(errno.EAGAIN, os.strerror(errno.EAGAIN)))
         for slot in self._slots:
-            while slot.is_alive() and not self._failure:
+            while slot.is_alive():
                 slot.join(1.0)  # with a timeout, so that Ctrl-C comes through on Windows
         if self._failure:
-            say(str(self._failure))
             leave_at_once(self._failure.status)
 
     def connect(self) -> Link | None:
@@ -1505,9 +1504,12 @@ class Worker:
             say(f"{text}; going on with those that run")
 
     def fail(self, failure: Failure) -> None:
-        """End the worker with this failure, if it is the first."""
+        """Drain because of this failure, if it is the first: the other slots have done nothing wrong."""
         with self._lock:
-            self._failure = self._failure or failure
+            first, self._failure = not self._failure, self._failure or failure
+        if first:
+            busy = any(slot.is_busy() for slot in self._slots)
+            say(f"{failure}; finishing what runs (a signal: leaving at once)" if busy else str(failure))
         self.leaving.set()
 
     def _change(self, state: str, text: str) -> None:
