@@ -114,7 +114,7 @@ def format_outcome(members: str, started_at: float | None = None, seconds: float
 
 @functools.lru_cache(1000)
 def format_times(started_at: int, seconds: int) -> str:
-    """The end of an outcome, from milliseconds and microseconds; tiny tasks, of which there are most, begin and last alike."""
+    """The end of an outcome, from milliseconds and microseconds; most tasks are tiny, so the same come again and again."""
     return f', "started_at": {started_at / 1e3:.3f}, "seconds": {seconds / 1e6:.6f}'
 
 
@@ -205,7 +205,8 @@ def make_tls_context(authkey: bytes, host: str, server_side: bool) -> ssl.SSLCon
     import ssl
 
     if not getattr(ssl, "HAS_PSK", False):
-        problem = f"TLS, the default beyond loopback ({host}), needs Python 3.13 or newer, not {sys.version.split()[0]}"
+        where = "" if is_loopback(host) else f", the default beyond loopback ({host}),"
+        problem = f"TLS{where} needs Python 3.13 or newer, not {sys.version.split()[0]}"
         raise Failure(f"{problem}: start workers with the master's --ssh, or use --no-tls where nobody can listen in")
     key = hmac.digest(authkey, b"task_master TLS 1.3 pre-shared key", "sha256")  # not the key that answers challenges
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if server_side else ssl.PROTOCOL_TLS_CLIENT)
@@ -226,7 +227,7 @@ def show_address(address: tuple[Any, ...]) -> str:
 
 def is_loopback(host: str) -> bool:
     """Whether only this machine can be meant."""
-    return host.startswith("127.") or host in ("::1", "localhost")
+    return host in ("::1", "localhost") or bool(re.fullmatch(r"127(\.[0-9]+){1,3}", host))
 
 
 def make_poll(file: Any) -> Callable[[float], bool]:
@@ -317,7 +318,7 @@ def read_key(path: str | None) -> bytes:
     except OSError as error:
         if path is None and isinstance(error, FileNotFoundError):
             raise
-        raise Failure(f"cannot read the key file {source}: {explain_error(error)} (copy it from the master's host)") from None
+        raise Failure(f"cannot read the key file {source}: {explain_error(error)} (make it, or copy the master's)") from None
     if os.name == "posix" and status.st_uid not in (0, os.geteuid()):
         raise Failure(f"the key file {source} belongs to another user: use one of your own")
     if os.name == "posix" and stat.S_IMODE(status.st_mode) & (0o077 if status.st_uid else 0o037):  # a group may read root's
@@ -345,7 +346,7 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **options: Any) -> None:
         formatter = functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=27)
         super().__init__(allow_abbrev=False, formatter_class=formatter, **options)
-        self.add_argument("--quiet", action="store_true", help="say only where the master listens, and what stops a program")
+        self.add_argument("--quiet", action="store_true", help="say only where a master listens, and what stops the program")
         self.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
 
     def error(self, message: str) -> NoReturn:
@@ -418,6 +419,7 @@ POLL_INTERVAL = 0.25  # seconds after which a slot looks around while its child 
 EXIT_GRACE = 5.0  # seconds for a child to leave by itself
 OUTPUT_LIMIT = 1 << 20  # bytes kept of each stream of a --command
 ERROR_SIZE = 8192  # characters kept of an error's message, and twice that of its traceback
+PIECE = 1 << 14  # bytes of an outcome that go through the pipe at a time: written at once, so that no death can cut it
 MEMORY_SIZE = 1 << 20  # bytes that a child shares with its slot: some words, the first ones named here, then outcomes
 POSITION, STARTED_AT, REVOKED, LENGTH, TIME_LIMIT, HEADER = 0, 1, 2, 3, 4, 64
 STREAM_CHECK = 0.001  # seconds of tasks after which a child looks at its standard streams
@@ -506,7 +508,8 @@ def parse_template(template: str) -> tuple[str, list[str]]:
     names: list[str] = []
     script = ""
     for part in re.findall(r"""\\.|'[^']*'?|"(?:\\.|[^"\\])*"?|\$\{\w+\}|\{\w*\}|.""", template, re.DOTALL):
-        if part[0] in "'\"" and "{}" in part:
+        is_open = part[0] == '"' and part.count("$(") > part.count(")")  # a command follows in these quotes
+        if part[0] in "'\"" and "{}" in (template if is_open else part):
             raise Failure(f'{shown}: {{}} in quotes is not replaced: take the quotes away, or write "$TASK"')
         if part == "{}":
             part = '"$TASK"'
@@ -514,9 +517,9 @@ def parse_template(template: str) -> tuple[str, list[str]]:
             names.append(part[1:-1])
             part = f'"$TASK__{part[1:-1]}"'
         script += part
-    if "TASK" in script:
+    if re.search(r"\bTASK(\b|_)", script):
         return script, names
-    if set(template) & set("|;&<>\n") or " #" in template or not template.strip():
+    if set(template) & set("|;&<>\n") or re.search(r"\s#", template) or not template.strip():
         raise Failure(f"{shown}: say with {{}} where the task goes")
     return f'{script} "$TASK"', names
 
@@ -554,7 +557,12 @@ class Command:
         with open_output() as stdout, open_output() as stderr:
             actions = [(os.POSIX_SPAWN_DUP2, stdout.fileno(), 1), (os.POSIX_SPAWN_DUP2, stderr.fileno(), 2)]
             defaults = [signal.SIGPIPE, signal.SIGXFSZ]  # Python ignores them
-            pid = os.posix_spawn("/bin/sh", ["sh", "-c", self._script], environment, file_actions=actions, setsigdef=defaults)
+            try:
+                pid = os.posix_spawn("/bin/sh", ["sh", "-c", self._script], environment, file_actions=actions, setsigdef=defaults)
+            except OSError as error:
+                if error.errno != errno.E2BIG:
+                    raise
+                raise ValueError("the task is too long for a command (Linux takes 128 KiB): put a path there instead") from None
             status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
             result = {"exit": status, "stdout": read_output(stdout), "stderr": read_output(stderr)}
         if status:
@@ -605,7 +613,7 @@ def encode_result(value: Any) -> str:
 
 def make_plain(value: Any, place: str) -> Any:
     """A value as JSON has it: what has `tolist` converted, and None for NaN and the infinities. Raises TypeError."""
-    if hasattr(value, "tolist"):  # numpy, pandas, torch
+    if hasattr(type(value), "tolist"):  # numpy, pandas, torch
         return make_plain(value.tolist(), place)
     if isinstance(value, float) and not math.isfinite(value):
         return None
@@ -630,9 +638,11 @@ def run_child(pipe: Any, memory: Memory, folder: str | None, function: str | Non
         threading.Thread(target=die_with_parent, daemon=True).start()
         if folder:
             os.chdir(folder)
-        os.environ[LOADING] = "1"
-        call = load_function(function) if function else Command(command) if command else square
-        del os.environ[LOADING]
+        call: Callable[[Any], Any] = Command(command) if command else square
+        if function:
+            os.environ[LOADING] = "1"
+            call = load_function(function)
+            os.environ.pop(LOADING, None)  # the module may have cleared them all
         pipe.send_bytes(b"+" + digest_module(function).encode())
     except (Failure, OSError, RuntimeError) as failure:  # RuntimeError: there may be no more threads
         pipe.send_bytes(b"!" if isinstance(failure, RuntimeError) else b"-" + str(failure).encode("utf-8", "replace"))
@@ -662,12 +672,13 @@ def leave_terminal() -> None:
     for name, descriptor in (("stdout", 1), ("stderr", 2)):
         stream = io.BufferedWriter(Output(os.dup(descriptor), "w"))
         setattr(sys, name, io.TextIOWrapper(stream, errors="backslashreplace", line_buffering=descriptor == 2 or os.isatty(1)))
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # forgets one that came in before
     if hasattr(os, "setsid"):
         os.setsid()
+    for number in STOP_SIGNALS:
+        before = signal.signal(number, signal.SIG_IGN)  # forgets one that came in
+        signal.signal(number, before)
+    if hasattr(signal, "pthread_sigmask"):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def die_with_parent() -> NoReturn:
@@ -680,19 +691,21 @@ def die_with_parent() -> NoReturn:
 
 
 def digest_module(spec: str | None) -> str:
-    """SHA-256 of the text of the function's module; "" when it has none."""
+    """SHA-256 of the text of the function's module; "" when it has none, or none in a file of its own."""
     path = getattr(sys.modules[spec.partition(":")[0]], "__file__", None) if spec else None
     if not path or not path.endswith(".py"):
         return ""
     import hashlib
 
-    return hashlib.sha256(read_file(path)).hexdigest()
+    with contextlib.suppress(OSError):  # it is in a zip, say
+        return hashlib.sha256(read_file(path)).hexdigest()
+    return ""
 
 
 class Memory:
     """What a child shares with its slot: words (position, time and so on), and behind them outcomes, a line each.
 
-    Their length is written last, so that who reads no further sees whole lines. It is a memfd where there is one, since
+    Their length is written last, so that a reader that stops there sees whole lines. It is a memfd where there is one, since
     a file on a full disk has holes, and to write into a hole is a SIGBUS.
     """
 
@@ -728,6 +741,7 @@ def run_tasks(function: Callable[[Any], Any], lines: list[str], memory: Memory, 
         words[STARTED_AT] = started_at = clock()
         words[POSITION] = position
         if words[REVOKED]:
+            words[POSITION] = position - 1  # so that it does not count as begun
             break
         if command:
             command.task_id = task_id
@@ -745,10 +759,11 @@ def run_tasks(function: Callable[[Any], Any], lines: list[str], memory: Memory, 
             words[LENGTH] = end
         else:  # this one and all behind it go through the pipe, so that they stay in order
             end = MEMORY_SIZE
-            pipe.send_bytes(outcome)
+            for begin in range(0, len(outcome), PIECE):
+                pipe.send_bytes(outcome[begin : begin + PIECE])
         if now - started_at > time_limit:
             return False  # it may be killed at any moment, and no other task with it
-        if now - checked_at > STREAM_CHECK or stdout.closed:
+        if now - checked_at > STREAM_CHECK or sys.stdout is not stdout or stdout.closed:
             checked_at = now
             flush_streams()
             if identify_streams() != streams:
@@ -761,7 +776,7 @@ def run_task(function: Callable[[Any], Any], text: str) -> str:
     """Call the function with a task. Returns the member `"result"` or `"error"` of a record."""
     try:
         value = function(scan_json(text, 0)[0])
-        if type(value) is not int and hasattr(value, "__await__"):  # of an `async def`
+        if type(value) is not int and hasattr(type(value), "__await__"):  # of an `async def`
             import asyncio
 
             value = asyncio.run(value)
@@ -769,7 +784,7 @@ def run_task(function: Callable[[Any], Any], text: str) -> str:
         return describe_error(error)
     try:
         return RESULT + (repr(value) if type(value) is int else encode_result(value))
-    except BaseException as error:  # another run would return the like
+    except BaseException as error:  # another run would return the same
         return describe_error(error, final=True)
 
 
@@ -782,7 +797,7 @@ def flush_streams() -> None:
 
 def identify_streams() -> list[Any]:
     """What stands behind standard input, output and error; [] when one of them is closed."""
-    with contextlib.suppress(OSError, AttributeError):
+    with contextlib.suppress(OSError, AttributeError, ValueError):  # ValueError: what is behind one was taken away
         if not sys.stdout.closed and not sys.stderr.closed:
             return [os.fstat(descriptor)[1:3] for descriptor in range(3)]
     return []
@@ -840,6 +855,7 @@ class Child:
         self._mark = f"{WORKER_MARK}{random.getrandbits(64):x}."
         self._memory = Memory()
         self._taken = HEADER  # up to where we have read the outcomes
+        self._pieces: list[bytes] = []  # of a message that is not there as a whole
         self.overdue = False  # whether it was killed for the time limit
         try:
             self._pipe, theirs = self.context.Pipe()
@@ -866,18 +882,27 @@ class Child:
 
     def receive(self, timeout: float) -> bytes | None:
         """The next message, or None when there was none for `timeout` seconds. Raises ChildDied."""
-        with contextlib.suppress(EOFError, OSError):
-            if self._poll(timeout):
-                return self._pipe.recv_bytes()
-            if self._process.is_alive():
-                return None  # asked, since a process that it started may keep the pipe open
-            if self._poll(0):  # what it said before it died counts
-                return self._pipe.recv_bytes()
+        message = self._read(timeout)
+        if message is None and self._process.is_alive():
+            return None  # asked, since a process that it started may keep the pipe open
+        message = message or self._read(0)  # what it said before it died counts
+        if message:
+            return message
         seconds = self.running_for()
-        while self.killing_all:  # then the death is our own doing, and no outcome
-            time.sleep(EXIT_GRACE)
         self.stop()
         raise ChildDied(self._process.exitcode or 0, seconds)
+
+    def _read(self, timeout: float) -> bytes | None:
+        """The next message, or None when `timeout` seconds pass before the next piece of it, or the pipe has an end."""
+        try:
+            while self._poll(timeout):
+                self._pieces.append(self._pipe.recv_bytes())
+                if len(self._pieces[-1]) < PIECE or self._pieces[-1].endswith(b"\n"):
+                    message, self._pieces = b"".join(self._pieces), []
+                    return message
+        except (EOFError, OSError):
+            time.sleep(min(timeout, 0.01))  # the child has ended, or closed its end and goes on
+        return None
 
     def take_outcomes(self) -> str:
         """The outcomes that came since the last call, each with its line end."""
@@ -909,10 +934,15 @@ class Child:
     def stop(self) -> None:
         """Let the child leave for EXIT_GRACE seconds, then kill it; and kill all that it has started and left."""
         self._pipe.close()
-        self._process.join(EXIT_GRACE)
+        give_up_at = time.monotonic() + EXIT_GRACE
+        while self._process.is_alive() and time.monotonic() < give_up_at:
+            connection.wait([self._process.sentinel], 0.05)  # not `join`: a task may have handed it on, or closed it
+            time.sleep(0.001)
         self.kill()
         self._process.join()
         kill_started(self._mark)
+        while self.killing_all:  # this process is about to end: what becomes of its children is no outcome
+            time.sleep(EXIT_GRACE)
 
 
 def read_file(path: str) -> bytes:
@@ -922,16 +952,15 @@ def read_file(path: str) -> bytes:
 
 
 def find_started(mark: str, root: int | None) -> set[int]:
-    """What was started under a mark, or by the process `root`, with all that these have started; [] where there is no /proc."""
+    """What was started under a mark, or by the process `root`, with all that these have started; nothing without /proc."""
     parents: dict[int, int] = {}
     found = set()
     for name in filter(str.isdigit, os.listdir("/proc") if sys.platform == "linux" else ()):
         with contextlib.suppress(FileNotFoundError, ProcessLookupError, PermissionError):  # it has ended, or is another user's
             state, parent = read_file(f"/proc/{name}/stat").rpartition(b")")[2].split()[:2]
-            environ = read_file(f"/proc/{name}/environ")
             if state != b"Z":
                 parents[int(name)] = int(parent)
-                if int(name) == root or f"{MARK}={mark}".encode() in environ:
+                if int(name) == root or f"{MARK}={mark}".encode() in read_file(f"/proc/{name}/environ"):
                     found.add(int(name))
     while more := {pid for pid, parent in parents.items() if parent in found} - found:
         found |= more
@@ -945,10 +974,15 @@ def kill_started(mark: str, root: int | None = None) -> None:
     while found and time.monotonic() < give_up_at:
         with contextlib.suppress(OSError, MemoryError):  # there may be no descriptor free to look, for a moment
             found = find_started(mark, root) - {os.getpid()}
-            for pid in found:
-                with contextlib.suppress(ProcessLookupError, PermissionError):
+            for pid in [*found]:
+                try:
                     os.kill(pid, signal.SIGKILL)
-        time.sleep(0.002 * bool(found))
+                except ProcessLookupError:
+                    pass
+                except PermissionError:
+                    found.discard(pid)  # it is another user's, by sudo say
+        if found:
+            time.sleep(0.002)
 
 
 # ---- supervisor: leaves nothing behind -----------------------------------------------------------------------------
@@ -966,8 +1000,7 @@ def supervise(leaving: threading.Event) -> None:
     if not worker:
         os.close(ours)
         os.setpgid(0, 0)  # so that what kills the group of this process leaves one that sees it
-        for number in STOP_SIGNALS:
-            signal.signal(number, signal.SIG_IGN)  # they come through the pipe, so that each comes once
+        catch_signals(lambda number, frame: None)  # they come through the pipe, so that each comes once
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
         threading.Thread(target=listen, args=(theirs, leaving), daemon=True).start()
         return
@@ -1007,11 +1040,10 @@ def become_subreaper() -> None:
         ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER
 
 
-def drain(number: int, leaving: threading.Event) -> None:
+def drain(leaving: threading.Event) -> None:
     """What the first signal does; the second one leaves at once."""
-    if leaving.is_set():
-        write_last_line("task_worker: leaving at once")
-        leave_at_once(128 + number)
+    if sys.platform != "linux":  # there the supervisor sees to it
+        catch_signals(lambda number, frame: leave_at_once(128 + number))
     leaving.set()
     say("draining: finishing what runs, releasing the rest (once more to leave at once)")
 
@@ -1021,7 +1053,7 @@ def listen(descriptor: int, leaving: threading.Event, silence_limit: float | Non
     with contextlib.suppress(OSError):
         while (not silence_limit or select.select([descriptor], [], [], silence_limit)[0]) and (number := os.read(descriptor, 1)):
             if number != b"\0":
-                drain(number[0], leaving)
+                drain(leaving)
     leave_at_once(255 if silence_limit else 1)  # as ssh does when the connection is lost
 
 
@@ -1047,7 +1079,7 @@ class Link:
         A later call blocks for `limit` seconds (None: for as long as the connection lives).
         """
         self._connection = PlainConnection(socket.create_connection(address, HANDSHAKE_LIMIT))
-        self.called_at = 0.0  # the time of the last answer
+        self.answered_at = 0.0  # the time of the last answer
         self._answer_limit: float | None = HANDSHAKE_LIMIT
         self.close, self.has_answer = self._connection.close, self._connection.has_data
         try:
@@ -1057,13 +1089,14 @@ class Link:
             connection.deliver_challenge(self._connection, key)  # type: ignore[arg-type]
             asked_at = time.monotonic()
             self.run_id = self.call(pack("server accept_connection", name))
-            self.round_trip = self.called_at - asked_at  # seconds
+            self.round_trip = self.answered_at - asked_at  # seconds
         except BaseException as error:
             self.close()
             if isinstance(error, AssertionError):  # how Python up to 3.11 says that this is no challenge
                 raise EOFError("another program answers there") from None
             if "timed out" in str(error) or "peer closed" in str(error):
-                raise EOFError("it took the connection and says nothing; does it listen with TLS, and this side not?") from None
+                hint = "" if context else "; if it listens with TLS, use --tls"
+                raise EOFError(f"it took the connection and says nothing{hint}") from None
             raise
         self._connection.end_handshake(limit)
         self._answer_limit = limit
@@ -1088,7 +1121,7 @@ class Link:
         """What a call has returned; blocks until it is there."""
         try:
             (kind, form, *_), text = unpack(self._connection.recv_bytes())
-            self.called_at = time.monotonic()
+            self.answered_at = time.monotonic()
             if kind == "#RETURN" and form in ("text", "none"):
                 return text if form == "text" else None
             if kind == "#RETURN" and len(text) < SETTINGS_LIMIT:
@@ -1233,9 +1266,9 @@ class Slot(threading.Thread):
             link.send(call)
         self._tell()
         lease = link.receive()
-        self._worker.served_at = link.called_at
+        self._worker.served_at = link.answered_at
         if many:
-            link.round_trip = min(link.called_at - asked_at, 1.25 * link.round_trip)
+            link.round_trip = min(link.answered_at - asked_at, 1.25 * link.round_trip)
             self._send_report()
         if lease is not None and not isinstance(lease, str):
             raise EOFError("it leases what is no task")
@@ -1276,7 +1309,7 @@ class Slot(threading.Thread):
         self._tell()
         if self._outcomes and now - self._reported_at > REPORT_INTERVAL:
             self._send_report()
-        elif self._link and now - self._link.called_at > BEAT_INTERVAL:
+        elif self._link and now - self._link.answered_at > BEAT_INTERVAL:
             self._tell(pack(f"{TASKS} beat"))
 
     def _tell(self, message: bytes = b"") -> None:
@@ -1289,7 +1322,7 @@ class Slot(threading.Thread):
             if self._link and message:
                 self._link.call(message)
             if self._link:
-                self._worker.served_at = self._link.called_at
+                self._worker.served_at = self._link.answered_at
         except EOFError as error:
             self._lose_link(error)
 
@@ -1327,7 +1360,8 @@ class Slot(threading.Thread):
         """Feed tasks to the child until it is done with them. Raises ChildDied."""
         child.feed(self._fed[: self._left], self._time_limit)
         while (message := self._receive(child)) not in (b".", b"x"):
-            if child.position() >= self._done and child.running_for() > self._time_limit:
+            grace = 0.0 if child.position() >= self._done else EXIT_GRACE  # to begin: something may hold the child up
+            if not message and child.running_for() > self._time_limit + grace:
                 child.overdue = True
                 child.kill()
             if not self._is_owed():
@@ -1337,6 +1371,7 @@ class Slot(threading.Thread):
             self._keep_in_touch()
         self._left -= self._done
         if message == b"x" or self._left <= 0:
+            self._report()  # now, since the child's end may take a while
             self._stop_child()
 
     def _receive(self, child: Child) -> bytes:
@@ -1371,7 +1406,7 @@ class Slot(threading.Thread):
         child, self._child = self._child, None
         assert child
         self._collect(child)
-        if child.position() >= self._done:
+        if self._done <= child.position() < len(self._fed):
             members = format_error("ProcessDied", str(death))
             if child.overdue:
                 members = format_error("TimeoutError", f"no result within the time limit of {self._time_limit:g} s")
@@ -1509,7 +1544,7 @@ class Worker:
             first, self._failure = not self._failure, self._failure or failure
         if first:
             busy = any(slot.is_busy() for slot in self._slots)
-            say(f"{failure}; finishing what runs (a signal: leaving at once)" if busy else str(failure))
+            say(f"{failure}; finishing what runs" if busy else str(failure))
         self.leaving.set()
 
     def _change(self, state: str, text: str) -> None:
@@ -1574,7 +1609,7 @@ def main(argv: list[str] | None = None) -> int:
         if sys.platform == "linux":
             supervise(leaving)  # from here on in a process of its own
         else:
-            catch_signals(lambda number, frame: drain(number, leaving))
+            catch_signals(lambda number, frame: drain(leaving))
         if "TASK_RUN" in os.environ:  # a master has started this worker, which must not outlive it
             silence_limit = SILENCE_LIMIT if os.environ.get("TASK_HOST") else None  # over ssh, which may not notice the end
             threading.Thread(target=listen, args=(0, leaving, silence_limit), daemon=True).start()

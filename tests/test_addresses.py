@@ -9,6 +9,8 @@ import socket
 import pytest
 from lab import Farm, check_silence
 
+from task_worker import is_loopback
+
 NO_NAMES = ["a..b", ".", "x" * 70 + ".example", "x." * 200, "two words", "no-such-host.invalid", "http://localhost"]
 NO_NUMBERS = ["256.1.1.1", "127.0.0.1:5000", "[::1]", "::1::", "fe80::1%nothing"]
 NO_ASCII = ["ü.example", "\u2024.\u2024", "ß" * 60, "\udcff", "tab\there", "line\nend"]
@@ -23,6 +25,11 @@ def test_an_odd_host_is_one_line_that_names_it(farm: Farm, program: str, options
         assert len(ended.stderr) <= 2, ended.stderr  # a worker says that it waits, and then that it gives up
         assert ended.stderr[-1].startswith(f"{program}: ")
         assert not (host.isascii() and host.isprintable()) or host[:60] in ended.stderr[-1]
+
+
+def test_a_name_that_looks_like_a_loopback_address_is_none() -> None:
+    names = ["127.0.0.1", "127.1", "::1", "localhost", "127.example.org", "127.0.0.1.example.org", "10.0.0.1"]
+    assert [name for name in names if is_loopback(name)] == names[:4]
 
 
 LOOPBACK = ["127.0.0.1", "127.0.0.2", "localhost", "::1"]

@@ -14,14 +14,16 @@ import json
 import os
 import random
 import secrets
+import shutil
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator
 from typing import Any, Callable
 
 import psutil
 import pytest
-from lab import Farm, Program, wait_until
+from lab import ROOT, Farm, Program, wait_until
 
 pytestmark = pytest.mark.skipif(not os.path.exists("/proc/self/environ"), reason="looks into /proc")
 
@@ -187,6 +189,36 @@ def test_a_command_is_over_when_its_shell_is(scene: Scene, command: str) -> None
     assert master.wait() == 0, scene.farm.records()
     (record,) = scene.farm.records()
     assert (record["result"]["exit"], record["result"]["stdout"]) == (0, "a\n")
+    scene.wait_none_left()
+
+
+def test_a_process_is_replaced_at_once_whatever_a_command_has_left_in_the_background(farm: Farm) -> None:
+    """It holds what the process has inherited."""
+    farm.run_job('"a"', '"b"', "--tasks-per-process", 1, "--command", "(sleep 4; touch late) & : {}")
+    assert not (farm.folder / "late").exists()
+
+
+def test_a_task_is_recorded_before_its_process_has_ended(farm: Farm) -> None:
+    code = "import threading, time\n\ndef late():\n    time.sleep(3)\n    open('late', 'w').close()\n\n"
+    farm.write("slow.py", code + "def work(n):\n    threading.Thread(target=late).start()\n    return n\n")
+    master = farm.master("1", "2", "--results", "results.jsonl")
+    worker = farm.worker(master, "--tasks-per-process", 1, "--function", "slow:work")
+    farm.wait_records(worker, 1)
+    assert not (farm.folder / "late").exists()
+    assert master.wait() == 0
+
+
+@pytest.mark.skipif(not shutil.which("setpriv") or os.geteuid() != 0, reason="needs setpriv and root, for a user of its own")
+def test_what_hides_its_environment_is_gone_with_the_worker(scene: Scene) -> None:
+    """As ssh-agent does: then only its descent shows whose it is."""
+    hidden = "import ctypes, time; ctypes.CDLL(None).prctl(4, 0, 0, 0, 0); print(flush=True); time.sleep(421)"  # PR_SET_DUMPABLE
+    command = f"setsid {sys.executable} -c '{hidden}' >ready & until [ -s ready ]; do sleep 0.02; done; : {{}}"
+    master = scene.master('"a"')
+    rights = [f"--{kind}=-all,+dac_override" for kind in ("inh-caps", "ambient-caps", "bounding-set")]  # to read what root has
+    place = ["setpriv", f"--reuid={50_000 + os.getpid() % 10_000}", "--clear-groups", *rights]
+    argv = [sys.executable, str(ROOT / "task_worker.py"), "--port", str(master.port()), "--processes", "1", "--command", command]
+    worker = scene.farm.start([*place, *argv])
+    assert (master.wait(), worker.wait()) == (0, 0), worker.stderr
     scene.wait_none_left()
 
 

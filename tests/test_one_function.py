@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import zipfile
 from typing import Any
 
 import pytest
@@ -146,6 +147,14 @@ def test_a_script_without_a_guard_that_names_its_own_function_is_told_what_to_wr
     assert program.wait() not in (0, 99)
     assert program.said('if __name__ == "__main__":'), program.stderr
     assert len(list(farm.folder.glob("load-*"))) <= 4  # the script, a worker's look at it, and its process
+
+
+def test_a_module_in_a_zip_is_imported(farm: Farm) -> None:
+    with zipfile.ZipFile(farm.folder / "modules.zip", "w") as file:
+        file.writestr("packed.py", "def triple(n):\n    return 3 * n\n")
+    master = farm.master("5", "--workers", 1, "--function", "packed:triple", env=farm.env(PYTHONPATH="modules.zip"))
+    assert master.wait() == 0
+    assert "Result: 15" in master.stdout
 
 
 COROUTINES = {"mod:later": "later", "mod:Box.later": "boxed", "mod:call": "called"}

@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,20 @@ def test_what_cannot_be_written_to_standard_output_is_said_and_not_counted(farm:
 
 
 @pytest.mark.skipif(not shutil.which("bash") or not os.path.exists("/dev/stdout"), reason="needs bash and /dev/stdout")
+def test_a_task_does_not_overrun_its_time_while_its_worker_waits_for_a_slow_disk(farm: Farm) -> None:
+    farm.write("big.py", "import time\n\ndef work(n):\n    time.sleep(0.01)\n    return 'x' * 6_000_000 if n % 20 == 0 else n\n")
+    os.mkfifo(farm.folder / "fifo")
+    options = ("--tasks", farm.write_tasks(range(80)), "--results", "fifo", "--workers", 2, "--timeout", 1)
+    master = farm.master(*options, "--function", "big:work")
+    with (farm.folder / "fifo").open("rb") as fifo:
+        lines = []
+        for line in fifo:
+            time.sleep(2 * (len(line) > 1_000_000))
+            lines.append(line)
+    assert master.wait() == 0
+    assert sorted(json.loads(line)["id"] for line in lines) == list(range(80))
+
+
 @pytest.mark.parametrize("target", [">(cat >out)", "/dev/stdout | cat >out"])
 def test_a_results_file_that_is_a_pipe_is_written_like_one(farm: Farm, target: str) -> None:
     command = f"set -o pipefail; {sys.executable} {ROOT / 'task_master.py'} --port 0 --workers 1 3 4 --results {target}; s=$?"

@@ -14,7 +14,7 @@ import pytest
 from lab import Farm, check_once, check_silence, is_alive, wait_until
 
 POISON = r'''
-import ctypes, os, re, signal, subprocess, sys, threading, time
+import ctypes, io, os, re, signal, subprocess, sys, threading, time
 
 class Unspeakable(Exception):
     def __str__(self):
@@ -87,6 +87,42 @@ def close_everything():
     os.closerange(0, 1000)
     return "closed"
 
+def close_the_rest(seconds):
+    """With the pipe to the slot, and what tells that this process lives."""
+    time.sleep(1)
+    os.closerange(3, 1000)
+    time.sleep(seconds)
+
+def detach_stdout():
+    sys.stdout = io.TextIOWrapper(sys.stdout.detach())
+
+class Stuck:
+    closed = False
+
+    def flush(self):
+        time.sleep(1000)
+
+def hang_behind_the_task():
+    sys.stdout = Stuck()
+
+def end_while_it_hands_over():
+    """A process beside it, which holds the pipe, kills this one when half of the result is written."""
+    parent = os.getpid()
+
+    def written():
+        return int(open(f"/proc/{parent}/io").read().split("wchar: ")[1].split()[0])
+
+    before = written()
+    if not os.fork():
+        if not os.fork():
+            os.setsid()
+            while written() < before + 5_000_000:
+                pass
+            os.kill(parent, signal.SIGKILL)
+            time.sleep(1000)
+        os._exit(0)
+    return "x" * 50_000_000
+
 def replace_stdout():
     sys.stdout = sys.stderr = None
     return "replaced"
@@ -139,6 +175,7 @@ FAILING = {
     "endless loop that catches all": ("TimeoutError", stubborn),
     "endless loop in C": ("TimeoutError", lambda: re.match(r"(a|a)*$", "a" * 500 + "b")),
     "sleep in C with the lock held": ("TimeoutError", lambda: ctypes.PyDLL(None).sleep(1000)),
+    "sleep without descriptors": ("TimeoutError", lambda: close_the_rest(1000)),
     "sleep with grandchildren": ("TimeoutError", sleep_with_grandchildren),
     "recursion": ("RecursionError", recurse),
     "a key that is no text": ("TypeError: .*a key .*tuple", lambda: {(1, 2): 3}),
@@ -164,6 +201,8 @@ SPOILING = {
     "close stdout": lambda: sys.stdout.close(),
     "close stderr": lambda: sys.stderr.close(),
     "close descriptors 0 to 2": lambda: os.closerange(0, 3),
+    "close the other descriptors in a while": lambda: close_the_rest(0),
+    "detach stdout": detach_stdout,
     "replace stdout": replace_stdout,
     "return twice": return_twice,
     "close stdout and never end": close_and_stay,
@@ -175,6 +214,7 @@ READING = {
 WAYS = {name: way for name, (_, way) in [*FAILING.items(), *HARMLESS.items()]}
 WAYS.update(SPOILING)
 WAYS.update(READING)
+WAYS.update(hang=hang_behind_the_task, end=end_while_it_hands_over)
 
 def run(task):
     if isinstance(task, str):
@@ -290,6 +330,18 @@ def test_a_task_that_tampers_with_its_process_hurts_no_other(poison_farm: Farm, 
     check_once(records, 160)
     assert [record for record in records if "error" in record and record["id"] not in (0, 40)] == []
     assert {record["attempts"] for record in records} == {1}
+    assert not worker.said("lost the master|Traceback")
+
+
+@pytest.mark.parametrize("way", ["hang", "end"])
+def test_a_process_that_does_not_get_to_its_next_task_is_replaced(poison_farm: Farm, way: str) -> None:
+    poison_farm.write_tasks([way, *range(1, 20)])
+    master = poison_farm.master("--tasks", "tasks.jsonl", "--results", "results.jsonl", "--timeout", TIME_LIMIT)
+    poison_farm.worker(master, "--function", "poison:run")
+    assert master.wait() == (way == "end")
+    first, *others = poison_farm.in_order()
+    assert first.get("error", {}).get("type") == (None if way == "hang" else "ProcessDied")
+    assert [record["result"] for record in others] == [2 * n for n in range(1, 20)]
 
 
 def test_standard_input_is_empty_for_a_task(poison_farm: Farm) -> None:
