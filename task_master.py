@@ -282,7 +282,7 @@ class Ledger:
         self._lock = threading.Lock()
         # Signals `wait_ready`: a task can be leased (once for each one that waits), or `lease` returns None from now on.
         self._leasable = threading.Condition(self._lock)
-        self._room = threading.Condition(self._lock)  # signals `submit`: there is room for READY tasks, or no need of them
+        self._room = threading.Condition(self._lock)  # signals `submit`: there is room for READY tasks, or no more are wanted
         self._over = threading.Condition(self._lock)  # signals `wait_over`, and `wait_ready` of a worker that pauses
         self._ready: collections.deque[Task] = collections.deque()  # in the order of leasing; some may not be READY any more
         self._delayed: list[tuple[float, int, Task]] = []  # a heap: when READY tasks may be retried
@@ -304,9 +304,7 @@ class Ledger:
             if self.phase == Phase.FAILED and self.reason:
                 raise self.reason
             if self.phase != Phase.OVER:
-                under_way = "a run is under way: take all its records first, or make another TaskMaster"
-                closed = "this farm was closed, or a run of it was left early: make another TaskMaster"
-                raise Failure(under_way if self.phase < Phase.OVER else closed)
+                raise Failure("this farm was closed, or a run of it was left early: make another TaskMaster")
             self.phase, self.reason = Phase.OPEN, None
 
     def end(self, phase: Phase, reason: BaseException | None = None) -> None:
@@ -753,10 +751,18 @@ def parse_report(text: str) -> Outcomes:
     return Outcomes(*map(list, zip(*[(task_id, *check_outcome(text)) for task_id, text in reversed(first_texts.items())])))
 
 
+replace_strings = re.compile(r'"(?:[^"\\]|\\.)*"').sub
+
+
+def count_values(text: str) -> int:
+    """How many strings, lists and objects a JSON text has at most."""
+    return text.count('"') + text.count("[") + text.count("{")
+
+
 def check_outcome(outcome: str, scan: Callable[..., Any] = scan_roughly) -> tuple[bool, bool, str]:
     """Whether an outcome is ok, whether it is final, and its text for the results file; an error for what `scan` cannot read."""
     try:
-        if outcome.count('"') + outcome.count("[") + outcome.count("{") > VALUE_LIMIT:
+        if count_values(outcome) > VALUE_LIMIT and count_values(replace_strings('""', outcome)) > VALUE_LIMIT:
             raise ValueError(f"it has more than {VALUE_LIMIT} strings, lists and objects: write it to a file")
         error = load_outcome(outcome, scan)[1]
     except ValueError as problem:
@@ -828,7 +834,7 @@ class RequestConnection(PlainConnection):
             self.send_bytes(pack(kind + " json", json.dumps(value, default=repr)))
 
     def fill(self, size: int) -> None:
-        """As for any connection; but large messages come one at a time, to keep memory small, and must not dawdle."""
+        """As for any connection; but large messages come one at a time, to keep memory small, and must not come slowly."""
         if size <= LARGE:
             super().fill(size)
             return
@@ -1011,8 +1017,9 @@ def make_server(master: TaskMaster) -> QueueServer:
         return QueueManager().get_server()
     except OSError as error:
         hint = "is --host one of this machine?"
-        if error.errno == errno.EADDRINUSE:
+        if error.errno in (errno.EADDRINUSE, errno.EADDRNOTAVAIL):
             error.strerror = os.strerror(error.errno)  # without what Python adds
+        if error.errno == errno.EADDRINUSE:
             hint = "stop what listens there, on macOS perhaps AirPlay Receiver, or choose another --port"
         raise Failure(f"cannot listen on {show_address(master.address)}: {explain_error(error)} ({hint})", 3) from None
 
@@ -1030,23 +1037,31 @@ class BadTask(list[str]):
 
 def check_json(text: str) -> str:
     """The JSON text of one value, on one line and without the white space around it. Raises ValueError when it is none."""
-    text = text.strip(" \t\r\n").replace("\r", " ").replace("\n", " ")  # which a string cannot have
+    text = text.strip(" \t\r\n")
     try:
         json.loads(text, parse_constant=refuse_constant)
+        text.encode()
     except json.JSONDecodeError as error:
         shown = text if len(text) < 40 else text[:40] + "..."
-        raise ValueError(f"{shown} is not JSON: {error.msg.lower()} at column {error.colno} (--text takes it as it is)") from None
+        reason = error.msg.lower().removesuffix(" at")
+        raise ValueError(f"{shown} is not JSON: {reason} at column {error.colno} (--text takes it as it is)") from None
+    except UnicodeEncodeError:
+        raise ValueError("it is not UTF-8 (--text takes it as it is)") from None
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
-    return text
+    return text.replace("\r", " ").replace("\n", " ")  # which are between values: no string may have them
+
+
+def check_size(size: int) -> None:
+    """Raises ValueError for a task of so many bytes that no message can have it."""
+    if size > TEXT_LIMIT:
+        raise ValueError(f"the task has {size} bytes or more, at most {TEXT_LIMIT} are possible: put a path there instead")
 
 
 def parse_line(line: bytes, as_text: bool) -> str:
     """The JSON text of the task on a line. Raises ValueError."""
     text = json.dumps(line.decode("utf-8", "surrogateescape")) if as_text else ""
-    if len(line) > TEXT_LIMIT or len(text) > TEXT_LIMIT:
-        size = max(len(line), len(text))
-        raise ValueError(f"the task has {size} bytes or more, at most {TEXT_LIMIT} are possible: put a path there instead")
+    check_size(max(len(line), len(text)))
     return text or check_json(line.decode("utf-8"))
 
 
@@ -1143,7 +1158,7 @@ class ResultsFile:
     def __init__(self, path: str, resume: bool) -> None:
         self._given = self.path = path
         self._offsets = array.array("q")  # by task id: where its last record begins, -1 where there is none
-        self._tasks = array.array("q")  # by task id: the hash of the task, 0 for one that is to run
+        self._tasks = array.array("q")  # by task id: the hash of the task, odd if it has a result; 0 where there is none
         self._stale = array.array("q")  # where lines begin that are blank, or replaced by a later record
         self._end = 0  # of the records that were there before
         self._torn = False  # whether there is part of one behind them
@@ -1155,7 +1170,7 @@ class ResultsFile:
                     raise Failure(f"the results file {path} is not empty: name another, or carry on with --resume")
                 self._load()
         self.least = max((task_id + 1 for task_id, task in enumerate(self._tasks) if task), default=0)  # tasks of the job
-        self.kept = len(self._tasks) - self._tasks.count(0)  # how many tasks have a result
+        self.kept = sum(task & 1 for task in self._tasks)  # how many tasks have a result
         self.repeated = len(self._tasks) - self._offsets.count(-1) - self.kept  # how many tasks failed, and run again
 
     @contextlib.contextmanager
@@ -1202,7 +1217,9 @@ class ResultsFile:
             self._unsynced_since = None
             with self._explaining():
                 os.fsync(self._fd)
-        if self.regular and self._was_replaced():
+        with self._explaining():
+            replaced = self.regular and self._was_replaced()
+        if replaced:
             raise Failure(f"the results file {self._given} was removed or replaced while the job ran: its records are lost", 1)
 
     def _load(self) -> None:
@@ -1218,13 +1235,13 @@ class ResultsFile:
                 plain = find_plain_records(text)
                 ids = [int(task_id) for task_id, _, _ in plain]
                 if len(ids) == len(lines) == text.count('{"id": ') and max(ids, default=0) - len(self._offsets) < GAP_LIMIT:
-                    self._note(ids, offsets, [hash(task) or 1 if result else 0 for _, task, result in plain])
+                    self._note(ids, offsets, [hash(task) | 1 if result else hash(task) & -2 for _, task, result in plain])
                 else:
                     for position, line in enumerate(lines):
                         self._load_line(number + position, offsets[position], line)
                 number += len(lines)
-        if torn.lstrip()[:1] not in (b"", b"{", b"\0"):
-            self._load_line(number, self._end, torn)  # it was no record
+        if torn and not is_torn(torn):
+            self._load_line(number, self._end, torn)  # which refuses it
         self._torn = bool(torn)
 
     def _load_line(self, number: int, offset: int, line: bytes) -> None:
@@ -1232,13 +1249,13 @@ class ResultsFile:
             return self._stale.append(offset)
         try:
             task_id, text, ok = read_record(line.decode())
-            return self._note([task_id], [offset], [hash(text) or 1 if ok else 0])
+            return self._note([task_id], [offset], [hash(text) | 1 if ok else hash(text) & -2])
         except (ValueError, RecursionError, StopIteration):
             remedy = "mend or remove that line, or name another file"
             raise Failure(f"{self._given}, line {number}: this is no record of a job ({remedy})") from None
 
     def _note(self, ids: list[int], offsets: list[int], hashes: list[int]) -> None:
-        """Remember where the last record of each task is, and the hash of one that is not to run, else 0. Raises ValueError."""
+        """Remember where the last record of each task is, and its hash (see `_tasks`). Raises ValueError."""
         known, tasks = self._offsets, self._tasks
         missing = max(ids, default=0) + 1 - len(known)
         if min(ids, default=0) < 0 or missing > GAP_LIMIT:
@@ -1251,16 +1268,17 @@ class ResultsFile:
             known[task_id], tasks[task_id] = offset, task
 
     def has(self, task_id: int, text: str) -> bool:
-        """Whether a task has a result that is kept. Raises Refusal when that is of another task."""
-        if task_id >= len(self._tasks) or not self._tasks[task_id]:
-            return False
-        if self._tasks[task_id] != (hash(text) or 1):  # it may have another spelling
-            with open(self.path, "rb") as file:
+        """Whether a task has a result that is kept. Raises Refusal when its record is of another task."""
+        known = self._tasks[task_id] if task_id < len(self._tasks) else 0
+        if known and known | 1 != hash(text) | 1:  # it may have another spelling
+            with self._explaining(2), open(self.path, "rb") as file:
                 file.seek(self._offsets[task_id])
-                recorded = read_record(file.readline().decode())[1]
-            if json.dumps(json.loads(recorded), sort_keys=True) != json.dumps(json.loads(text), sort_keys=True):
+                line = file.readline().decode("utf-8", "replace")
+            recorded = read_record(line)[1]
+            was_bad = line.endswith('"attempts": 0}\n')  # a line that was no task, and may have been mended
+            if not was_bad and json.dumps(json.loads(recorded), sort_keys=True) != json.dumps(json.loads(text), sort_keys=True):
                 raise Refusal(f"the results file {self._given} belongs to other tasks: its task {task_id} is not {text[:60]}")
-        return True
+        return bool(known & 1)
 
     def finish(self, ordered: bool) -> None:
         """Put the lines in order, if wanted, without those that a later record has replaced; close the file. Raises Failure."""
@@ -1269,7 +1287,7 @@ class ResultsFile:
         if self.regular and (ordered or self.repeated or self._stale):
             try:
                 self._rewrite(ordered)
-            except OSError as error:
+            except (OSError, ValueError) as error:  # ValueError: another program has written there
                 say(f"cannot put {self._given} in order: {explain_error(error)} (it has all records, the last of an id counts)")
         os.close(self._fd)
 
@@ -1307,6 +1325,17 @@ class ResultsFile:
             if offset not in stale and line.endswith(b"\n"):  # a full disk may have torn the last one
                 yield line
             offset += len(line)
+
+
+def is_torn(line: bytes) -> bool:
+    """Whether a last line without an end was to be a record, or is what a power cut leaves."""
+    try:
+        read_record(line.decode())
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError, StopIteration):  # it is not whole
+        return b'{"id":'.startswith(line[:20].replace(b" ", b"")[:6]) or not line.strip(b"\0 \t\r\n")
+    except ValueError:
+        return False
+    return True
 
 
 def read_record(line: str) -> tuple[int, str, bool]:
@@ -1648,7 +1677,7 @@ class TaskMaster:
 
     The arguments are those of the command line, but `authkey` is the key itself; without it the key is looked for as there.
     `port` 0 takes a free one (`address` tells which). `quiet` is for the workers that it starts; `log` is called with each line
-    about workers, retries and failures. Raises Failure when it cannot start.
+    about workers, retries and failures; what it raises ends the job. Raises Failure when it cannot start.
     """
 
     def __init__(
@@ -1679,7 +1708,7 @@ class TaskMaster:
         self.failures: dict[str, list[Any]] = {}  # by kind: how many, and what is said of the first
         self.hosts: dict[str, Host] = collections.defaultdict(Host)
         self.refused = collections.Counter[str]()  # connections, by host and reason
-        self._max_failures, self._log = checked["max_failures"], log
+        self._max_failures, self._take_line = checked["max_failures"], log
         encrypted = not is_loopback(self.address[0]) if tls is None else tls
         arguments = make_arguments(given, encrypted)
         self.authkey = find_key() if authkey is None else check_key(authkey, "authkey")
@@ -1695,7 +1724,8 @@ class TaskMaster:
         self.peers: set[Peer] = set()  # all that are connected
         self._sink: Sink = lambda tasks: None
         self._server: QueueServer | None = None
-        self._next_id = 0
+        self._running = False  # whether somebody takes the records of a run
+        self._next_id = self._failed_before = 0  # tasks of earlier runs, and how many of them failed
 
     def __enter__(self) -> TaskMaster:
         self.start()
@@ -1727,7 +1757,7 @@ class TaskMaster:
         if self._server:
             finished = self.ledger.is_over() and self.ledger.phase != Phase.FAILED
             connected = {peer.name for peer in [*self.peers] if finished}
-            self.ledger.end(Phase.CLOSED)
+            self.ledger.end(Phase.CLOSED, None if finished else Failure("this farm was closed before its tasks were done"))
             give_up_at = time.monotonic() + GOODBYE
             while finished and self.peers and time.monotonic() < give_up_at:
                 time.sleep(0.01)
@@ -1745,7 +1775,10 @@ class TaskMaster:
         """
         if not self._server:
             raise Failure("this farm is not open: use `with TaskMaster(...) as master:`, or call start()")
+        if self._running:
+            raise Failure("a run is under way: take all its records first, or make another TaskMaster")
         self.ledger.begin()
+        self._running = True
         records: queue.SimpleQueue[list[Task]] = queue.SimpleQueue()
         first, taken = self._next_id, self.ledger.done
 
@@ -1765,6 +1798,7 @@ class TaskMaster:
                 taken += len(settled)
                 self.ledger.close_gate(self.ledger.done - taken > CALLER_LIMIT)
         finally:
+            self._running = False
             if not self.ledger.is_over():
                 self.ledger.end(Phase.CLOSED)  # the caller has lost interest
         if self.ledger.reason:
@@ -1772,7 +1806,7 @@ class TaskMaster:
 
     def _begin(self, batches: Iterable[list[str]], sink: Sink) -> None:
         """Start reading tasks. `sink` gets those that have their last outcome; what it raises ends the job."""
-        self._sink = sink
+        self._sink, self._failed_before = sink, self.ledger.failed
         threading.Thread(target=self._read, args=(batches,), daemon=True).start()
         self._look_for_workers()
 
@@ -1912,10 +1946,10 @@ class TaskMaster:
         except BaseException as error:
             self.ledger.end(Phase.FAILED, error)
             raise EOFError from error  # which is no acknowledgement
-        self.ledger.settle(tasks)
         for task in tasks:
             if not task.ok:
-                self._note_failure(task)
+                self._note_failure(task)  # before the job can be over
+        self.ledger.settle(tasks)
 
     def _note_failure(self, task: Task) -> None:
         """Say what is the first of its kind, count the others, and end the job when there are too many."""
@@ -1927,8 +1961,15 @@ class TaskMaster:
         count[0] += 1
         if count[0] == 1:
             self._log(f"task {task.id} failed: {count[1]}, attempt {task.attempts}")
-        if self._max_failures and self.ledger.failed >= self._max_failures:
+        if self._max_failures and self.ledger.failed - self._failed_before >= self._max_failures:
             self.ledger.end(Phase.DRAINING, Failure(f"stopped, as --max-failures {self._max_failures} asks", 1))
+
+    def _log(self, text: str) -> None:
+        """A line for the caller; what `log` raises ends the job."""
+        try:
+            self._take_line(text)
+        except BaseException as error:
+            self.ledger.end(Phase.FAILED, error)
 
     def _limit_clients(self, closed: threading.Event) -> None:
         """The time limit for plain clients, which could hold a task for ever."""
@@ -1945,7 +1986,8 @@ class TaskMaster:
 
 def describe_function(what: dict[str, Any] | None) -> str:
     """`--function mailer:send`, `--command ...`, or the demonstration."""
-    return next((f"--{name} {value}" for name, value in (what or {}).items() if value), "the demonstration (no --function)")
+    given = [f"--{name} {' '.join(str(value).split())}" for name, value in (what or {}).items() if value]
+    return given[0] if given else "the demonstration (no --function)"
 
 
 def explain_outcome(task: Task) -> str:
@@ -1962,7 +2004,9 @@ def encode_tasks(tasks: Iterable[Any]) -> Iterator[list[str]]:
     size = 1000 if isinstance(tasks, Sequence) else 1
     try:
         for task in tasks:
-            texts.append(repr(task) if type(task) is int else encode(task))  # as the worker does, for time
+            text = repr(task) if type(task) is int else encode(task)  # as the worker does, for time
+            check_size(len(text))
+            texts.append(text)
             if len(texts) == size:
                 yield texts
                 texts = []
@@ -1988,7 +2032,7 @@ def make_records(tasks: list[Task], first: int) -> Iterator[Record]:
 
 @functools.lru_cache(1000)
 def parse_times(text: str) -> tuple[Any, Any]:
-    """`started_at` and `seconds`, of the end of an outcome; tiny tasks, of which there are most, begin and last alike."""
+    """`started_at` and `seconds`, of the end of an outcome; most tasks are tiny, so the same times come again and again."""
     started_at, seconds = scan_json("{" + text[2:] + "}", 0)[0].values()
     return started_at, seconds
 
@@ -2026,12 +2070,15 @@ def find_key(path: str | None = None) -> bytes:
     try:
         with open(made, "x", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
             file.write(os.urandom(32).hex() + "\n")
-        with contextlib.suppress(FileExistsError):  # another master was faster
-            os.link(made, path)  # whole or not at all
-            say(f"made the key file {path}: workers on other hosts need a copy")
-        os.unlink(made)
+        os.link(made, path)  # whole or not at all
+        say(f"made the key file {path}: workers on other hosts need a copy")
+    except FileExistsError:
+        pass  # another master was faster
     except OSError as error:
-        raise Failure(f"cannot make the key file {path}: {explain_error(error)}") from None
+        raise Failure(f"cannot make the key file {path}: {explain_error(error)} (or name one with --authkey-file)") from None
+    finally:
+        with contextlib.suppress(OSError):
+            os.unlink(made)
     return read_key(path)
 
 
@@ -2041,7 +2088,7 @@ NUMBER = bounded(int, 0, 1e9, "a number: it takes a whole number from 0")
 TYPES: dict[str, Callable[[str], Any]] = {  # of the options that are arguments of TaskMaster, too
     "host": parse_host,
     "port": bounded(int, 0, 65535, "a port: it takes 0 (any free one) to 65535"),
-    "workers": NUMBER,
+    "workers": bounded(int, 0, 4096, "a count: it takes 0 to 4096"),
     "timeout": bounded(float, 0.001, 1e9, "a time: it takes seconds, at least 0.001"),
     "retries": NUMBER,
     "retry_delay": bounded(float, 0, 1e9, "a time: it takes seconds"),
@@ -2094,9 +2141,10 @@ def make_parser() -> Parser:
 
 def open_input(options: argparse.Namespace) -> Iterator[list[str]]:
     """The tasks as JSON texts, in batches. Raises Failure when there can be none."""
+    as_text = options.text or options.null
     if options.task:
         try:
-            return iter([[json.dumps(text) if options.text else check_json(text) for text in options.task]])
+            return iter([[json.dumps(text) if as_text else check_json(text) for text in options.task]])
         except ValueError as error:
             raise Failure(f"TASK {' '.join(options.task)[:60]}: {error}") from None
     if options.tasks is None:
@@ -2106,7 +2154,7 @@ def open_input(options: argparse.Namespace) -> Iterator[list[str]]:
     except OSError as error:
         raise Failure(f"cannot read the tasks file {options.tasks}: {explain_error(error)} (is the path right?)") from None
     name = "standard input" if options.tasks == "-" else options.tasks
-    batches = read_tasks(descriptor, name, options.text or options.null, options.null)
+    batches = read_tasks(descriptor, name, as_text, options.null)
     if stat.S_ISREG(os.fstat(descriptor).st_mode):  # then a bad first line is known before anything is done
         return itertools.chain([next(batches, [])], batches)
     return batches
@@ -2296,6 +2344,8 @@ def check_options(parser: Parser, options: argparse.Namespace) -> None:
         parser.error("--resume needs the --results FILE of the job to carry on")
     if options.resume and not options.task and options.tasks is None:
         parser.error("--resume needs the tasks again, as TASK or with --tasks FILE")
+    if options.results == "":
+        parser.error("--results takes the name of a file, and has none")
     if options.ordered and not to_file:
         parser.error("--ordered needs --results FILE: the file is put in order in the end")
 

@@ -51,6 +51,8 @@ def check_error(program: Program, status: int, pattern: str, *, alone: bool = Tr
         ([MASTER, "--resume", "--results", "results.jsonl"], "--resume .* tasks again.*--tasks"),
         ([MASTER, "--ordered"], "--ordered .*--results FILE"),
         ([MASTER, "--ordered", "--results", "-"], "--ordered .*--results FILE"),
+        ([MASTER, "--results", ""], "--results takes the name of a file"),
+        ([MASTER, "--workers", "5000"], "--workers: 5000 .* 4096"),
         ([MASTER, "--nonsense"], "--nonsense"),
         ([WORKER, "3"], "unrecognized arguments: 3"),
     ],

@@ -171,7 +171,7 @@ def test_file_names_that_are_not_utf_8_can_be_opened_by_the_function(farm: Farm,
 
 # ---- bad lines -----------------------------------------------------------------------------------------------------
 
-BAD = [b"{bad", b"NaN", b"[1, Infinity]", b"1 2", b"'one'", b'"\xff"', b"1,", b"[" * 100_000, b"1\x002"]
+BAD = [b"{bad", b"NaN", b"[1, Infinity]", b"1 2", b"'one'", b'"\xff"', b"1,", b"[" * 100_000, b"1\x002", b'"a\rb"']
 each_bad = pytest.mark.parametrize("bad", BAD, ids=lambda bad: repr(bad[:15]))
 
 
@@ -209,10 +209,20 @@ def test_a_later_line_that_is_bad_is_a_task_that_failed_and_the_job_goes_on(farm
     check_silence(master)
 
 
+def test_a_task_argument_is_text_with_null_and_must_be_utf_8_without_it(farm: Farm) -> None:
+    for options in (["-0"], ["--text"]):
+        master = farm.master(*options, "--workers", 1, "--function", "functions:same", "--", "\udce9", "5")
+        assert master.wait() == 0
+        assert master.stdout[-1] == "Result: 5"
+    check_said(farm.master("--workers", 1, "--", '"\udce9"'), 2, "TASK.*UTF-8 .*--text")
+
+
 def test_a_job_with_a_bad_line_is_resumed(farm: Farm) -> None:
     for options in ([], ["--resume"]):
         run_input(farm, b"1\n{bad\n3\n", *options, status=1)
         assert ["error" in record for record in farm.in_order()] == [False, True, False]
+    run_input(farm, b"1\n2\n3\n", "--resume")  # it was mended
+    assert [record["task"] for record in farm.in_order()] == [1, 2, 3]
 
 
 def test_a_line_that_has_become_bad_since_it_has_a_result_spoils_no_record(farm: Farm) -> None:

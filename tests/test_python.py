@@ -131,6 +131,33 @@ def test_run_may_be_called_again_and_counts_from_0(mine: Mine) -> None:
             assert found == [(number, value, value // 2) for number, value in enumerate(values)]
 
 
+def test_a_run_begins_when_all_records_of_the_last_one_were_taken(mine: Mine) -> None:
+    with mine.start() as master:
+        first = master.run([2, 4])
+        seen = [next(first)]
+        wait_until(master.ledger.is_over)
+        with pytest.raises(Failure, match="under way"):
+            next(master.run([6]))
+        seen += first
+        assert sorted(record.result for record in seen) == [1, 2]
+        assert [record.result for record in master.run([8])] == [4]
+
+
+def test_a_farm_that_is_closed_meanwhile_is_a_failure(mine: Mine) -> None:
+    with mine.start() as master, pytest.raises(Failure, match="closed before"):
+        for _record in master.run(itertools.count(0, 2)):
+            master.close()
+
+
+def test_what_log_raises_ends_the_run(mine: Mine) -> None:
+    def log(text: str) -> None:
+        if "failed" in text:
+            raise ZeroDivisionError(text)
+
+    with mine.start(log=log) as master, pytest.raises(ZeroDivisionError, match="task 1 failed"):
+        list(master.run([2, 1, 4]))
+
+
 def test_run_without_start_or_after_the_end_is_a_failure(mine: Mine) -> None:
     with mine.start() as master:
         pass
@@ -210,7 +237,13 @@ def fail(error: type[BaseException]) -> Iterator[int]:
 
 
 ERRORS: list[type[BaseException]] = [RuntimeError, OSError, SystemExit, KeyboardInterrupt, OfMyOwn]
-BAD = [({1, 2}, TypeError), (float("nan"), ValueError), (b"bytes", TypeError), (object(), TypeError)]
+BAD = [
+    ({1, 2}, TypeError),
+    (float("nan"), ValueError),
+    (b"bytes", TypeError),
+    (object(), TypeError),
+    ("x" * (61 << 20), ValueError),
+]
 
 
 @pytest.mark.parametrize(
@@ -269,6 +302,14 @@ def test_a_run_that_ends_early_is_a_failure_that_says_why(mine: Mine) -> None:
     with mine.start(max_failures=2) as master, pytest.raises(Failure, match=r"^stopped, as --max-failures 2 asks") as raised:
         list(master.run([1] * 10))
     assert raised.value.status == 1
+
+
+def test_failures_are_counted_for_each_run_and_the_last_task_counts(mine: Mine) -> None:
+    with mine.start(max_failures=2, log=lambda text: time.sleep(0.05)) as master:
+        for _again in range(2):
+            assert [record.ok for record in master.run([1])] == [False]
+        with pytest.raises(Failure, match="max-failures 2"):
+            list(master.run([1, 3]))
 
 
 # ---- a farm that cannot start --------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
 from typing import Any
 
 import pytest
@@ -28,10 +29,10 @@ def record(n: int, **more: Any) -> str:
     return json.dumps({**whole, **more})
 
 
-def resume(farm: Farm, *options: object) -> Program:
+def resume(farm: Farm, *options: object, **more: Any) -> Program:
     """A master that resumes the job with a worker of its own, or is refused; in little memory."""
     where = ["--port", 0, "--tasks", "tasks.jsonl", *FILE, "--resume", *WORK]
-    return farm.run_after(LIMITED, "task_master.py", *where, *options)
+    return farm.run_after(LIMITED, "task_master.py", *where, *options, **more)
 
 
 def check_one_line(master: Program, *patterns: str) -> None:
@@ -85,11 +86,16 @@ REWRITTEN = {
     "two records on a line": lambda text: text[:-1] + record(8) + "\n",
     "nested deeply": lambda text: text + record(8, note=0).replace('"note": 0', f'"note": {DEEP}') + "\n",
     "a very long line": lambda text: text + record(8, worker="x" * 5_000_000) + "\n",
+    "another text, torn": lambda text: text + "these are my results",
+    "JSON of another kind": lambda text: text + '{"name": "precious"}',
+    "JSON of another kind, with an id": lambda text: text + '{"id": 8, "name": "precious"}',
+    "zeros, and another text": lambda text: text + "\0" * 5000 + "precious",
     "another text": lambda text: text + "these are my results\n",
     "UTF-16": lambda text: text.encode("utf-16"),
     "gzip": lambda text: b"\x1f\x8b\x08\x00\x00\x00\x00\x00\x00\x03" + bytes(range(256)) * 10,
 }
 MUST_BE_RESUMED = list(REWRITTEN)[:6]
+MUST_BE_REFUSED = list(REWRITTEN)[-7:]
 IDS: list[Any] = [10**18, 10**30, -1, True, None, 1.5, "1", [1], {}, 1e300, 2**31, 2**63]
 
 
@@ -100,7 +106,7 @@ def test_a_file_that_was_rewritten_is_resumed_rightly_or_refused_with_a_remedy(f
     farm.results.write_bytes(before)
     farm.mend()
     master = resume(farm)
-    if master.wait() == 2 and kind not in MUST_BE_RESUMED:
+    if kind in MUST_BE_REFUSED or (master.wait() == 2 and kind not in MUST_BE_RESUMED):
         check_one_line(master, r"results\.jsonl", "[:;(,]")
         assert farm.results.read_bytes() == before
         assert farm.started() == []
@@ -116,6 +122,20 @@ def test_a_line_that_is_no_record_is_refused_and_named_and_costs_no_memory(farm:
     check_one_line(resume(farm), r"results\.jsonl, line 2: .*mend or remove")
     assert farm.results.read_text() == before
     assert farm.started() == []
+
+
+@pytest.mark.parametrize("tasks", [b"9\n1\n", b"0\n9\n"], ids=["failed", "kept"])
+def test_records_of_other_tasks_are_refused_before_anything_is_appended(farm: Farm, tasks: bytes) -> None:
+    failed = record(0).replace('"result": 0', '"error": {"type": "E", "message": "m", "traceback": ""}')
+    before = f"{failed}\n{record(1)}\n"
+    farm.results.write_text(before)
+    master = resume(farm, "--tasks", "-", stdin=subprocess.PIPE)
+    master.put(tasks.decode())
+    master.end_input()
+    assert master.wait() == 2
+    assert master.said("belongs to other tasks: its task [01] is not 9")
+    if tasks[:1] == b"9":
+        assert farm.results.read_text() == before
 
 
 def test_the_last_record_of_an_id_counts(farm: Farm) -> None:

@@ -22,6 +22,9 @@ class Listed:
     def __init__(self, value): self.value = value
     def tolist(self): return self.value
 
+class Addict(dict):
+    def __getattr__(self, name): return self.get(name, Addict())
+
 class Broken:
     def tolist(self): raise KeyError("broken")
 
@@ -78,6 +81,8 @@ PLAIN = {
     "[Level.HIGH, True, None]": [2, True, None],
     "collections.OrderedDict(a=Listed(math.inf))": {"a": None},
     "'NaN, Infinity'": "NaN, Infinity",
+    "'\"[{' * 700_000": '"[{' * 700_000,
+    "Addict(a=[1, math.nan])": {"a": [1, None]},
     "{'NaN': [1e308 * 10, -0.0]}": {"NaN": [None, -0.0]},
     "[10 ** 30, 1e300]": [10**30, 1e300],
 }
