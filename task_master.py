@@ -296,7 +296,7 @@ class Ledger:
         self._gate_closed = False  # while whoever takes the records cannot take more
         self.phase = Phase.OVER
         self.reason: BaseException | None = None  # why the job ends early
-        self.submitted = self.done = self.failed = self.retried = self.redelivered = self.dropped = 0
+        self.submitted = self.done = self.failed = self.retried = self.redelivered = 0
 
     def begin(self) -> None:
         """There will be tasks. Raises Failure when the last job is not over or was ended early, or what has ended it."""
@@ -416,13 +416,11 @@ class Ledger:
                 raise EOFError
             for task_id, ok, final, outcome in zip(*outcomes):
                 task = self._tasks.get(task_id)
-                again = not ok and not final and task is not None and task.failures < self._retries
                 if task is None or task.holder is RECORDER:
-                    self.dropped += 1  # it has a record
-                    continue
+                    continue  # it has a record
+                again = not ok and not final and task.failures < self._retries
                 if task.holder is not holder and (again or (not ok and outcome == task.outcome)):
-                    self.dropped += 1  # it is going to be run again anyway; or it came before, and its acknowledgement was lost
-                    continue
+                    continue  # it is going to be run again anyway; or it came before, and its acknowledgement was lost
                 task.ok, task.outcome = ok, outcome
                 task.avoids = standing if again else None
                 if not ok:
