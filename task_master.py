@@ -1273,7 +1273,7 @@ class ResultsFile:
                 file.seek(self._offsets[task_id])
                 line = file.readline().decode("utf-8", "replace")
             recorded = read_record(line)[1]
-            was_bad = line.endswith('"attempts": 0}\n')  # a line that was no task, and may have been mended
+            was_bad = "".join(line.split()).endswith('"attempts":0}')  # a line that was no task, and may have been mended
             if not was_bad and json.dumps(json.loads(recorded), sort_keys=True) != json.dumps(json.loads(text), sort_keys=True):
                 raise Refusal(f"the results file {self._given} belongs to other tasks: its task {task_id} is not {text[:60]}")
         return bool(known & 1)
@@ -1700,6 +1700,9 @@ class TaskMaster:
     ) -> None:
         given = locals()
         checked = {name: check_argument(name, given[name], kind) for name, kind in TYPES.items()}
+        for name, fits in (("tls", tls in (True, False, None)), ("quiet", quiet in (True, False)), ("log", callable(log))):
+            if not fits:
+                raise Failure(f"{name}: it takes {'a function' if name == 'log' else 'True or False'}, not {given[name]!r}")
         self.address, self.timeout = (checked["host"], checked["port"]), checked["timeout"]
         self.run_id = os.urandom(8).hex()
         self.ledger = Ledger(checked["retries"], checked["redeliveries"], checked["retry_delay"], 0.0 if workers else OTHERS_TIME)

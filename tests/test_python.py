@@ -325,6 +325,7 @@ WRONG: list[tuple[str, Any]] = [
     *[("command", value) for value in (5, ["true"], 'echo "{}"', "sort | uniq")],
     *[("authkey", value) for value in ("abc", b"", b"  \n", 5)],
     *[("host", value) for value in (5, b"127.0.0.1")],
+    *[(name, value) for name in ("tls", "quiet", "log") for value in ("no", 5)],
 ]
 
 
