@@ -749,18 +749,20 @@ def parse_report(text: str) -> Outcomes:
     return Outcomes(*map(list, zip(*[(task_id, *check_outcome(text)) for task_id, text in reversed(first_texts.items())])))
 
 
-replace_strings = re.compile(r'"(?:[^"\\]|\\.)*"').sub
-
-
 def count_values(text: str) -> int:
     """How many strings, lists and objects a JSON text has at most."""
     return text.count('"') + text.count("[") + text.count("{")
 
 
+def empty_strings(text: str) -> str:
+    """A JSON text with nothing in its strings; without a pattern that has to try, since that takes 100 bytes a character."""
+    return re.sub('"[^"]*"', '""', text.replace("\\\\", "").replace('\\"', ""))
+
+
 def check_outcome(outcome: str, scan: Callable[..., Any] = scan_roughly) -> tuple[bool, bool, str]:
     """Whether an outcome is ok, whether it is final, and its text for the results file; an error for what `scan` cannot read."""
     try:
-        if count_values(outcome) > VALUE_LIMIT and count_values(replace_strings('""', outcome)) > VALUE_LIMIT:
+        if count_values(outcome) > VALUE_LIMIT and count_values(empty_strings(outcome)) > VALUE_LIMIT:
             raise ValueError(f"it has more than {VALUE_LIMIT} strings, lists and objects: write it to a file")
         error = load_outcome(outcome, scan)[1]
     except ValueError as problem:
@@ -1040,7 +1042,8 @@ def check_json(text: str) -> str:
         json.loads(text, parse_constant=refuse_constant)
         text.encode()
     except json.JSONDecodeError as error:
-        shown = text if len(text) < 40 else text[:40] + "..."
+        shown = " ".join(text.split())
+        shown = shown if len(shown) < 40 else shown[:40] + "..."
         reason = error.msg.lower().removesuffix(" at")
         raise ValueError(f"{shown} is not JSON: {reason} at column {error.colno} (--text takes it as it is)") from None
     except UnicodeEncodeError:
@@ -1167,7 +1170,7 @@ class ResultsFile:
                 if not resume:
                     raise Failure(f"the results file {path} is not empty: name another, or carry on with --resume")
                 self._load()
-        self.least = max((task_id + 1 for task_id, task in enumerate(self._tasks) if task), default=0)  # tasks of the job
+        self.least = max((task_id + 1 for task_id, task in enumerate(self._tasks) if task & 1), default=0)  # tasks of the job
         self.kept = sum(task & 1 for task in self._tasks)  # how many tasks have a result
         self.repeated = len(self._tasks) - self._offsets.count(-1) - self.kept  # how many tasks failed, and run again
 
@@ -1327,10 +1330,11 @@ class ResultsFile:
 
 def is_torn(line: bytes) -> bool:
     """Whether a last line without an end was to be a record, or is what a power cut leaves."""
+    line = line.lstrip(b"\0 \t\r\n")
     try:
         read_record(line.decode())
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError, StopIteration):  # it is not whole
-        return b'{"id":'.startswith(line[:20].replace(b" ", b"")[:6]) or not line.strip(b"\0 \t\r\n")
+        return b'{"id":'.startswith(line[:20].replace(b" ", b"")[:6])
     except ValueError:
         return False
     return True
@@ -1777,7 +1781,7 @@ class TaskMaster:
         if not self._server:
             raise Failure("this farm is not open: use `with TaskMaster(...) as master:`, or call start()")
         if self._running:
-            raise Failure("a run is under way: take all its records first, or make another TaskMaster")
+            raise Failure("a run is under way: let the loop over its records end first, or make another TaskMaster")
         self.ledger.begin()
         self._running = True
         records: queue.SimpleQueue[list[Task]] = queue.SimpleQueue()
@@ -1921,7 +1925,7 @@ class TaskMaster:
                 host.slots[peer.name] -= 1
                 last = not host.slots[peer.name]
                 host.connected += time.monotonic() - peer.joined_at
-        if again:
+        if again and not self.ledger.is_over():
             shown = ", ".join([f"{task.id} (attempt {task.attempts})" for task in again[:5]])
             more = f" and {len(again) - 5} more" if len(again) > 5 else ""
             self._log(f"redelivered since {peer.name} was lost: task {shown}{more}")
@@ -1947,10 +1951,12 @@ class TaskMaster:
         except BaseException as error:
             self.ledger.end(Phase.FAILED, error)
             raise EOFError from error  # which is no acknowledgement
-        for task in tasks:
-            if not task.ok:
-                self._note_failure(task)  # before the job can be over
-        self.ledger.settle(tasks)
+        try:
+            for task in tasks:
+                if not task.ok:
+                    self._note_failure(task)  # before the job can be over
+        finally:
+            self.ledger.settle(tasks)
 
     def _note_failure(self, task: Task) -> None:
         """Say what is the first of its kind, count the others, and end the job when there are too many."""

@@ -508,7 +508,7 @@ def parse_template(template: str) -> tuple[str, list[str]]:
     names: list[str] = []
     script = ""
     for part in re.findall(r"""\\.|'[^']*'?|"(?:\\.|[^"\\])*"?|\$\{\w+\}|\{\w*\}|.""", template, re.DOTALL):
-        is_open = part[0] == '"' and part.count("$(") > part.count(")")  # a command follows in these quotes
+        is_open = part[0] == '"' and re.sub(r"\\.", "", part).count("$(") > part.count(")")  # a command follows in these quotes
         if part[0] in "'\"" and "{}" in (template if is_open else part):
             raise Failure(f'{shown}: {{}} in quotes is not replaced: take the quotes away, or write "$TASK"')
         if part == "{}":
@@ -645,7 +645,9 @@ def run_child(pipe: Any, memory: Memory, folder: str | None, function: str | Non
             os.environ.pop(LOADING, None)  # the module may have cleared them all
         pipe.send_bytes(b"+" + digest_module(function).encode())
     except (Failure, OSError, RuntimeError) as failure:  # RuntimeError: there may be no more threads
-        pipe.send_bytes(b"!" if isinstance(failure, RuntimeError) else b"-" + str(failure).encode("utf-8", "replace"))
+        pipe.send_bytes(
+            b"!" if isinstance(failure, RuntimeError) else b"-" + str(failure)[:ERROR_SIZE].encode("utf-8", "replace")
+        )
         return
     streams = identify_streams()
     with pipe, contextlib.suppress(EOFError, OSError):  # the slot closed the pipe
@@ -676,7 +678,8 @@ def leave_terminal() -> None:
         os.setsid()
     for number in STOP_SIGNALS:
         before = signal.signal(number, signal.SIG_IGN)  # forgets one that came in
-        signal.signal(number, before)
+        if hasattr(os, "setsid"):  # else Ctrl-C would reach it
+            signal.signal(number, before)
     if hasattr(signal, "pthread_sigmask"):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
@@ -1202,6 +1205,10 @@ class Slot(threading.Thread):
             self._child.stop()
             self._child = None
 
+    def is_linked(self) -> bool:
+        """Whether it has a connection, and so can report what it finishes."""
+        return self._link is not None
+
     def is_busy(self) -> bool:
         """Whether it has tasks without an outcome."""
         return self._done < len(self._fed)
@@ -1454,7 +1461,7 @@ class Worker:
             except RuntimeError:  # there may be no more threads
                 self.lose_slot(OSError(errno.EAGAIN, os.strerror(errno.EAGAIN)))
         for slot in self._slots:
-            while slot.is_alive():
+            while slot.is_alive() and (slot.is_linked() or not self._failure):
                 slot.join(1.0)  # with a timeout, so that Ctrl-C comes through on Windows
         if self._failure:
             leave_at_once(self._failure.status)
@@ -1543,7 +1550,7 @@ class Worker:
         with self._lock:
             first, self._failure = not self._failure, self._failure or failure
         if first:
-            busy = any(slot.is_busy() for slot in self._slots)
+            busy = any(slot.is_busy() and slot.is_linked() for slot in self._slots)
             say(f"{failure}; finishing what runs" if busy else str(failure))
         self.leaving.set()
 

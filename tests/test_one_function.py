@@ -231,3 +231,8 @@ def test_no_file_of_the_user_replaces_a_standard_module(farm: Farm, where: str, 
     assert master.wait() == (1 if what == "function" else 0), master.stderr
     assert not log.exists(), log.read_text()
     assert len([1 for record in farm.records("folder/results.jsonl") if "result" in record]) == (2 if what == "function" else 3)
+
+
+def test_the_reason_why_a_module_cannot_be_imported_is_said_however_long_it_is(farm: Farm) -> None:
+    farm.write("long.py", "raise ImportError('the reason ' + 'x' * 20_000)\n")
+    check_said(farm.master("1", "--workers", 1, "--function", "long:work"), 2, "long:work: .*the reason xxx")

@@ -346,6 +346,7 @@ def test_pandas_counts_failures_by_type_and_time_by_host(newcomer: Newcomer, fai
 
 
 @needs_matplotlib
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the libraries about each other
 def test_the_picture_shows_who_worked_when_and_what_failed(newcomer: Newcomer, failing: int) -> None:
     newcomer.write("look.py")
     newcomer.run("python3 look.py results.jsonl picture.png")

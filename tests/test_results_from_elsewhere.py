@@ -80,6 +80,7 @@ REWRITTEN = {
     "BOM": lambda text: "\ufeff" + text,
     "blank lines": lambda text: text.replace("\n", "\n\n"),
     "letters as they are": lambda text: text.replace("host", "höst ☃"),
+    "zeros before a torn line": lambda text: text + "\0" * 50 + record(8)[:30],
     "zeros behind": lambda text: text + "\0" * 5000,
     "zeros, and a line behind them": lambda text: text + record(8)[:30] + "\0" * 50 + "\n" + record(8) + "\n",
     "a whole line without its end": lambda text: text + record(8),

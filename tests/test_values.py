@@ -81,7 +81,7 @@ PLAIN = {
     "[Level.HIGH, True, None]": [2, True, None],
     "collections.OrderedDict(a=Listed(math.inf))": {"a": None},
     "'NaN, Infinity'": "NaN, Infinity",
-    "'\"[{' * 700_000": '"[{' * 700_000,
+    "'\"[{\\\\' * 700_000": '"[{\\' * 700_000,
     "Addict(a=[1, math.nan])": {"a": [1, None]},
     "{'NaN': [1e308 * 10, -0.0]}": {"NaN": [None, -0.0]},
     "[10 ** 30, 1e300]": [10**30, 1e300],
