@@ -1205,10 +1205,6 @@ class Slot(threading.Thread):
             self._child.stop()
             self._child = None
 
-    def is_linked(self) -> bool:
-        """Whether it has a connection, and so can report what it finishes."""
-        return self._link is not None
-
     def is_busy(self) -> bool:
         """Whether it has tasks without an outcome."""
         return self._done < len(self._fed)
@@ -1461,7 +1457,7 @@ class Worker:
             except RuntimeError:  # there may be no more threads
                 self.lose_slot(OSError(errno.EAGAIN, os.strerror(errno.EAGAIN)))
         for slot in self._slots:
-            while slot.is_alive() and (slot.is_linked() or not self._failure):
+            while slot.is_alive() and not (self._failure and self._failure.status == 3):  # then there is nobody to report to
                 slot.join(1.0)  # with a timeout, so that Ctrl-C comes through on Windows
         if self._failure:
             leave_at_once(self._failure.status)
@@ -1550,7 +1546,7 @@ class Worker:
         with self._lock:
             first, self._failure = not self._failure, self._failure or failure
         if first:
-            busy = any(slot.is_busy() and slot.is_linked() for slot in self._slots)
+            busy = failure.status != 3 and any(slot.is_busy() for slot in self._slots)
             say(f"{failure}; finishing what runs" if busy else str(failure))
         self.leaving.set()
 

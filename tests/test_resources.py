@@ -195,3 +195,15 @@ def test_a_worker_that_cannot_replace_a_process_finishes_what_the_others_run(far
     farm.write("rare.py", code)
     assert (farm.worker(master, "--function", "rare:work").wait(), master.wait()) == (0, 0)
     assert {record["attempts"] for record in farm.records()} == {1}
+
+
+def test_a_worker_that_is_refused_leaves_though_a_task_runs(farm: Farm) -> None:
+    """It could not report it."""
+    master = farm.master("1", "--results", "results.jsonl")
+    worker = farm.worker(master, "--processes", 2, "--function", "functions:stay")
+    worker.wait_line("it runs", "stdout")
+    port = master.port()
+    master.kill()
+    other = farm.run("task_master.py", "--port", port, "1", env=farm.env(TASK_AUTHKEY="another-key-of-32-letters-or-so-"))
+    assert worker.wait() == 3, other.stderr
+    assert worker.stderr[-1].endswith("refused the key: copy its key file to this host")
