@@ -1682,6 +1682,8 @@ class TaskMaster:
     about workers, retries and failures; what it raises ends the job. Raises Failure when it cannot start.
     """
 
+    _running = False  # whether somebody takes the records of a run
+
     def __init__(
         self,
         host: str = "127.0.0.1",
@@ -1703,10 +1705,7 @@ class TaskMaster:
         log: Callable[[str], None] = lambda text: None,
     ) -> None:
         given = locals()
-        checked = {name: check_argument(name, given[name], kind) for name, kind in TYPES.items()}
-        for name, fits in (("tls", tls in (True, False, None)), ("quiet", quiet in (True, False)), ("log", callable(log))):
-            if not fits:
-                raise Failure(f"{name}: it takes {'a function' if name == 'log' else 'True or False'}, not {given[name]!r}")
+        checked = check_arguments(given)
         self.address, self.timeout = (checked["host"], checked["port"]), checked["timeout"]
         self.run_id = os.urandom(8).hex()
         self.ledger = Ledger(checked["retries"], checked["redeliveries"], checked["retry_delay"], 0.0 if workers else OTHERS_TIME)
@@ -1729,7 +1728,6 @@ class TaskMaster:
         self.peers: set[Peer] = set()  # all that are connected
         self._sink: Sink = lambda tasks: None
         self._server: QueueServer | None = None
-        self._running = False  # whether somebody takes the records of a run
         self._next_id = self._failed_before = 0  # tasks of earlier runs, and how many of them failed
 
     def __enter__(self) -> TaskMaster:
@@ -2042,6 +2040,16 @@ def parse_times(text: str) -> tuple[Any, Any]:
     """`started_at` and `seconds`, of the end of an outcome; most tasks are tiny, so the same times come again and again."""
     started_at, seconds = scan_json("{" + text[2:] + "}", 0)[0].values()
     return started_at, seconds
+
+
+def check_arguments(given: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of TaskMaster, read as the command line would. Raises Failure for the first wrong one."""
+    for name in ("tls", "quiet"):
+        if given[name] not in (True, False, None):
+            raise Failure(f"{name}: it takes True or False, not {given[name]!r}")
+    if not callable(given["log"]):
+        raise Failure(f"log: it takes a function, not {given['log']!r}")
+    return {name: check_argument(name, given[name], kind) for name, kind in TYPES.items()}
 
 
 def check_argument(name: str, value: Any, kind: Callable[[str], Any]) -> Any:
