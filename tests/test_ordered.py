@@ -92,6 +92,7 @@ def test_a_task_whose_worker_was_killed_gets_its_place(farm: Farm) -> None:
     other = farm.worker(master, "--function", "uneven:late")
     farm.wait_records(master, 49)
     victim.kill()
+    master.wait_line("redelivered since")  # else it might still be reported
     farm.let_go()
     assert (master.wait(), other.wait()) == (0, 0)
     check_in_order(farm, 50)
