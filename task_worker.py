@@ -1045,8 +1045,13 @@ def become_subreaper() -> None:
 
 def drain(leaving: threading.Event) -> None:
     """What the first signal does; the second one leaves at once."""
-    if sys.platform != "linux":  # there the supervisor sees to it
-        catch_signals(lambda number, frame: leave_at_once(128 + number))
+
+    def leave(number: int, _frame: object) -> None:
+        write_last_line("task_worker: leaving at once")
+        leave_at_once(128 + number)
+
+    if sys.platform != "linux":  # on Linux the supervisor sees to the second one
+        catch_signals(leave)
     leaving.set()
     say("draining: finishing what runs, releasing the rest (once more to leave at once)")
 
@@ -1544,7 +1549,8 @@ class Worker:
     def fail(self, failure: Failure) -> None:
         """Drain because of this failure, if it is the first: the other slots have done nothing wrong."""
         with self._lock:
-            first, self._failure = not self._failure, self._failure or failure
+            first = not self._failure
+            self._failure = self._failure or failure
         if first:
             busy = failure.status != 3 and any(slot.is_busy() for slot in self._slots)
             say(f"{failure}; finishing what runs" if busy else str(failure))
