@@ -1148,7 +1148,7 @@ class Refusal(Failure):
 
 # Records as they were written, of tasks that are whole numbers or strings without escapes; and the beginning of any record.
 find_plain_records = re.compile(
-    r'^\{"id": ([0-9]{1,15}), "task": (-?[0-9]+|"[^"\\\n]*"), "(?:(result)|error)": .*\}$', re.MULTILINE
+    r'^\{"id": ([0-9]{1,15}), "task": (-?[0-9]+|"[^"\\\n\0]*"), "(?:(result)|error)": [^\n\0]*\}$', re.MULTILINE
 ).findall
 match_record = re.compile(r'\{"id": ([0-9]{1,15}), "task": ').match
 
@@ -1163,6 +1163,7 @@ class ResultsFile:
         self._stale = array.array("q")  # where lines begin that are blank, or replaced by a later record
         self._end = 0  # of the records that were there before
         self._torn = False  # whether there is part of one behind them
+        self._written = 0  # bytes behind these
         self._unsynced_since: float | None = None
         with self._explaining(2):
             self._open()
@@ -1195,9 +1196,10 @@ class ResultsFile:
                 self._open()
 
     def _was_replaced(self) -> bool:
-        """Whether the path leads to another file by now, or to none."""
+        """Whether the path leads to another file by now, or to none, or the file has become shorter."""
+        status = os.fstat(self._fd)
         try:
-            return not os.path.samestat(os.stat(self.path), os.fstat(self._fd))
+            return status.st_size < self._end + self._written or not os.path.samestat(os.stat(self.path), status)
         except FileNotFoundError:
             return True
 
@@ -1209,6 +1211,7 @@ class ResultsFile:
                 os.ftruncate(self._fd, self._end)
                 self._torn = False
             write_all(data, self._fd)
+        self._written += len(data)
         self._unsynced_since = self._unsynced_since or time.monotonic()
 
     def sync(self, interval: float = SYNC_INTERVAL) -> None:
@@ -1221,7 +1224,7 @@ class ResultsFile:
         with self._explaining():
             replaced = self.regular and self._was_replaced()
         if replaced:
-            raise Failure(f"the results file {self._given} was removed or replaced while the job ran: its records are lost", 1)
+            raise Failure(f"the results file {self._given} was removed, replaced or cut during the job: its records are lost", 1)
 
     def _load(self) -> None:
         """Note which tasks have a result, and where a torn end begins. Raises OSError, Failure."""
@@ -1343,7 +1346,7 @@ def is_torn(line: bytes) -> bool:
 def read_record(line: str) -> tuple[int, str, bool]:
     """The id, the task as JSON text, and whether there is a result. Raises ValueError or RecursionError for what is no record."""
     match = match_record(line)
-    if match:
+    if match and "\0" not in line:  # which a power cut may leave
         end = scan_json(line, match.end())[1]
         ok = line.startswith(f", {RESULT}", end)
         if (ok or line.startswith(f", {ERROR}", end)) and line.rstrip().endswith("}") and line.count('{"id": ') == 1:
@@ -2304,7 +2307,7 @@ class Job:
         """How to carry on."""
         if not self._results:
             return "what is not done is not remembered: use --results FILE to be able to resume"
-        argv = [sys.executable, *self._argv, *["--resume"] * (not self._options.resume)]
+        argv = [sys.executable, self._argv[0], *["--resume"] * (not self._options.resume), *self._argv[1:]]
         return f"to carry on: {shlex.join(argv)}"
 
     def _conclude(self) -> int:

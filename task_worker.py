@@ -490,13 +490,13 @@ def check_spec(spec: str) -> str:
         remedy = "put the function into a file of its own"
         raise Failure(f"--function {spec}: workers do not have the script that was started: {remedy}")
     top = module.partition(".")[0]
-    if top in STANDARD and (os.path.exists(top) or os.path.exists(f"{top}.py")):
+    if top in {"test", *STANDARD} and (os.path.exists(top) or os.path.exists(f"{top}.py")):
         raise Failure(f"--function {spec}: {top} is a module of Python's standard library: rename yours")
     return spec
 
 
-def parse_template(template: str) -> tuple[str, list[str]]:
-    """The script of a --command TEMPLATE, and the members of a task that it names. Raises Failure.
+def parse_template(template: str) -> tuple[str, list[str], list[str]]:
+    """The script of a --command TEMPLATE, the members of a task that it names, and those that it names in quotes. Raises Failure.
 
     Only variables come into the script, never a task's text: a shell does not read what a variable holds as code.
     """
@@ -506,22 +506,26 @@ def parse_template(template: str) -> tuple[str, list[str]]:
     if "\0" in template:
         raise Failure(f"{shown!r}: it has a zero byte, which no command can have: take it out")
     names: list[str] = []
+    quoted: list[str] = []
     script = ""
     for part in re.findall(r"""\\.|'[^']*'?|"(?:\\.|[^"\\])*"?|\$\{\w+\}|\{\w*\}|.""", template, re.DOTALL):
         is_open = part[0] == '"' and re.sub(r"\\.", "", part).count("$(") > part.count(")")  # a command follows in these quotes
-        if part[0] in "'\"" and "{}" in (template if is_open else part):
-            raise Failure(f'{shown}: {{}} in quotes is not replaced: take the quotes away, or write "$TASK"')
-        if part == "{}":
+        if part[0] in "'\"\\":
+            text = template if is_open or re.search(r"<<-?\s*$", script) else part  # a here-document's text is quoted, too
+            if "{}" in text:
+                raise Failure(f'{shown}: {{}} in quotes is not replaced: take the quotes away, or write "$TASK"')
+            quoted += re.findall(r"(?<!\$)\{([A-Za-z_]\w*)\}", text)
+        elif part == "{}":
             part = '"$TASK"'
         elif part[0] == "{" and part[1:-1].isidentifier() and part.isascii():  # as a shell's variables are
             names.append(part[1:-1])
             part = f'"$TASK__{part[1:-1]}"'
         script += part
     if re.search(r"\bTASK(\b|_)", script):
-        return script, names
-    if set(template) & set("|;&<>\n") or re.search(r"\s#", template) or not template.strip():
+        return script, names, quoted
+    if set(template) & set("|;&<>\n") or re.search(r"(^|\s)#", template) or not template.strip():
         raise Failure(f"{shown}: say with {{}} where the task goes")
-    return f'{script} "$TASK"', names
+    return f'{script} "$TASK"', names, quoted
 
 
 def check_template(template: str) -> str:
@@ -543,17 +547,21 @@ class Command:
     """A function that runs a shell command with the task in its environment. Raises Failure for a bad template."""
 
     def __init__(self, template: str) -> None:
-        self._script, self._names = parse_template(template)
+        self._script, self._names, self._quoted = parse_template(template)
         self._environment = dict(os.environb)  # in bytes, as the system takes it: to encode it would take a twentieth of the time
-        self.task_id = ""  # of the task to come
+        self.task_id = self.text = ""  # of the task to come
 
     def __call__(self, task: Any) -> dict[str, Any]:
         """Exit status and output, each stream cut at OUTPUT_LIMIT. Raises CommandFailed, or what the system refuses."""
-        environment = {**self._environment, b"TASK": to_bytes(task), b"TASK_ID": self.task_id.encode()}
+        text = self.text.encode() if isinstance(task, float) else to_bytes(task)  # 3.10 stays 3.10
+        environment = {**self._environment, b"TASK": text, b"TASK_ID": self.task_id.encode()}
         for name in self._names:
             if not isinstance(task, dict) or name not in task:
                 raise ValueError(f"the command wants the member {name} of the task, which it does not have")
             environment[f"TASK__{name}".encode()] = to_bytes(task[name])
+        for name in self._quoted:
+            if isinstance(task, dict) and name in task:  # else it is awk's, say
+                raise ValueError(f"{{{name}}} in quotes is not replaced: take the quotes away in --command")
         with open_output() as stdout, open_output() as stderr:
             actions = [(os.POSIX_SPAWN_DUP2, stdout.fileno(), 1), (os.POSIX_SPAWN_DUP2, stderr.fileno(), 2)]
             defaults = [signal.SIGPIPE, signal.SIGXFSZ]  # Python ignores them
@@ -594,14 +602,14 @@ def read_output(file: Any) -> str:
 
 # json.loads without what stands around it there, and json.dumps without NaN: a third of the time.
 scan_json = json.JSONDecoder().scan_once  # type: ignore[attr-defined]
-encode_json = json.JSONEncoder(allow_nan=False).encode
+encode_json = json.JSONEncoder(allow_nan=False, default=lambda value: type(value).tolist(value)).encode  # numpy, pandas, torch
 
 
 def encode_result(value: Any) -> str:
     """A result as JSON text. Raises TypeError or ValueError, with the place in it that cannot be JSON."""
     try:
         text = encode_json(value)
-    except (TypeError, ValueError, RecursionError):  # a second look, slowly
+    except (TypeError, ValueError, AttributeError, RecursionError):  # a second look, slowly
         try:
             text = encode_json(make_plain(value, "result"))
         except RecursionError:
@@ -696,7 +704,7 @@ def die_with_parent() -> NoReturn:
 def digest_module(spec: str | None) -> str:
     """SHA-256 of the text of the function's module; "" when it has none, or none in a file of its own."""
     path = getattr(sys.modules[spec.partition(":")[0]], "__file__", None) if spec else None
-    if not path or not path.endswith(".py"):
+    if not isinstance(path, str) or not path.endswith(".py"):
         return ""
     import hashlib
 
@@ -747,7 +755,7 @@ def run_tasks(function: Callable[[Any], Any], lines: list[str], memory: Memory, 
             words[POSITION] = position - 1  # so that it does not count as begun
             break
         if command:
-            command.task_id = task_id
+            command.task_id, command.text = task_id, text
         members = run_task(function, text)
         if getpid() != pid:
             os._exit(0)  # it is a copy that the task made by forking, and that came back
@@ -1205,6 +1213,13 @@ class Slot(threading.Thread):
             return child
         raise Failure(f"a process ended before it could run a task: {death}")
 
+    def _replace_child(self) -> Child:
+        """Start another child during a job, and say so if the function's module has another text by now."""
+        before, child = self._digest, self._start_child()
+        if self._digest != before and not self._worker.quiet:
+            say("the function's module was edited: a process that starts from now on runs the new text")
+        return child
+
     def _stop_child(self) -> None:
         if self._child:
             self._child.stop()
@@ -1351,7 +1366,7 @@ class Slot(threading.Thread):
             while self._done < len(self._fed) and self._link and not self._worker.leaving.is_set():
                 self._fed, self._done = self._fed[self._done :], 0
                 try:
-                    self._run(self._child or self._start_child())
+                    self._run(self._child or self._replace_child())
                 except ChildDied as death:
                     self._bury(death)
                     deaths = 0 if self._done else deaths + 1
@@ -1431,7 +1446,7 @@ class Worker:
         self.leaving = leaving
         self._address, self._authkey = (options.host, options.port), authkey
         self._place = show_address(self._address)
-        self._quiet = options.quiet
+        self.quiet = options.quiet
         pid = os.getppid() if sys.platform == "linux" else os.getpid()  # which is the one that was started
         self._name = f"{os.environ.pop('TASK_HOST', '') or socket.gethostname()}/{pid}"
         self._only_run = os.environ.pop("TASK_RUN", "")  # the run that it was started for, by the master itself
@@ -1470,7 +1485,7 @@ class Worker:
     def connect(self) -> Link | None:
         """A link to the master, tried until --wait has passed (then Failure) or the worker leaves (then None)."""
         with self._lock:
-            if not self._state and not self._quiet:
+            if not self._state and not self.quiet:
                 write_line(f"Connect to server {self._address[0]}...", 1)
             self._state = self._state or "new"
         delay = 0.05
@@ -1560,7 +1575,7 @@ class Worker:
         """Be in another state, and say so once."""
         with self._lock:
             is_new, self._state = self._state != state, state
-        if is_new and not self._quiet:
+        if is_new and not self.quiet:
             say(text)
 
 

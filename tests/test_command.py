@@ -97,6 +97,24 @@ def test_a_name_in_braces_stands_for_a_member(farm: Farm) -> None:
     assert re.search("member to .*does not have", records[2]["error"]["message"])
 
 
+def test_a_number_arrives_as_it_was_written(farm: Farm) -> None:
+    farm.write("tasks.jsonl", "3.10\n1e5\n-0.0\n12\n")
+    farm.run_job("--tasks", "tasks.jsonl", "--command", "printf %s")
+    assert [record["result"]["stdout"] for record in farm.in_order()] == ["3.10", "1e5", "-0.0", "12"]
+
+
+@pytest.mark.parametrize(
+    "template", ['echo {src} "{dst}"', "echo {src} '{dst}'", 'echo "$(echo "{dst}")"', "cat <<'E'\n{dst}\nE"]
+)
+def test_a_task_whose_member_stands_in_quotes_fails_and_says_so(farm: Farm, template: str) -> None:
+    for record in run_command(farm, template, [{"src": "a", "dst": "b"}])[0]:
+        assert re.search("{dst} in quotes", record["error"]["message"])
+
+
+def test_a_name_in_quotes_that_is_no_member_stays(farm: Farm) -> None:
+    assert outputs(farm, "echo {src} '{dst}'", [{"src": "a"}]) == ["a {dst}\n"]
+
+
 QUOTED = [
     'echo "{}"',
     "echo '{}'",
@@ -106,8 +124,11 @@ QUOTED = [
     'echo x"y{}"',
     "echo \"'{}'\"",
     'echo "$(echo "{}")"',
+    "cat <<'E'\n{}\nE",
+    "cat <<- \\E\n{}\nE",
 ]
 UNPLACED = [
+    "#echo",
     "sort | uniq",
     "echo hi # note",
     "cd x; make",

@@ -126,6 +126,19 @@ def test_a_worker_whose_module_has_another_text_is_taken_and_said(farm: Farm, sa
     assert len({record["worker"] for record in farm.records()}) == 2
 
 
+def test_a_process_that_loads_an_edited_module_in_the_midst_of_a_job_says_so(farm: Farm) -> None:
+    master = farm.master("--results", "results.jsonl", "--tasks", "-", stdin=subprocess.PIPE)
+    worker = farm.worker(master, "--function", "mod:old", "--tasks-per-process", 2)
+    master.put("1\n2\n")
+    wait_until(lambda: len(farm.records()) == 2)
+    farm.write("mod.py", MODULE.replace("old {n}", "edited {n}"))
+    master.put("3\n4\n5\n")
+    master.end_input()
+    assert (worker.wait(), master.wait()) == (0, 0)
+    assert results(farm)[-1] == "edited 5"
+    assert len(worker.said("module was edited")) == 1
+
+
 SCRIPT = """
 import os, sys
 open(f"load-{os.getpid()}", "w").close()
@@ -175,7 +188,7 @@ def test_a_coroutine_function_is_run_to_its_end(farm: Farm, spec: str) -> None:
         ("sweep.py:vdp", r"\bsweep:vdp"),
         ("{folder}/sweep.py:vdp", r"\bsweep:vdp"),
         ("__main__:f", "__main__:f.*(file|script)"),
-        *[(f"{name}:f", f"{name}:f.*standard") for name in ("token", "queue", "json", "antigravity")],
+        *[(f"{name}:f", f"{name}:f.*standard") for name in ("token", "queue", "json", "antigravity", "test")],
     ],
 )
 @pytest.mark.parametrize("program", ["master", "worker"])

@@ -145,7 +145,7 @@ def test_the_job_ends_at_the_last_failure_that_is_allowed_and_says_how_to_resume
     check_stopped(master, 3)
     assert worker.wait() == 0
     assert ids(farm) == [0, 1, 2]
-    assert master.said("stopped; to carry on: .* --resume$")
+    assert master.said("stopped; to carry on: .* --resume ")
 
 
 def test_what_runs_when_the_last_failure_comes_is_finished(farm: Farm) -> None:

@@ -101,8 +101,12 @@ def move_away(path: Path) -> None:
     path.rename(path.parent / "moved")
 
 
+def cut(path: Path) -> None:
+    path.write_text("")
+
+
 @pytest.mark.skipif(os.name != "posix", reason="an open file cannot be removed on Windows")
-@pytest.mark.parametrize("touch", [os.unlink, replace, move_away])
+@pytest.mark.parametrize("touch", [os.unlink, replace, move_away, cut])
 @pytest.mark.parametrize("when", ["while it runs", "at the end"])
 def test_a_results_file_that_is_no_longer_there_is_said_and_no_success(farm: Farm, touch: Any, when: str) -> None:
     master = farm.master("--tasks", "-", "--results", farm.results, "--workers", 1, stdin=subprocess.PIPE)

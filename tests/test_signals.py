@@ -114,6 +114,17 @@ def test_the_printed_command_quotes_what_a_shell_would_split(farm: Farm) -> None
     assert len(farm.records("my $results.jsonl")) == 2
 
 
+def test_the_printed_command_adds_no_task_to_those_behind_two_dashes(farm: Farm) -> None:
+    master = farm.master("--results", "results.jsonl", "--", "-5", "3")
+    master.port()
+    drain(master)
+    master.wait()
+    again = farm.start(shlex.split(find_command(master)))
+    farm.worker(again)
+    assert again.wait() == 0
+    assert [record["task"] for record in farm.in_order()] == [-5, 3]
+
+
 def test_a_drained_master_without_a_results_file_says_that_it_cannot_resume(farm: Farm) -> None:
     master, worker = start_job(farm)
     drain(master)
