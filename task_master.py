@@ -1217,14 +1217,14 @@ class ResultsFile:
     def sync(self, interval: float = SYNC_INTERVAL) -> None:
         """Make what was written survive a power cut, if it has waited for `interval` seconds. Raises Failure."""
         since = self._unsynced_since
-        if since and self.regular and time.monotonic() - since >= interval:
-            self._unsynced_since = None
-            with self._explaining():
-                os.fsync(self._fd)
         with self._explaining():
-            replaced = self.regular and self._was_replaced()
-        if replaced:
-            raise Failure(f"the results file {self._given} was removed, replaced or cut during the job: its records are lost", 1)
+            if since and self.regular and time.monotonic() - since >= interval:
+                self._unsynced_since = None
+                os.fsync(self._fd)
+            if self.regular and self._was_replaced():
+                raise Failure(
+                    f"the results file {self._given} was removed, replaced or cut during the job: its records are lost", 1
+                )
 
     def _load(self) -> None:
         """Note which tasks have a result, and where a torn end begins. Raises OSError, Failure."""
