@@ -871,8 +871,6 @@ class Child:
         try:
             self._pipe, theirs = self.context.Pipe()
             self._poll = make_poll(self._pipe)
-            while self.killing_all:  # this process is about to end
-                time.sleep(EXIT_GRACE)
             with theirs, self.starting:
                 if sys.platform == "linux":
                     resource_tracker.ensure_running()  # one for all children, so without the mark of any
