@@ -1491,12 +1491,11 @@ class LocalWorker:
         """Whether to start it again after this exit status; blocks for as long as one should wait before that."""
         self._master.restarts += 1
         self.reason = f"the local worker ended with exit status {status}"
-        hopeless = status in (2, 3) or self._master.restarts > RESTARTS
-        if hopeless:
+        if status in (2, 3) or self._master.restarts > RESTARTS:
             self._master.ledger.end(Phase.FAILED, Failure(f"{self.reason}, see above", 2 if status == 2 else 1))
-        else:
-            self._master._log(f"{self.reason}: starting another")
-        return not hopeless
+            return False
+        self._master._log(f"{self.reason}: starting another")
+        return True
 
 
 SSH = "ssh -T -o BatchMode=yes -o ExitOnForwardFailure=yes -o ControlPath=none -o LogLevel=INFO -o ServerAliveInterval=15".split()
