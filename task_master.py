@@ -2206,24 +2206,23 @@ class Job:
 
     def _connect_ends(self) -> tuple[Iterable[list[str]], Sink]:
         """Where tasks come from and where records go."""
-        batches = open_input(self._options)  # before a results file is made
-        if self._options.results == "-":
+        options = self._options
+        batches = open_input(options)  # before a results file is made
+        if options.results == "-":
             return batches, lambda tasks: print_text(format_records(tasks))  # UTF-8, whatever the terminal is set to
-        if not self._options.results:
+        if not options.results:
             printer = Printer()
             return printer.put(batches), printer.write
-        results = self._results = ResultsFile(self._options.results, self._options.resume)
+        results = self._results = ResultsFile(options.results, options.resume)
         self._kept = results.kept
-        if self._options.ordered and not results.regular:
-            raise Failure(f"--ordered sorts the results file in the end, and {self._options.results} is none: name a file")
+        if options.ordered and not results.regular:
+            raise Failure(f"--ordered sorts the results file in the end, and {options.results} is none: name a file")
         if self._kept or results.repeated:
-            to_do = ""
-            options = self._options
+            told = f"{self._kept} done are kept, {results.repeated} failed are repeated"
             if options.task or (options.tasks != "-" and os.path.isfile(options.tasks)):  # a stream is compared on the way
-                count = sum(map(len, skip_recorded(open_input(self._options), results)))
-                to_do = f", {count - self._kept} to do"
-            kept = f"{self._kept} done are kept, {results.repeated} failed are repeated"
-            self._log(f"resuming {self._options.results}: {kept}{to_do}")
+                count = sum(map(len, skip_recorded(open_input(options), results)))
+                told += f", {count - self._kept} to do"
+            self._log(f"resuming {options.results}: {told}")
             batches = skip_recorded(batches, results)
         return batches, results.write
 
