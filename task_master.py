@@ -796,8 +796,9 @@ class RequestConnection(PlainConnection):
 
     _large = threading.Lock()  # held by the connection that receives or serves a large message
 
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, sock: socket.socket, address: tuple[Any, ...]) -> None:
         super().__init__(sock)
+        self.host = str(address[0])
         self.problem = ""  # why its last message was refused
         self._pickles = False  # how the last request came
         self._has_turn = False  # whether it holds `_large`
@@ -945,7 +946,7 @@ class QueueServer(managers.Server):
     def accepter(self) -> None:
         while not self.stop_event.is_set():
             try:
-                conn = RequestConnection(self.listener.accept()[0])
+                conn = RequestConnection(*self.listener.accept())
             except OSError as error:
                 if not isinstance(error, socket.timeout):  # out of file descriptors, say
                     self.stop_event.wait(LOOK_INTERVAL)
@@ -960,9 +961,7 @@ class QueueServer(managers.Server):
 
     def handle_request(self, conn: Any) -> None:
         """Serve a connection to its end, in a thread of its own; then the master's `goodbye` or `refuse` is called."""
-        host = ""
         try:
-            host = conn.sock.getpeername()[0]
             if self._master.context:
                 conn.secure(self._master.context, server_side=True)
             super().handle_request(conn)
@@ -976,13 +975,12 @@ class QueueServer(managers.Server):
             if hasattr(this_thread, "peer"):
                 self._master._goodbye(this_thread.peer)
             elif conn.problem:
-                self._master._refuse(host, conn.problem)
+                self._master._refuse(conn.host, conn.problem)
 
     def accept_connection(self, conn: Any, name: str) -> None:
         """The handshake is done, and the peer stays: `name` is what it calls itself."""
-        host = conn.sock.getpeername()[0]
         name = re.sub(r"[^!-~]|[\"\\]", "?", str(name)[:100])  # it goes into records and onto terminals
-        this_thread.peer = Peer(name if "/" in name else f"{host}/{name}", conn)
+        this_thread.peer = Peer(name if "/" in name else f"{conn.host}/{name}", conn)
         self._master.peers.add(this_thread.peer)
         self._pending.pop(conn, None)
         conn.end_handshake(None)  # a plain client may be silent while it works; only the system's keepalive watches it
