@@ -1824,10 +1824,8 @@ class TaskMaster:
                 elif not self.ledger.submit(pair for pair in enumerate(tasks, first) if pair[1]):
                     break
             self.ledger.end(Phase.ENDED)
-        except Refusal as refusal:
-            self.ledger.end(Phase.FAILED, refusal)
         except BaseException as error:  # what the caller's own iterable raises is for the caller
-            self.ledger.end(Phase.ENDED, error)
+            self.ledger.end(Phase.FAILED if isinstance(error, Refusal) else Phase.ENDED, error)
 
     def _longest(self) -> tuple[float, str]:
         """The seconds since some task was started, the longest of all, and which one on which host it is; (0, "") if none."""
