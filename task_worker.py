@@ -1287,7 +1287,6 @@ class Slot(threading.Thread):
             link.send(call)
         self._tell()
         lease = link.receive()
-        self._worker.served_at = link.answered_at
         if many:
             link.round_trip = min(link.answered_at - asked_at, 1.25 * link.round_trip)
             self._send_report()
@@ -1514,7 +1513,6 @@ class Worker:
             self.end_job(settings["run"], f"not this one's job ({settings['refused']})")
         if settings["run"] == self.finished:
             return False
-        self.served_at = time.monotonic()
         self._change("connected", f"connected to {self._place}")
         return True
 
