@@ -364,7 +364,7 @@ class Ledger:
             self._queue_due(now)
             due_in = self._delayed[0][0] - now if self._delayed else timeout
             timeout = min(timeout, due_in, max(1.0, len(self._slots) / IDLE_POLLS))
-            return self._leasable.wait_for(self._may_lease, timeout)
+            return self._leasable.wait_for(lambda: self.phase > Phase.OVER or self._can_lease(), timeout)
 
     def lease(self, holder: object, limit: int, now: float) -> list[Task] | None:
         """Up to `limit` tasks for a holder, [] when there is none yet, None when the job is over. Never blocks.
@@ -541,7 +541,7 @@ class Ledger:
 
     def _wake_next(self) -> None:
         """Wake one that waits for tasks; it wakes the next if it leaves some. So a thousand do not wake for a few tasks."""
-        if self._next_ready():
+        if self._can_lease():
             self._leasable.notify()
 
     def _look_whether_over(self) -> None:
@@ -555,14 +555,11 @@ class Ledger:
     def _has_room(self) -> bool:
         return len(self._ready) < READY_LIMIT and self._ready_bytes < READY_BYTES
 
-    def _next_ready(self) -> Task | None:
-        """The task to lease next, if there is one that may be leased."""
+    def _can_lease(self) -> bool:
+        """Whether there is a task, and it may be leased now."""
         while self._ready and self._ready[0].state != READY:
             self._ready_bytes -= len(self._ready.popleft().text)  # recorded after a late report
-        return self._ready[0] if self._ready else None
-
-    def _may_lease(self) -> bool:
-        return self.phase > Phase.OVER or bool(self._next_ready() and not self._gate_closed)
+        return bool(self._ready) and not self._gate_closed
 
     def _is_paused(self, standing: Standing, now: float) -> bool:
         """Whether a worker has to wait before its next task; if that is since it was in doubt, only while it still is."""
