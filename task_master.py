@@ -1217,9 +1217,7 @@ class ResultsFile:
                 self._unsynced_since = None
                 os.fsync(self._fd)
             if self.regular and self._was_replaced():
-                raise Failure(
-                    f"the results file {self._given} was removed, replaced or cut during the job: its records are lost", 1
-                )
+                raise Failure(f"the results file {self._given} was removed, replaced or cut meanwhile: its records are lost", 1)
 
     def _load(self) -> None:
         """Note which tasks have a result, and where a torn end begins. Raises OSError, Failure."""
@@ -1863,9 +1861,8 @@ class TaskMaster:
         if first:
             self._log(f"worker {peer.name} connected")
             if digest not in ("", statement.get("digest")):
-                self._log(
-                    f"the module of {runs['function']} has another text for {peer.name} than for {stated_by}: copy it there"
-                )
+                module = f"the module of {runs['function']}"
+                self._log(f"{module} has another text for {peer.name} than for {stated_by}: copy it there")
         return None
 
     def _refuse(self, host: str, problem: str) -> None:

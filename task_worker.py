@@ -704,12 +704,11 @@ def die_with_parent() -> NoReturn:
 def digest_module(spec: str | None) -> str:
     """SHA-256 of the text of the function's module; "" when it has none, or none in a file of its own."""
     path = getattr(sys.modules[spec.partition(":")[0]], "__file__", None) if spec else None
-    if not isinstance(path, str) or not path.endswith(".py"):
-        return ""
-    import hashlib
-
     with contextlib.suppress(OSError):  # it is in a zip, say
-        return hashlib.sha256(read_file(path)).hexdigest()
+        if isinstance(path, str) and path.endswith(".py"):
+            import hashlib
+
+            return hashlib.sha256(read_file(path)).hexdigest()
     return ""
 
 
