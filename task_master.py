@@ -37,8 +37,12 @@ from __future__ import annotations
 import os
 import sys
 
-if __name__ == "__main__" and os.path.dirname(os.path.realpath(__file__)) in sys.path[:1]:
-    del sys.path[0]  # a file there could stand in for a module of the standard library
+if __name__ == "__main__":
+    if os.path.dirname(os.path.realpath(__file__)) in sys.path[:1]:
+        del sys.path[0]  # a file there could stand in for a module of the standard library
+    import signal
+
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback for a Ctrl-C before `main` can take it
 
 import argparse
 import array
@@ -1153,6 +1157,7 @@ class ResultsFile:
 
     def __init__(self, path: str, resume: bool) -> None:
         self._given = self.path = path
+        self._new_path = ""
         self._offsets = array.array("q")  # by task id: where its last record begins, -1 where there is none
         self._tasks = array.array("q")  # by task id: the hash of the task, odd if it has a result; 0 where there is none
         self._stale = array.array("q")  # where lines begin that are blank, or replaced by a later record
@@ -1288,9 +1293,14 @@ class ResultsFile:
                 say(f"cannot put {self._given} in order: {explain_error(error)} (it has all records, the last of an id counts)")
         os.close(self._fd)
 
+    def discard(self) -> None:
+        """Remove a new file that has not taken the place of the old one yet. A signal handler may call this."""
+        with contextlib.suppress(OSError):
+            os.unlink(self._new_path)
+
     def _rewrite(self, ordered: bool) -> None:
         """Copy the last record of each task into a new file, which then takes the place of the old one. Raises OSError."""
-        path = f"{self.path}.{random.getrandbits(64):x}"
+        path = self._new_path = f"{self.path}.{random.getrandbits(64):x}"
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o600)
         try:
             with open(fd, "wb", buffering=1 << 20) as new, open(self.path, "rb", buffering=1 << 20) as old:
@@ -1303,7 +1313,7 @@ class ResultsFile:
             os.chmod(path, stat.S_IMODE(status.st_mode))
             os.replace(path, self.path)
         except BaseException:
-            os.unlink(path)
+            self.discard()
             raise
 
     def _choose_lines(self, file: BinaryIO, ordered: bool) -> Iterator[bytes]:
@@ -2205,8 +2215,8 @@ class Job:
             return printer.put(batches), printer.write
         results = self._results = ResultsFile(options.results, options.resume)
         self._kept = results.kept
-        if options.ordered and not results.regular:
-            raise Failure(f"--ordered sorts the results file in the end, and {options.results} is none: name a file")
+        if (options.ordered or options.resume) and not results.regular:
+            raise Failure(f"--ordered and --resume read the results file, and {options.results} is none: name a file")
         if self._kept or results.repeated:
             told = f"{self._kept} done are kept, {results.repeated} failed are repeated"
             if options.task or (options.tasks != "-" and os.path.isfile(options.tasks)):  # a stream is compared on the way
@@ -2286,6 +2296,8 @@ class Job:
         """The first one drains (in `_look`: a handler must not wait for anything), the second leaves at once."""
         if self._stopped_by:
             write_last_line(f"task_master: leaving at once; {self._tell_resume()}")
+            if self._results:
+                self._results.discard()
             for worker in self._master.started:
                 worker.end()
             os._exit(128 + number)
@@ -2293,7 +2305,7 @@ class Job:
 
     def _tell_resume(self) -> str:
         """How to carry on."""
-        if not self._results:
+        if not self._results or not self._results.regular:
             return "what is not done is not remembered: use --results FILE to be able to resume"
         argv = [sys.executable, self._argv[0], *["--resume"] * (not self._options.resume), *self._argv[1:]]
         return f"to carry on: {shlex.join(argv)}"
@@ -2346,6 +2358,8 @@ def check_options(parser: Parser, options: argparse.Namespace) -> None:
         parser.error("standard input is closed, where the tasks should come from: use --tasks FILE")
     if options.task and options.tasks is not None:
         parser.error("TASK and --tasks: give one of them")
+    if (options.text or options.null) and not options.task and options.tasks is None:
+        parser.error("--text and -0 need tasks: give TASK or --tasks FILE (-: standard input)")
     if options.resume and not to_file:
         parser.error("--resume needs the --results FILE of the job to carry on")
     if options.resume and not options.task and options.tasks is None:
@@ -2361,6 +2375,7 @@ def main(argv: list[str] | None = None) -> int:
     prepare_process()
     gc.set_threshold(100_000, 50, 100)  # tasks come and go by the thousand, and make no cycles: a quarter less time
     sys.setswitchinterval(0.0005)  # seconds; slots wait for the threads that answer them, not for the one that reads
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     parser = make_parser()
     try:
         options = parser.parse_args(argv)

@@ -40,8 +40,15 @@ from __future__ import annotations
 import os
 import sys
 
-if __name__ == "__main__" and os.path.dirname(os.path.realpath(__file__)) in sys.path[:1]:
-    del sys.path[0]  # a file there could stand in for a module of the standard library
+if sys.version_info < (3, 9):  # noqa: UP036
+    sys.stderr.write(f"task_worker: Python 3.9 or newer is needed, not {sys.version.split()[0]}\n")
+    raise SystemExit(2)
+if __name__ == "__main__":
+    if os.path.dirname(os.path.realpath(__file__)) in sys.path[:1]:
+        del sys.path[0]  # a file there could stand in for a module of the standard library
+    import signal
+
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback for a Ctrl-C before `main` can take it
 
 import argparse
 import contextlib
@@ -296,11 +303,25 @@ def explain_exit(status: int) -> str:
 STOP_SIGNALS = {getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)}
 
 
+TERMINALS = [descriptor for descriptor in range(3) if os.isatty(descriptor)]
+
+
 def catch_signals(handler: Callable[[int, Any], None]) -> None:
-    """Call `handler` for the signals that stop a program, except SIGHUP where the parent ignores it, as `nohup` does."""
+    """Call `handler` for the signals that stop a program, except SIGHUP where the parent ignores it, as `nohup` does.
+
+    A terminal that is closed counts as one signal, though the shell and the system both send a SIGHUP then.
+    """
+    closed: list[int] = []
+
+    def handle(number: int, frame: Any) -> None:
+        if number not in closed:
+            handler(number, frame)
+        if number not in (signal.SIGINT, signal.SIGTERM) and TERMINALS and not any(map(os.isatty, TERMINALS)):
+            closed.append(number)
+
     for number in STOP_SIGNALS:
         if number in (signal.SIGINT, signal.SIGTERM) or signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, handler)
+            signal.signal(number, handle)
 
 
 # ---- key -----------------------------------------------------------------------------------------------------------
@@ -310,7 +331,7 @@ def read_key(path: str | None) -> bytes:
     """The key: TASK_AUTHKEY, the named file or ~/.task_authkey. Raises Failure; FileNotFoundError if only that is missing."""
     if "TASK_AUTHKEY" in os.environ:  # taken out, so that nothing that is started later can see it
         return check_key(os.fsencode(os.environ.pop("TASK_AUTHKEY")), "TASK_AUTHKEY")
-    source = os.path.expanduser(path or DEFAULT_KEY_FILE)
+    source = os.path.expanduser(DEFAULT_KEY_FILE if path is None else path)
     try:  # without waiting for whoever may write into a named pipe
         with open(source, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0))) as file:
             status = os.fstat(file.fileno())
@@ -319,9 +340,11 @@ def read_key(path: str | None) -> bytes:
         if path is None and isinstance(error, FileNotFoundError):
             raise
         raise Failure(f"cannot read the key file {source}: {explain_error(error)} (make it, or copy the master's)") from None
-    if os.name == "posix" and status.st_uid not in (0, os.geteuid()):
+    if os.name == "posix" and key and status.st_uid not in (0, os.geteuid()):
         raise Failure(f"the key file {source} belongs to another user: use one of your own")
-    if os.name == "posix" and stat.S_IMODE(status.st_mode) & (0o077 if status.st_uid else 0o037):  # a group may read root's
+    if (
+        os.name == "posix" and key and stat.S_IMODE(status.st_mode) & (0o077 if status.st_uid else 0o037)
+    ):  # a group may read root's
         raise Failure(f"the key file {source} can be read by others: chmod 600 {source}")
     return check_key(key, source)
 
@@ -350,7 +373,11 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
 
     def error(self, message: str) -> NoReturn:
-        hint = "a TASK that begins with - goes behind --" if re.search(r" -[0-9.]|-0/--null", message) else "--help tells more"
+        hint = (
+            "a TASK that begins with - goes behind --"
+            if re.search(r"arguments: -[0-9.]|-0/--null", message)
+            else "--help tells more"
+        )
         self.exit(2, f"{self.prog}: {message} ({hint})\n")
 
 
@@ -372,10 +399,10 @@ COUNT = bounded(int, 1, 1e9, "a count: it takes a whole number from 1")
 def parse_host(text: str) -> str:
     """A type for argparse: a host; the empty text is any address of this machine."""
     try:
-        if not text.encode("idna").decode().isprintable() or " " in text:
+        if not text.encode("idna").decode().isprintable() or re.search(r"[][\s/]|^[^:]*:[^:]*$", text):
             raise UnicodeError
     except UnicodeError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a host: it takes a name or an address") from None
+        raise argparse.ArgumentTypeError(f"{text!r} is not a host: it takes a name or an address, and --port the port") from None
     return text or "0.0.0.0"
 
 
@@ -984,8 +1011,11 @@ def kill_started(mark: str, root: int | None = None) -> None:
             found = find_started(mark, root) - {os.getpid()}
             for pid in [*found]:
                 try:
-                    os.kill(pid, signal.SIGKILL)
-                except ProcessLookupError:
+                    if b"multiprocessing.resource_tracker" in read_file(f"/proc/{pid}/cmdline"):
+                        found.discard(pid)  # it ends when those have that it serves, and removes the shared memory they left
+                    else:
+                        os.kill(pid, signal.SIGKILL)
+                except (FileNotFoundError, ProcessLookupError):
                     pass
                 except PermissionError:
                     found.discard(pid)  # it is another user's, by sudo say
@@ -1008,6 +1038,7 @@ def supervise(leaving: threading.Event) -> None:
     if not worker:
         os.close(ours)
         os.setpgid(0, 0)  # so that what kills the group of this process leaves one that sees it
+        signal.signal(signal.SIGTTOU, signal.SIG_IGN)  # such a group may not write where `stty tostop` is set
         catch_signals(lambda number, frame: None)  # they come through the pipe, so that each comes once
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
         threading.Thread(target=listen, args=(theirs, leaving), daemon=True).start()
@@ -1159,6 +1190,7 @@ class Slot(threading.Thread):
         self._digest = ""  # of the module that the child has loaded
         self._started_after = ""  # id of the last run that was over when the child was started
         self._left = 0  # tasks until the child is replaced
+        self._deaths = 0  # of children in a row that died before they began a task
         self._link: Link | None = None
         self._run_id = ""  # of the master whose outcomes we hold
         self._time_limit = math.inf  # seconds for a task
@@ -1210,12 +1242,12 @@ class Slot(threading.Thread):
             return child
         raise Failure(f"a process ended before it could run a task: {death}")
 
-    def _replace_child(self) -> Child:
+    def _replace_child(self) -> None:
         """Start another child during a job, and say so if the function's module has another text by now."""
-        before, child = self._digest, self._start_child()
+        before = self._digest
+        self._start_child()
         if self._digest != before and not self._worker.quiet:
             say("the function's module was edited: a process that starts from now on runs the new text")
-        return child
 
     def _stop_child(self) -> None:
         if self._child:
@@ -1236,12 +1268,15 @@ class Slot(threading.Thread):
             joined = self._link and self._join(self._link)
             self._report()  # first, so that what was finished without a connection is not leased again
             while joined and self._link and not self._worker.leaving.is_set():
-                lease = self._lease(self._link, limit)
+                if not self._child:
+                    self._replace_child()  # before the next lease: to load the function may take long
+                    continue
+                lease = self._lease(self._link, min(limit, self._left))
                 if lease is None:
                     self._worker.end_job(self._run_id)
                     break
                 if lease:
-                    limit = min(LEASE_GROWTH * limit, self._work(lease.split("\n")))
+                    limit = min(LEASE_GROWTH * limit, self._work(self._child, lease.split("\n")))
         except EOFError as error:
             self._lose_link(error)
         finally:
@@ -1352,32 +1387,30 @@ class Slot(threading.Thread):
 
     # with the child
 
-    def _work(self, lines: list[str]) -> int:
-        """Run a lease to its end. Returns how many tasks would be worth the next round trip."""
+    def _work(self, child: Child, lines: list[str]) -> int:
+        """Run a lease as far as the child can. Returns how many tasks would be worth the next round trip."""
         leased, begun_at = len(lines), time.monotonic()
         self._busy_from = begun_at
         self._fed, self._done = lines, 0
-        deaths = 0  # of children in a row that died before they began a task
         try:
-            while self._done < len(self._fed) and self._link and not self._worker.leaving.is_set():
-                self._fed, self._done = self._fed[self._done :], 0
-                try:
-                    self._run(self._child or self._replace_child())
-                except ChildDied as death:
-                    self._bury(death)
-                    deaths = 0 if self._done else deaths + 1
-                    if deaths == START_ATTEMPTS:
-                        raise Failure(f"a process ended before it could run a task: {death}") from None
+            self._run(child)
+        except ChildDied as death:
+            self._bury(death)
+            self._deaths += 1
+            if self._deaths == START_ATTEMPTS and not self._done:
+                raise Failure(f"a process ended before it could run a task: {death}") from None
         finally:
             self._release(self._fed[self._done :])
             del self._fed[self._done :]
+        if self._done:
+            self._deaths = 0
         spent = time.monotonic() - begun_at
         wanted = max(LEASE_SECONDS, self._link.round_trip / ROUND_TRIP_SHARE if self._link else 0.0)
         return max(1, int(min(MAX_LEASE_SECONDS, wanted) * leased / max(spent, 1e-6)))
 
     def _run(self, child: Child) -> None:
         """Feed tasks to the child until it is done with them. Raises ChildDied."""
-        child.feed(self._fed[: self._left], self._time_limit)
+        child.feed(self._fed, self._time_limit)
         while (message := self._receive(child)) not in (b".", b"x"):
             grace = 0.0 if child.position() >= self._done else EXIT_GRACE  # to begin: something may hold the child up
             if not message and child.running_for() > self._time_limit + grace:
@@ -1608,7 +1641,12 @@ def find_key(options: argparse.Namespace, leaving: threading.Event) -> bytes:
     told = False
     while not leaving.is_set():
         with contextlib.suppress(FileNotFoundError):
-            if options.authkey_file or "TASK_AUTHKEY" in os.environ or os.stat(path).st_size or not os.path.isfile(path):
+            if (
+                options.authkey_file is not None
+                or "TASK_AUTHKEY" in os.environ
+                or os.stat(path).st_size
+                or not os.path.isfile(path)
+            ):
                 return read_key(options.authkey_file)
         if not is_loopback(options.host) or time.monotonic() > give_up_at:
             raise Failure(missing)
