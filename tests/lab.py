@@ -665,11 +665,6 @@ class Relay(FalseServer):
         self.seen = bytearray()
         self._change = change
 
-    @property
-    def connections(self) -> int:
-        """How many there have been."""
-        return self.served
-
     def _pass_on(self, near: socket.socket) -> None:
         with socket.create_connection(("127.0.0.1", self.target)) as far, contextlib.suppress(ValueError):
             while True:
