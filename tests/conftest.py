@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -20,25 +22,21 @@ if hasattr(signal, "SIGHUP"):
 @pytest.fixture
 def farm(tmp_path: Path) -> Iterator[Farm]:
     """A farm without TLS, run by the Python of the tests."""
-    farm = Farm(tmp_path)
-    yield farm
-    farm.close()
+    with contextlib.closing(Farm(tmp_path)) as farm:
+        yield farm
 
 
 @pytest.fixture
 def tls_farm(tmp_path: Path) -> Iterator[Farm]:
     """A farm with TLS, run by a Python that can do it."""
-    farm = Farm(tmp_path, tls=True)
-    yield farm
-    farm.close()
+    with contextlib.closing(Farm(tmp_path, tls=True)) as farm:
+        yield farm
 
 
 @pytest.fixture(params=["plain", "tls"])
-def any_farm(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Farm]:
+def any_farm(request: pytest.FixtureRequest) -> Any:
     """Once without TLS, once with it."""
-    farm = Farm(tmp_path, tls=request.param == "tls")
-    yield farm
-    farm.close()
+    return request.getfixturevalue("tls_farm" if request.param == "tls" else "farm")
 
 
 def pytest_configure(config: pytest.Config) -> None:
