@@ -287,16 +287,14 @@ class Lab:
         what = options if "--command" in options else ("--function", "functions:square", *options)
         return product.master("--tasks", self.numbers(count), "--workers", 2, "--results", self.results, *what)
 
-    def start(self, argv: list[str], **options: Any) -> psutil.Popen:
-        try:
-            return psutil.Popen(argv, cwd=self.folder, env=self._env, **options)
-        except FileNotFoundError:
-            raise Skip(f"there is no {argv[0]}") from None
-
     @contextlib.contextmanager
     def running(self, argv: list[str], **options: Any) -> Iterator[psutil.Popen]:
         """A process that is killed at the end of the `with`, and all below it."""
-        process = self.start(argv, **{"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, **options})
+        options = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, **options}
+        try:
+            process = psutil.Popen(argv, cwd=self.folder, env=self._env, **options)
+        except FileNotFoundError:
+            raise Skip(f"there is no {argv[0]}") from None
         try:
             yield process
         finally:
@@ -338,9 +336,9 @@ class Lab:
     def seconds(self, argv: list[str]) -> float:
         """From the command to its exit."""
         errors = self.folder / "errors"
-        with errors.open("wb") as file:
-            began_at = time.perf_counter()
-            status = self.start(argv, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=file).wait()
+        began_at = time.perf_counter()
+        with errors.open("wb") as file, self.running(argv, stdin=subprocess.DEVNULL, stderr=file) as process:
+            status = process.wait()
             spent = time.perf_counter() - began_at
         if status:
             raise Skip(f"exit status {status}: {' '.join(errors.read_text().splitlines()[-1:])}")
@@ -795,10 +793,6 @@ def main() -> int:
                 missing += [f"Not measured: {row}, {name}: {reason}" for name, reason in skipped.items()]
         except KeyboardInterrupt:
             print("stopped", file=sys.stderr)
-        finally:
-            for child in psutil.Process().children(recursive=True):
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    child.kill()
     cpus = len(os.sched_getaffinity(0))
     print(f"Python {sys.version.split()[0]}, {cpus} CPUs, {sys.platform}, medians of {options.runs}, scale {options.scale:g}\n")
     print_table(table)
