@@ -84,10 +84,9 @@ class Newcomer:
         (self.folder / name).write_text(find_block(name))
         return self.folder / name
 
-    def bash(self, text: str, stdin: Any = None, **env: str) -> Program:
+    def bash(self, text: str, stdin: int = subprocess.DEVNULL, **env: str) -> Program:
         """Start a block, or any command."""
-        options = {} if stdin is None else {"stdin": stdin}
-        return self._farm.start(["bash", "-c", text], self.env(**env), cwd=self.folder, **options)
+        return self._farm.start(["bash", "-c", text], self.env(**env), cwd=self.folder, stdin=stdin)
 
     def run(self, text: str, status: int = 0) -> Program:
         """A block, or any command, to its end."""
