@@ -328,11 +328,6 @@ def make_patched(farm: Farm, **constants: object) -> Path:
     return folder
 
 
-def without_key(farm: Farm, **more: str) -> dict[str, str]:
-    """The environment without the key."""
-    return farm.env(TASK_AUTHKEY=None, **more)
-
-
 def wait_until(condition: Callable[[], Result | None], *programs: Program, patience: float = PATIENCE) -> Result:
     """Block until a condition is true, and return what it gave. Fails when one of these programs ends instead."""
     give_up_at = time.monotonic() + patience

@@ -14,7 +14,7 @@ from typing import Any
 
 import psutil
 import pytest
-from lab import PATIENCE, Farm, Program, check_said, free_port, without_key
+from lab import PATIENCE, Farm, Program, check_said, free_port
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="modes and owners are POSIX's")
 
@@ -68,7 +68,7 @@ def check_refused(program: Program, *patterns: str) -> None:
 @pytest.mark.parametrize("local", [True, False], ids=["local", "remote"])
 def test_no_task_sees_the_key(farm: Farm, what: tuple[str, str], source: str, local: bool) -> None:
     farm.write("spies.py", FUNCTIONS)
-    in_file, env = ("--authkey-file", write_key(farm)), without_key(farm)
+    in_file, env = ("--authkey-file", write_key(farm)), farm.env(TASK_AUTHKEY=None)
     options, env = (in_file, env) if source == "file" else ((), farm.env())
     master = farm.master("1", "--results", "results.jsonl", *options, *(("--workers", 1, *what) if local else ()), env=env)
     if not local:
@@ -96,7 +96,7 @@ def test_the_key_is_in_no_argument(farm: Farm) -> None:
 @both_programs
 def test_an_empty_key_is_refused(farm: Farm, program: str, content: str) -> None:
     farm.write("the.key", content).chmod(0o600)
-    refused = farm.run(program, "--authkey-file", "the.key", env=without_key(farm))
+    refused = farm.run(program, "--authkey-file", "the.key", env=farm.env(TASK_AUTHKEY=None))
     check_refused(refused, r"the\.key is empty.*: put .* 16 random bytes")
     check_refused(farm.run(program, env=farm.env(TASK_AUTHKEY=content)), "TASK_AUTHKEY is empty.*: put .* 16 random bytes")
 
@@ -163,7 +163,7 @@ def test_a_key_file_that_is_none_is_refused_in_one_line(farm: Farm, program: str
     path = farm.folder / "odd" if named else farm.home / ".task_authkey"
     make_odd_file(path, kind)
     options = ("--authkey-file", path) if named else ()
-    refused = farm.run(program, "--port", 0 if "master" in program else 1, *options, env=without_key(farm))
+    refused = farm.run(program, "--port", 0 if "master" in program else 1, *options, env=farm.env(TASK_AUTHKEY=None))
     check_refused(refused, re.escape(str(path)), REASONS[kind])
 
 
@@ -171,18 +171,18 @@ def test_a_key_file_that_is_none_is_refused_in_one_line(farm: Farm, program: str
 def test_a_key_file_of_ones_own_is_taken_and_its_group_may_read_what_root_owns(farm: Farm, mode: int) -> None:
     if mode & 0o040 and os.geteuid() != 0:
         pytest.skip("only root can make such a file")
-    run_pair(farm, without_key(farm), "--authkey-file", write_key(farm, mode))
+    run_pair(farm, farm.env(TASK_AUTHKEY=None), "--authkey-file", write_key(farm, mode))
 
 
 def test_a_master_makes_the_key_file_once_for_its_user_alone_and_workers_find_it(farm: Farm) -> None:
-    first = run_pair(farm, without_key(farm), umask=0)
+    first = run_pair(farm, farm.env(TASK_AUTHKEY=None), umask=0)
     path = farm.home / ".task_authkey"
     key = path.read_text()
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert re.fullmatch(r"[0-9a-f]{64}\n", key)  # 256 bits
     assert first.said(rf"made the key file {path}\b")
     assert key.strip() not in "\n".join(first.stderr + first.stdout)
-    second = run_pair(farm, without_key(farm))
+    second = run_pair(farm, farm.env(TASK_AUTHKEY=None))
     assert path.read_text() == key
     assert not second.said("key file")
 
@@ -195,20 +195,20 @@ def test_a_key_in_the_environment_makes_no_key_file(farm: Farm) -> None:
 @pytest.mark.parametrize("home", ["missing", "functions.py/home"], ids=["missing", "below a file"])
 def test_a_home_where_no_key_file_can_be_made_is_one_line(farm: Farm, home: str) -> None:
     path = farm.folder / home
-    master = farm.master("3", env=without_key(farm, HOME=str(path)))
+    master = farm.master("3", env=farm.env(TASK_AUTHKEY=None, HOME=str(path)))
     check_refused(master, rf"task_master: cannot (make|read) the key file {re.escape(str(path))}/\.task_authkey: ")
 
 
 def test_a_worker_without_a_key_says_where_to_copy_it_from(farm: Farm) -> None:
-    worker = farm.run("task_worker.py", "--host", "192.0.2.1", env=without_key(farm))
+    worker = farm.run("task_worker.py", "--host", "192.0.2.1", env=farm.env(TASK_AUTHKEY=None))
     check_refused(worker, rf"no key in {farm.home}/\.task_authkey: copy that file from the master's host")
 
 
 def test_a_worker_may_be_started_before_the_master_and_before_the_key_exists(farm: Farm) -> None:
     port = free_port()
-    worker = farm.worker(port, env=without_key(farm))
+    worker = farm.worker(port, env=farm.env(TASK_AUTHKEY=None))
     worker.wait_line(rf"no key in {farm.home}/\.task_authkey.*start the master")
-    master = farm.run("task_master.py", "--port", port, "3", env=without_key(farm))
+    master = farm.run("task_master.py", "--port", port, "3", env=farm.env(TASK_AUTHKEY=None))
     assert (worker.wait(), master.wait()) == (0, 0), (worker.stderr, master.stderr)
     assert master.stdout[-1] == "Result: 3 * 3 = 9"
     assert worker.stdout == ["Connect to server 127.0.0.1...", "run task 3 * 3...", "worker exit."]
@@ -218,14 +218,14 @@ def test_a_key_that_is_just_being_made_is_waited_for(farm: Farm) -> None:
     master = farm.master("1")
     path = farm.home / ".task_authkey"
     path.touch(0o600)
-    worker = farm.worker(master, env=without_key(farm))
+    worker = farm.worker(master, env=farm.env(TASK_AUTHKEY=None))
     worker.pause(1.5)
     path.write_text(farm.key)
     assert (worker.wait(), master.wait()) == (0, 0)
 
 
 def test_masters_that_start_together_without_a_key_agree_on_one(farm: Farm) -> None:
-    masters = [farm.master("1", "--workers", 1, env=without_key(farm)) for _ in range(6)]
+    masters = [farm.master("1", "--workers", 1, env=farm.env(TASK_AUTHKEY=None)) for _ in range(6)]
     path, give_up_at, seen = farm.home / ".task_authkey", time.monotonic() + PATIENCE, set()
     while any(master.is_running() for master in masters) and time.monotonic() < give_up_at:
         with contextlib.suppress(FileNotFoundError):

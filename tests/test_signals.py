@@ -21,7 +21,6 @@ from lab import (
     descendants_of,
     ok,
     wait_until,
-    without_key,
 )
 
 WAIT = """
@@ -229,7 +228,7 @@ def test_a_signal_ends_a_worker_whose_function_is_still_being_loaded(farm: Farm,
 @each_signal
 @pytest.mark.parametrize("missing", ["master", "key"])
 def test_a_signal_ends_a_worker_that_waits(farm: Farm, number: int, missing: str) -> None:
-    worker = farm.worker(1, env=without_key(farm) if missing == "key" else None)
+    worker = farm.worker(1, env=farm.env(TASK_AUTHKEY=None) if missing == "key" else None)
     worker.wait_line("waiting for")
     worker.signal(number)
     assert worker.wait() in ((0, 128 + number, -number) if missing == "key" else (0,))  # nothing is lost yet
