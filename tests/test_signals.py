@@ -10,18 +10,7 @@ import subprocess
 
 import psutil
 import pytest
-from lab import (
-    ROOT,
-    Farm,
-    Program,
-    check_doubled,
-    check_ended,
-    check_silence,
-    children_of,
-    descendants_of,
-    ok,
-    wait_until,
-)
+from lab import ROOT, Farm, Program, check_doubled, check_ended, check_silence, children_of, descendants_of, ok, wait_until
 
 WAIT = """
 import time
