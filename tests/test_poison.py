@@ -9,9 +9,8 @@ import subprocess
 from collections.abc import Iterator
 from typing import Any
 
-import psutil
 import pytest
-from lab import Farm, check_once, check_silence, is_alive, wait_until
+from lab import Farm, check_once, check_silence
 
 POISON = r'''
 import ctypes, io, os, re, signal, subprocess, sys, threading, time
@@ -242,7 +241,6 @@ class Job:
     """What became of it."""
 
     def __init__(self, farm: Farm) -> None:
-        self.folder = farm.folder
         farm.write("poison.py", POISON)
         tasks: list[Any] = []
         for way in [*FAILING, *HARMLESS]:
@@ -305,15 +303,6 @@ def test_failures_that_are_alike_are_said_once_and_counted_in_the_end(job: Job) 
     first, counted = job.master.said("TimeoutError")
     text = first.partition(" failed: ")[2].rpartition(", attempt")[0]
     assert counted.split(" x ") == [f"task_master: {count:7}", text]
-
-
-def test_a_time_limit_kills_the_grandchildren_too(job: Job) -> None:
-    """Whatever the tasks started is gone, but for what ends by itself."""
-
-    def is_left(process: psutil.Process) -> bool:
-        return process.info["cwd"] == str(job.folder) and is_alive(process)
-
-    wait_until(lambda: not any(map(is_left, psutil.process_iter(["cwd"]))))
 
 
 # ---- jobs of their own -------------------------------------------------------------------------------------------------
