@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import socket
 
@@ -118,12 +117,6 @@ def test_a_results_file_that_is_not_empty_is_refused_and_left_alone(farm: Farm) 
     path = farm.write("results.jsonl", "something dear\n")
     check_error(farm.master("--results", path, "1"), 2, rf"results file {path} is not empty: .*--resume")
     assert path.read_text() == "something dear\n"
-
-
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
-def test_a_results_file_that_takes_no_more_ends_the_job(farm: Farm) -> None:
-    master = farm.master("--workers", 1, "--results", "/dev/full", "1")
-    check_error(master, 1, "(?=.*/dev/full)(?=.*writ.*no space left on device)", alone=False)
 
 
 def start_closed(farm: Farm, closed: list[int], *options: object) -> Program:
