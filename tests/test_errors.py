@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
 import socket
 
 import pytest
-from lab import Farm, Program, check_said
+from lab import ROOT, Farm, Program, check_said
 
 import task_master
 import task_worker
@@ -33,7 +34,11 @@ def check_error(program: Program, status: int, pattern: str, *, alone: bool = Tr
         ([MASTER, "--workers", "-1"], "--workers: -1 .* it takes "),
         ([WORKER, "--processes", "0"], "--processes: 0 .* it takes "),
         ([MASTER, "--timeout", "0"], "--timeout: 0 .* it takes seconds"),
-        ([WORKER, "--wait", "-1"], "--wait: -1 .* it takes seconds"),
+        ([WORKER, "--wait", "-1"], "--wait: -1 .* it takes seconds(?!.*TASK)"),
+        ([WORKER, "--host", "127.0.0.1:5000"], "--host: .*127.0.0.1:5000.* --port"),
+        ([MASTER, "--host", "http://localhost"], "--host: .*http://localhost.* is not a host"),
+        ([MASTER, "--text"], "--text .* --tasks"),
+        ([MASTER, "-0"], "-0 .* --tasks"),
         ([MASTER, "--retries", "-1"], "--retries: -1 .* it takes "),
         ([MASTER, "--redeliveries", "many"], "--redeliveries: many .* it takes "),
         ([MASTER, "--max-failures", "0"], "--max-failures: 0 .* it takes "),
@@ -111,6 +116,18 @@ def test_what_cannot_be_a_results_file_is_named_with_a_remedy(farm: Farm) -> Non
     master = farm.master("--results", "folder/results.jsonl", "1")
     check_error(master, 2, r"cannot write the results file folder/results\.jsonl: no such file or directory\W+\w+")
     check_error(farm.master("--results", ".", "1"), 2, r"cannot write the results file \.: is a directory")
+    check_error(farm.master("--results", os.devnull, "--resume", "1"), 2, f"--resume .*{os.devnull}")
+
+
+@pytest.mark.parametrize(("path", "pattern"), [("", "cannot read the key file"), (os.devnull, "no file")])
+def test_what_cannot_be_a_key_file_is_named(farm: Farm, path: str, pattern: str) -> None:
+    check_error(farm.master("--authkey-file", path, "1", env=farm.env(TASK_AUTHKEY=None)), 2, pattern)
+
+
+@pytest.mark.parametrize("name", [MASTER, WORKER])
+def test_a_python_that_is_too_old_is_told_so(farm: Farm, name: str) -> None:
+    code = f"import runpy, sys; sys.version_info = (3, 8, 18); runpy.run_path({str(ROOT / name)!r}, run_name='__main__')"
+    check_error(farm.run("-c", code), 2, "3.9 or newer")
 
 
 def test_a_results_file_that_is_not_empty_is_refused_and_left_alone(farm: Farm) -> None:

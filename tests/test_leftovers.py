@@ -192,6 +192,30 @@ def test_a_command_is_over_when_its_shell_is(scene: Scene, command: str) -> None
     scene.wait_none_left()
 
 
+SHARED = """
+import os
+from multiprocessing import shared_memory
+
+def leave(way):
+    memory = shared_memory.SharedMemory(create=True, size=10)
+    with open("names", "a") as file:
+        file.write(f"{memory.name.strip('/')}\\n")
+    if way == "die":
+        os._exit(1)
+    while way == "hang":
+        pass
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/shm"), reason="shared memory has no files here")
+def test_no_shared_memory_is_left_that_a_killed_task_has_made(farm: Farm) -> None:
+    farm.write("shared.py", SHARED)
+    farm.run_job("--tasks", farm.write_tasks(["die", "hang"]), "--timeout", 1, function="shared:leave", status=1)
+    names = (farm.folder / "names").read_text().split()
+    assert len(names) == 2
+    wait_until(lambda: not {*names} & {*os.listdir("/dev/shm")})
+
+
 def test_a_process_is_replaced_at_once_whatever_a_command_has_left_in_the_background(farm: Farm) -> None:
     """It holds what the process has inherited."""
     farm.run_job('"a"', '"b"', "--tasks-per-process", 1, "--command", "(sleep 4; touch late) & : {}")

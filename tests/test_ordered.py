@@ -6,7 +6,7 @@ import json
 import signal
 
 import pytest
-from lab import Farm, Program, check_doubled, make_outcome, ok
+from lab import Farm, Program, check_doubled, make_outcome, ok, wait_until
 
 UNEVEN = """
 import os, time
@@ -136,6 +136,17 @@ def check_stopped(master: Program, count: int) -> None:
     assert master.wait() == 1
     assert master.stderr[-1] == f"task_master: stopped, as --max-failures {count} asks"
     assert len(master.said("task_master: stopped, ")) == 1
+
+
+def test_a_file_that_is_not_in_order_yet_goes_when_the_master_leaves_at_once(farm: Farm) -> None:
+    farm.write_tasks(range(3))
+    master = farm.altered_master("import time\nos.replace = lambda *names: time.sleep(60)", *OPTIONS, "--workers", 1)
+    wait_until(lambda: len([*farm.folder.glob("results.jsonl.*")]) == 1)
+    master.signal(signal.SIGINT)
+    master.signal(signal.SIGTERM)
+    assert master.wait() == 143
+    assert [*farm.folder.glob("results.jsonl.*")] == []
+    assert ids(farm) == [0, 1, 2]
 
 
 def test_the_job_ends_at_the_last_failure_that_is_allowed_and_says_how_to_resume(farm: Farm) -> None:

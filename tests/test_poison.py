@@ -333,6 +333,32 @@ def test_a_process_that_does_not_get_to_its_next_task_is_replaced(poison_farm: F
     assert [record["result"] for record in others] == [2 * n for n in range(1, 20)]
 
 
+SETUP = """
+import os, time
+
+if os.path.exists("died"):
+    time.sleep(1000)
+
+def run(n):
+    if n == 5:
+        open("died", "w").close()
+        os._exit(1)
+    return n
+"""
+
+
+def test_a_process_that_cannot_load_its_function_again_holds_no_tasks(farm: Farm) -> None:
+    farm.write("fragile_setup.py", SETUP)
+    master = farm.master("--tasks", "-", "--results", "results.jsonl", "--timeout", 20, stdin=subprocess.PIPE)
+    for _ in range(2):
+        farm.worker(master, "--function", "fragile_setup:run")
+    master.wait_line("worker .* connected", count=2)
+    master.put("".join(f"{n}\n" for n in range(100)))
+    master.end_input()
+    assert master.wait() == 1
+    assert [record["id"] for record in farm.in_order() if "error" in record] == [5]
+
+
 def test_standard_input_is_empty_for_a_task(poison_farm: Farm) -> None:
     tasks = poison_farm.write_tasks([*NAMES["READING"], "read standard input"])
     master = poison_farm.master("--tasks", tasks, "--results", "results.jsonl", "--timeout", 10)

@@ -7,6 +7,7 @@ import re
 import shlex
 import signal
 import subprocess
+from typing import Any
 
 import psutil
 import pytest
@@ -34,8 +35,8 @@ def farm(farm: Farm) -> Farm:
     return farm
 
 
-def start_worker(farm: Farm, master: Program, *options: object) -> Program:
-    return farm.worker(master, "--function", "signals:wait", *options)
+def start_worker(farm: Farm, master: Program, *argv: object, **options: Any) -> Program:
+    return farm.worker(master, "--function", "signals:wait", *argv, **options)
 
 
 def start_job(farm: Farm, *options: object) -> tuple[Program, Program]:
@@ -65,6 +66,40 @@ def finish(farm: Farm, master: Program) -> None:
 
 def recorded(farm: Farm) -> list[int]:
     return sorted(record["id"] for record in farm.records())
+
+
+@pytest.mark.skipif(not hasattr(os, "openpty"), reason="needs a terminal")
+@pytest.mark.parametrize("which", [0, 1], ids=["master", "worker"])
+def test_a_terminal_that_is_closed_is_one_signal_though_shell_and_system_both_say_so(farm: Farm, which: int) -> None:
+    ours, theirs = os.openpty()
+    master = farm.master("--tasks", farm.write_tasks(range(TASKS)), *RESULTS, stdin=theirs)
+    worker = start_worker(farm, master, stdin=theirs)
+    farm.wait_started(worker, 3)
+    os.close(ours)
+    os.close(theirs)
+    closed = (master, worker)[which]
+    drain(closed, signal.SIGHUP)
+    closed.signal(signal.SIGHUP)
+    farm.let_go()
+    assert (worker.wait(), closed.wait()) == (0, (129, 0)[which])
+    assert 3 in recorded(farm)
+    check_silence(master, worker)
+
+
+def test_a_worker_does_its_work_on_a_terminal_that_stops_what_writes_from_the_background(farm: Farm) -> None:
+    code = "import pty, sys; pty.spawn(['sh', '-c', 'stty tostop; exec \"$@\"', 'sh', sys.executable, *sys.argv[1:]])"
+    master = farm.master(*RESULTS, "1")
+    worker = farm.run("-c", code, ROOT / "task_worker.py", "--port", master.port(), "--processes", 1)
+    assert (master.wait(), worker.wait()) == (0, 0)
+
+
+@pytest.mark.parametrize("name", ["task_master.py", "task_worker.py"])
+def test_a_signal_during_the_start_makes_no_traceback(farm: Farm, name: str) -> None:
+    program = farm.run("-X", "importtime", ROOT / name, "--port", 1)
+    program.wait_line("argparse")
+    program.signal(signal.SIGINT)
+    assert program.wait() in (-signal.SIGINT, 130)
+    check_silence(program)
 
 
 # ---- the master --------------------------------------------------------------------------------------------------------
@@ -113,8 +148,9 @@ def test_the_printed_command_adds_no_task_to_those_behind_two_dashes(farm: Farm)
     assert [record["task"] for record in farm.in_order()] == [-5, 3]
 
 
-def test_a_drained_master_without_a_results_file_says_that_it_cannot_resume(farm: Farm) -> None:
-    master, worker = start_job(farm)
+@pytest.mark.parametrize("where", [[], ["--results", os.devnull]])
+def test_a_drained_master_without_a_results_file_says_that_it_cannot_resume(farm: Farm, where: list[str]) -> None:
+    master, worker = start_job(farm, *where)
     drain(master)
     farm.let_go()
     assert (master.wait(), worker.wait()) == (130, 0)
