@@ -154,7 +154,7 @@ def test_a_drained_master_without_a_results_file_says_that_it_cannot_resume(farm
     drain(master)
     farm.let_go()
     assert (master.wait(), worker.wait()) == (130, 0)
-    assert "--results" in master.wait_line("stopped").string
+    assert "use --results FILE" in master.wait_line("stopped").string
 
 
 @each_signal
