@@ -1197,9 +1197,10 @@ class ResultsFile:
 
     def _was_replaced(self) -> bool:
         """Whether the path leads to another file by now, or to none, or the file has become shorter."""
+        size = self._end + self._written  # first, since it may grow meanwhile
         status = os.fstat(self._fd)
         try:
-            return status.st_size < self._end + self._written or not os.path.samestat(os.stat(self.path), status)
+            return status.st_size < size or not os.path.samestat(os.stat(self.path), status)
         except FileNotFoundError:
             return True
 

@@ -120,6 +120,12 @@ def test_a_results_file_that_is_no_longer_there_is_said_and_no_success(farm: Far
         assert farm.results.read_text() == "another's\n"
 
 
+def test_a_results_file_that_grows_while_it_is_looked_at_is_not_cut(farm: Farm) -> None:
+    code = "import time\nlook = os.fstat\ndef slow(fd):\n    status = look(fd)\n    time.sleep(0.1)\n    return status\nos.fstat = slow"
+    options = ["--results", "results.jsonl", "--workers", 1, "--command", "sleep 0.02; : {}"]
+    assert farm.altered_master(code, *options, *range(50)).wait() == 0
+
+
 @pytest.mark.skipif(os.name != "posix", reason="flock is of POSIX")
 @pytest.mark.parametrize("name", ["ENOSYS", "ENOLCK", "EOPNOTSUPP", "EINVAL"])
 def test_a_file_system_without_locks_is_no_other_master(farm: Farm, name: str) -> None:
