@@ -653,8 +653,9 @@ class TaskQueue:
         """Hand back tasks that were not started; their ids are separated by blanks."""
         self._master.ledger.release(this_thread.peer, parse_ids(task_ids))
 
-    def beat(self) -> None:
-        """The caller lives: its connection has been heard of."""
+    def beat(self) -> str | None:
+        """The caller lives: its connection has been heard of. Returns a text when the job is over."""
+        return "over" if self._master.ledger.phase > Phase.OVER else None
 
     def get(self, block: bool = True, timeout: float | None = None) -> Any:
         """One task's value, as of `queue.Queue.get`. Raises queue.Empty when there is none in time, or the job is over."""
@@ -799,7 +800,7 @@ class RequestConnection(PlainConnection):
 
     def __init__(self, sock: socket.socket, address: tuple[Any, ...]) -> None:
         super().__init__(sock)
-        self.host = str(address[0])
+        self.host = address[0] if address else ""  # a peer that has gone may have none
         self.problem = ""  # why its last message was refused
         self._pickles = False  # how the last request came
         self._has_turn = False  # whether it holds `_large`
@@ -2376,9 +2377,9 @@ def main(argv: list[str] | None = None) -> int:
     prepare_process()
     gc.set_threshold(100_000, 50, 100)  # tasks come and go by the thousand, and make no cycles: a quarter less time
     sys.setswitchinterval(0.0005)  # seconds; slots wait for the threads that answer them, not for the one that reads
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     parser = make_parser()
     try:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         options = parser.parse_args(argv)
         check_options(parser, options)
         return Job(options, [sys.argv[0], *(sys.argv[1:] if argv is None else argv)]).run()

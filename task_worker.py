@@ -28,7 +28,7 @@ This file stands alone: copy it, and the key, to any host that has Python 3.9 or
 #   get_task_queue join PROTOCOL                  what it runs    json: protocol, run, timeout, refused
 #   get_task_queue lease LIMIT WAIT                               text: lines `ID TASK`; none: the job is over
 #   get_task_queue release                        ids             none
-#   get_task_queue beat                                           none
+#   get_task_queue beat                                           none; text: the job is over
 #   get_result_queue report RUN BUSY              ids, outcomes   none: they are recorded, which is the acknowledgement
 #
 # When a connection is lost, the master gives its leased tasks to others. The slot finishes the task that runs, connects
@@ -304,6 +304,7 @@ STOP_SIGNALS = {getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP"
 
 
 TERMINALS = [descriptor for descriptor in range(3) if os.isatty(descriptor)]
+CLOSED: set[int] = set()  # SIGHUP, when it has come since these were closed
 
 
 def catch_signals(handler: Callable[[int, Any], None]) -> None:
@@ -311,13 +312,13 @@ def catch_signals(handler: Callable[[int, Any], None]) -> None:
 
     A terminal that is closed counts as one signal, though the shell and the system both send a SIGHUP then.
     """
-    closed: list[int] = []
 
     def handle(number: int, frame: Any) -> None:
-        if number not in closed:
-            handler(number, frame)
+        again = number in CLOSED
         if number not in (signal.SIGINT, signal.SIGTERM) and TERMINALS and not any(map(os.isatty, TERMINALS)):
-            closed.append(number)
+            CLOSED.add(number)
+        if not again:
+            handler(number, frame)
 
     for number in STOP_SIGNALS:
         if number in (signal.SIGINT, signal.SIGTERM) or signal.getsignal(number) != signal.SIG_IGN:
@@ -340,12 +341,11 @@ def read_key(path: str | None) -> bytes:
         if path is None and isinstance(error, FileNotFoundError):
             raise
         raise Failure(f"cannot read the key file {source}: {explain_error(error)} (make it, or copy the master's)") from None
-    if os.name == "posix" and key and status.st_uid not in (0, os.geteuid()):
-        raise Failure(f"the key file {source} belongs to another user: use one of your own")
-    if (
-        os.name == "posix" and key and stat.S_IMODE(status.st_mode) & (0o077 if status.st_uid else 0o037)
-    ):  # a group may read root's
-        raise Failure(f"the key file {source} can be read by others: chmod 600 {source}")
+    if os.name == "posix" and key:
+        if status.st_uid not in (0, os.geteuid()):
+            raise Failure(f"the key file {source} belongs to another user: use one of your own")
+        if stat.S_IMODE(status.st_mode) & (0o077 if status.st_uid else 0o037):  # a group may read root's
+            raise Failure(f"the key file {source} can be read by others: chmod 600 {source}")
     return check_key(key, source)
 
 
@@ -437,7 +437,8 @@ LEASE_WAIT = 30.0  # seconds that a request for tasks may wait at the master
 ANSWER_LIMIT = 45.0  # seconds to wait for an answer, at least; a request for tasks is answered within LEASE_WAIT
 SETTINGS_LIMIT = 10_000  # characters of an answer that is read as JSON
 REPORT_INTERVAL = 0.3  # seconds between reports while a lease is worked on
-SLOW_TASK = 0.5  # seconds after which the tasks behind a running one are released
+SLOW_TASK = 0.5  # seconds after which the tasks behind a running one are released, or behind a load of the function
+LOAD_BEAT = 1.0  # seconds between beats during a load, since the job may end without this slot
 REMEDIES = {errno.EMFILE: "see ulimit -n", errno.EAGAIN: "see ulimit -u", errno.ENOMEM: "memory is short"}
 START_ATTEMPTS = 3  # of a child that dies before it could run a task
 START_POLL = 0.02  # seconds between looks around while a child loads the function
@@ -535,10 +536,12 @@ def parse_template(template: str) -> tuple[str, list[str], list[str]]:
     names: list[str] = []
     quoted: list[str] = []
     script = ""
-    for part in re.findall(r"""\\.|'[^']*'?|"(?:\\.|[^"\\])*"?|\$\{\w+\}|\{\w*\}|.""", template, re.DOTALL):
+    for match in re.finditer(r"""\\.|'[^']*'?|"(?:\\.|[^"\\])*"?|\$\{\w+\}|\{\w*\}|.""", template, re.DOTALL):
+        part = match[0]
         is_open = part[0] == '"' and re.sub(r"\\.", "", part).count("$(") > part.count(")")  # a command follows in these quotes
         if part[0] in "'\"\\":
-            text = template if is_open or re.search(r"<<-?\s*$", script) else part  # a here-document's text is quoted, too
+            is_open = is_open or bool(re.search(r"(?<!<)<<-?\s*$", script))  # the text of a here-document is quoted, too
+            text = template[match.start() :] if is_open else part
             if "{}" in text:
                 raise Failure(f'{shown}: {{}} in quotes is not replaced: take the quotes away, or write "$TASK"')
             quoted += re.findall(r"(?<!\$)\{([A-Za-z_]\w*)\}", text)
@@ -588,7 +591,7 @@ class Command:
             environment[f"TASK__{name}".encode()] = to_bytes(task[name])
         for name in self._quoted:
             if isinstance(task, dict) and name in task:  # else it is awk's, say
-                raise ValueError(f"{{{name}}} in quotes is not replaced: take the quotes away in --command")
+                raise ValueError(f"{{{name}}} in quotes is not replaced: take the quotes away, or write {{ {name} }}")
         with open_output() as stdout, open_output() as stderr:
             actions = [(os.POSIX_SPAWN_DUP2, stdout.fileno(), 1), (os.POSIX_SPAWN_DUP2, stderr.fileno(), 2)]
             defaults = [signal.SIGPIPE, signal.SIGXFSZ]  # Python ignores them
@@ -884,7 +887,7 @@ class Child:
     """The process of one slot, and the pipe and the memory that lead to it."""
 
     context = multiprocessing.get_context("spawn")
-    starting = threading.Lock()  # Process.start looks at the other children, and the environment is one for all
+    starting = threading.RLock()  # Process.start looks at the other children, and the environment is one for all
     killing_all = False  # whether this process is about to end
 
     def __init__(self, worker: Worker) -> None:
@@ -1011,7 +1014,7 @@ def kill_started(mark: str, root: int | None = None) -> None:
             found = find_started(mark, root) - {os.getpid()}
             for pid in [*found]:
                 try:
-                    if b"multiprocessing.resource_tracker" in read_file(f"/proc/{pid}/cmdline"):
+                    if b"from multiprocessing.resource_tracker import main" in read_file(f"/proc/{pid}/cmdline"):
                         found.discard(pid)  # it ends when those have that it serves, and removes the shared memory they left
                     else:
                         os.kill(pid, signal.SIGKILL)
@@ -1190,7 +1193,6 @@ class Slot(threading.Thread):
         self._digest = ""  # of the module that the child has loaded
         self._started_after = ""  # id of the last run that was over when the child was started
         self._left = 0  # tasks until the child is replaced
-        self._deaths = 0  # of children in a row that died before they began a task
         self._link: Link | None = None
         self._run_id = ""  # of the master whose outcomes we hold
         self._time_limit = math.inf  # seconds for a task
@@ -1221,7 +1223,11 @@ class Slot(threading.Thread):
             self._stop_child()
 
     def _start_child(self) -> Child:
-        """Start the child and wait until it has loaded the function, or the worker leaves. Raises Failure, OSError."""
+        """Start the child and wait until it has loaded the function, or the worker leaves. Raises Failure, OSError.
+
+        Raises EOFError when the connection is lost meanwhile. What was leased does not wait for a load that takes long.
+        """
+        linked, begun_at = self._link is not None, time.monotonic()
         for _ in range(START_ATTEMPTS):
             self._started_after, self._left = self._worker.finished, self._worker.tasks_per_process
             self._child = child = Child(self._worker)
@@ -1230,7 +1236,13 @@ class Slot(threading.Thread):
                     if self._worker.leaving.is_set():
                         child.kill()  # it has nothing to finish
                         return child
-                    self._keep_in_touch()
+                    if time.monotonic() - begun_at > SLOW_TASK:
+                        self._release_rest()
+                    self._keep_in_touch(LOAD_BEAT)
+                    if linked and not self._link:
+                        child.kill()
+                        self._stop_child()
+                        raise EOFError("the connection was lost")
             except ChildDied as died:
                 death = died
                 continue
@@ -1246,7 +1258,8 @@ class Slot(threading.Thread):
         """Start another child during a job, and say so if the function's module has another text by now."""
         before = self._digest
         self._start_child()
-        if self._digest != before and not self._worker.quiet:
+        if self._digest not in (before, self._worker.edited) and not self._worker.quiet:
+            self._worker.edited = self._digest
             say("the function's module was edited: a process that starts from now on runs the new text")
 
     def _stop_child(self) -> None:
@@ -1268,15 +1281,12 @@ class Slot(threading.Thread):
             joined = self._link and self._join(self._link)
             self._report()  # first, so that what was finished without a connection is not leased again
             while joined and self._link and not self._worker.leaving.is_set():
-                if not self._child:
-                    self._replace_child()  # before the next lease: to load the function may take long
-                    continue
-                lease = self._lease(self._link, min(limit, self._left))
+                lease = self._lease(self._link, limit)
                 if lease is None:
                     self._worker.end_job(self._run_id)
                     break
                 if lease:
-                    limit = min(LEASE_GROWTH * limit, self._work(self._child, lease.split("\n")))
+                    limit = min(LEASE_GROWTH * limit, self._work(lease.split("\n")))
         except EOFError as error:
             self._lose_link(error)
         finally:
@@ -1355,30 +1365,37 @@ class Slot(threading.Thread):
         if lines:
             self._tell(pack(f"{TASKS} release", join_ids(lines)))
 
-    def _keep_in_touch(self) -> None:
-        """Report now and then, and let the master know that a busy slot lives."""
+    def _release_rest(self) -> None:
+        """Release what has no outcome yet."""
+        self._release(self._fed[self._done :])
+        del self._fed[self._done :]
+
+    def _keep_in_touch(self, beat_interval: float = BEAT_INTERVAL) -> None:
+        """Report now and then, and let the master know that a busy slot lives; its answer tells when the job is over."""
         now = time.monotonic()
         if self._is_owed():
             return
         self._tell()
         if self._outcomes and now - self._reported_at > REPORT_INTERVAL:
             self._send_report()
-        elif self._link and now - self._link.answered_at > BEAT_INTERVAL:
-            self._tell(pack(f"{TASKS} beat"))
+        elif self._link and now - self._link.answered_at > beat_interval and self._tell(pack(f"{TASKS} beat")):
+            self._worker.end_job(self._run_id)
 
-    def _tell(self, message: bytes = b"") -> None:
-        """Await the answer that the master still owes; then call it, if it can be reached."""
+    def _tell(self, message: bytes = b"") -> Any:
+        """Await the answer that the master still owes; then call it, if it can be reached, and return what it answers."""
+        answer = None
         try:
             if self._link and self._sent:
                 self._link.receive()
                 self._sent = False
                 del self._outcomes[0]
             if self._link and message:
-                self._link.call(message)
+                answer = self._link.call(message)
             if self._link:
                 self._worker.served_at = self._link.answered_at
         except EOFError as error:
             self._lose_link(error)
+        return answer
 
     def _lose_link(self, error: EOFError) -> None:
         self._leave()
@@ -1387,30 +1404,34 @@ class Slot(threading.Thread):
 
     # with the child
 
-    def _work(self, child: Child, lines: list[str]) -> int:
-        """Run a lease as far as the child can. Returns how many tasks would be worth the next round trip."""
+    def _work(self, lines: list[str]) -> int:
+        """Run a lease to its end. Returns how many tasks would be worth the next round trip."""
         leased, begun_at = len(lines), time.monotonic()
         self._busy_from = begun_at
         self._fed, self._done = lines, 0
+        deaths = 0  # of children in a row that died before they began a task
         try:
-            self._run(child)
-        except ChildDied as death:
-            self._bury(death)
-            self._deaths += 1
-            if self._deaths == START_ATTEMPTS and not self._done:
-                raise Failure(f"a process ended before it could run a task: {death}") from None
+            while self._done < len(self._fed) and self._link and not self._worker.leaving.is_set():
+                self._fed, self._done = self._fed[self._done :], 0
+                if not self._child:
+                    self._replace_child()
+                    continue
+                try:
+                    self._run(self._child)
+                except ChildDied as death:
+                    self._bury(self._child, death)
+                    deaths = 0 if self._done else deaths + 1
+                    if deaths == START_ATTEMPTS:
+                        raise Failure(f"a process ended before it could run a task: {death}") from None
         finally:
-            self._release(self._fed[self._done :])
-            del self._fed[self._done :]
-        if self._done:
-            self._deaths = 0
+            self._release_rest()
         spent = time.monotonic() - begun_at
         wanted = max(LEASE_SECONDS, self._link.round_trip / ROUND_TRIP_SHARE if self._link else 0.0)
         return max(1, int(min(MAX_LEASE_SECONDS, wanted) * leased / max(spent, 1e-6)))
 
     def _run(self, child: Child) -> None:
         """Feed tasks to the child until it is done with them. Raises ChildDied."""
-        child.feed(self._fed, self._time_limit)
+        child.feed(self._fed[: self._left], self._time_limit)
         while (message := self._receive(child)) not in (b".", b"x"):
             grace = 0.0 if child.position() >= self._done else EXIT_GRACE  # to begin: something may hold the child up
             if not message and child.running_for() > self._time_limit + grace:
@@ -1453,10 +1474,9 @@ class Slot(threading.Thread):
             self._release(self._fed[started:])
             del self._fed[started:]
 
-    def _bury(self, death: ChildDied) -> None:
+    def _bury(self, child: Child, death: ChildDied) -> None:
         """After the child's death: keep the outcomes that it left, and note one for the task that ran."""
-        child, self._child = self._child, None
-        assert child
+        self._child = None
         self._collect(child)
         if self._done <= child.position() < len(self._fed):
             members = format_error("ProcessDied", str(death))
@@ -1476,6 +1496,7 @@ class Worker:
         self._address, self._authkey = (options.host, options.port), authkey
         self._place = show_address(self._address)
         self.quiet = options.quiet
+        self.edited = ""  # the digest of a module that was edited during a job, once that was said
         pid = os.getppid() if sys.platform == "linux" else os.getpid()  # which is the one that was started
         self._name = f"{os.environ.pop('TASK_HOST', '') or socket.gethostname()}/{pid}"
         self._only_run = os.environ.pop("TASK_RUN", "")  # the run that it was started for, by the master itself

@@ -78,6 +78,7 @@ def test_a_file_name_that_is_not_utf_8_finds_its_file(farm: Farm) -> None:
         ("cat <<'EOF'\n$TASK\nEOF", "$TASK"),
         ("cat <<EOF\n${TASK}\nEOF", "/a/b c.tar.gz"),
         ("echo a{1,2} {file name} {-} {}", None),
+        ("cat {} - <<'E' 2>&1 | tail -1\nhere\nE", "here"),
     ],
 )
 def test_the_braces_of_the_shell_and_of_awk_stay(farm: Farm, template: str, expected: str | None) -> None:

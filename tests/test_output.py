@@ -121,7 +121,7 @@ def test_a_results_file_that_is_no_longer_there_is_said_and_no_success(farm: Far
 
 
 def test_a_results_file_that_grows_while_it_is_looked_at_is_not_cut(farm: Farm) -> None:
-    code = "import time\nlook = os.fstat\ndef slow(fd):\n    status = look(fd)\n    time.sleep(0.1)\n    return status\nos.fstat = slow"
+    code = "import time\nlook = os.fstat\nos.fstat = lambda fd: (look(fd), time.sleep(0.1))[0]"
     options = ["--results", "results.jsonl", "--workers", 1, "--command", "sleep 0.02; : {}"]
     assert farm.altered_master(code, *options, *range(50)).wait() == 0
 

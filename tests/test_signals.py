@@ -68,6 +68,16 @@ def recorded(farm: Farm) -> list[int]:
     return sorted(record["id"] for record in farm.records())
 
 
+def test_a_draining_worker_begins_no_task_that_comes_meanwhile(farm: Farm) -> None:
+    master = farm.master("--tasks", "-", *RESULTS, stdin=subprocess.PIPE)
+    worker = start_worker(farm, master)
+    master.wait_line("worker .* connected")
+    drain(worker)
+    master.put("1\n")
+    assert worker.wait() == 0
+    assert farm.started() == []
+
+
 @pytest.mark.skipif(not hasattr(os, "openpty"), reason="needs a terminal")
 @pytest.mark.parametrize("which", [0, 1], ids=["master", "worker"])
 def test_a_terminal_that_is_closed_is_one_signal_though_shell_and_system_both_say_so(farm: Farm, which: int) -> None:
