@@ -104,7 +104,7 @@ PLAIN_SIZE = 1000  # characters of an outcome, on average; larger ones are read 
 VALUE_LIMIT = 2_000_000  # strings and lists in an outcome, some 60 bytes of memory each while it is checked
 OBJECT_LIMIT = 200_000  # values in a plain client's message
 LARGE = 1 << 20  # bytes; larger messages are received one at a time
-LARGE_LIMIT = 5.0  # seconds for each LARGE bytes of one
+LARGE_LIMIT = 20.0  # seconds for each LARGE bytes of one
 OTHER_KEY = "its key is another one: copy the key file of this host there"
 PENDING_LIMIT = 256  # connections that have not finished the handshake; the oldest must give way
 BACKLOG = 1024  # connections that the system holds for us; multiprocessing's 16 would lose those of a large farm
@@ -173,9 +173,11 @@ class Console:
         while len(", ".join(parts)) > width and len(parts) > 1:
             parts = parts[:-1]
         if len(parts[0]) > width:
-            parts = [parts[0].rpartition("]")[2].strip()]  # without the bar
+            parts = [re.sub(r"^\[[#-]*\] +", "", parts[0])]  # without the bar
+        text = ", ".join(parts)
+        text = text if len(text) <= width else text[: width - 3] + "..."
         with self._lock, contextlib.suppress(OSError):
-            write_all(("\r" + ", ".join(parts)[:width].ljust(width)).encode("utf-8", "replace"), 2)
+            write_all(("\r" + text.ljust(width)).encode("utf-8", "replace"), 2)
             self._blank = b"\r" + b" " * width + b"\r"
 
 
@@ -577,10 +579,10 @@ class Ledger:
         return any(map(Standing.is_good, others)) or (not others and not standing.proven and now < self._others_until)
 
     def _is_left(self, task: Task, standing: Standing, now: float) -> bool:
-        """Whether a retry is left for workers that do not fail: for a while, or for long if this one fails all its tasks."""
+        """Whether a retry is left for workers that do not fail: for a while, longer if this one fails all its tasks."""
         if all(other is standing or other.failing for other in self._workers.values()):
             return False
-        return standing.failing or now - task.due_at < AVOID_TIME
+        return now - task.due_at < (LAST_PAUSE if standing.failing else AVOID_TIME)
 
     def _take(self, limit: int, held: int, standing: Standing, now: float) -> list[Task]:
         """Up to `limit` of the tasks to lease next, while they are together small enough and need not be leased alone."""
@@ -863,7 +865,7 @@ def read_call(message: bytes) -> tuple[str, str, tuple[str, ...], dict[str, Any]
 
 # The plain clients' pickles: what they may hold.
 PLAIN_OPCODES = (
-    "PROTO FRAME STOP MARK NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 BINFLOAT SHORT_BINUNICODE BINUNICODE "
+    "PROTO FRAME STOP MARK NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 LONG4 BINFLOAT SHORT_BINUNICODE BINUNICODE "
     "BINUNICODE8 SHORT_BINBYTES BINBYTES BINBYTES8 EMPTY_LIST APPEND APPENDS EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 "
     "EMPTY_DICT SETITEM SETITEMS MEMOIZE BINPUT LONG_BINPUT BINGET LONG_BINGET"
 ).split()
@@ -1766,7 +1768,7 @@ class TaskMaster:
         """Let the workers leave, or lose them when the job is not done; close the port. Blocks some seconds at most."""
         if self._server:
             finished = self.ledger.is_over() and self.ledger.phase != Phase.FAILED
-            connected = {peer.name for peer in [*self.peers] if finished}
+            connected = {peer.name for peer in [*self.peers] if finished and not self.ledger.first_held()}
             self.ledger.end(Phase.CLOSED, None if finished else Failure("this farm was closed before its tasks were done"))
             give_up_at = time.monotonic() + GOODBYE
             while finished and self.peers and time.monotonic() < give_up_at:
@@ -2210,6 +2212,8 @@ class Job:
         """Where tasks come from and where records go."""
         options = self._options
         batches = open_input(options)  # before a results file is made
+        if not options.task and options.tasks is None and (options.function or options.command):
+            self._log("no tasks are given, by TASK or --tasks: ten random numbers are used")
         if options.results == "-":
             return batches, lambda tasks: print_text(format_records(tasks))  # UTF-8, whatever the terminal is set to
         if not options.results:
@@ -2226,6 +2230,8 @@ class Job:
                 told += f", {count - self._kept} to do"
             self._log(f"resuming {options.results}: {told}")
             batches = skip_recorded(batches, results)
+        elif options.resume:
+            self._log(f"resuming {options.results}: it has no records yet")
         return batches, results.write
 
     def run(self) -> int:
@@ -2273,7 +2279,7 @@ class Job:
         hangs = seconds > max(left, HANGING)  # then there must be room for it, and the estimate is void
         share = done / total if total else 1.0
         bar = f"[{'#' * int(20 * share):-<20}] " if not hangs else ""
-        parts = [f"{done} done" if total is None else f"{bar}{100 * share:3.0f} %  {done} of {total}"]
+        parts = [f"{done} done" if total is None else f"{bar}{int(100 * share):3} %  {done} of {total}"]
         parts += [f"{ledger.failed} failed"] if ledger.failed else []
         parts += longest if hangs else []
         parts += [f"{show_rate(rate)}/s", show_time(spent)]
@@ -2290,9 +2296,11 @@ class Job:
         if coming := [worker.host for worker in self._master.started if not worker.ended.is_set()]:
             return f"waiting for the worker on {', '.join(coming)}"
         (host, port), options = self._master.address, self._options
-        what = {"--function": options.function, "--command": options.command}
+        host = socket.gethostname() if host in ("0.0.0.0", "::") else host
+        what = {"--host": host, "--port": str(port), "--function": options.function, "--command": options.command}
         words = [word for name, value in what.items() if value for word in (name, value)]
-        return f"no worker is connected: {shlex.join(['python3', 'task_worker.py', '--host', host, '--port', str(port), *words])}"
+        tls = [] if options.tls is None else ["--tls" if options.tls else "--no-tls"]
+        return f"no worker is connected: {shlex.join(['python3', 'task_worker.py', *words, *tls])}"
 
     def _handle_signal(self, number: int, _frame: object) -> None:
         """The first one drains (in `_look`: a handler must not wait for anything), the second leaves at once."""
@@ -2307,8 +2315,8 @@ class Job:
 
     def _tell_resume(self) -> str:
         """How to carry on."""
-        if not self._results or not self._results.regular:
-            return "what is not done is not remembered: use --results FILE to be able to resume"
+        if not self._results or not self._results.regular or not (self._options.task or self._options.tasks):
+            return "what is not done is not remembered: use --tasks FILE and --results FILE to be able to resume"
         argv = [sys.executable, self._argv[0], *["--resume"] * (not self._options.resume), *self._argv[1:]]
         return f"to carry on: {shlex.join(argv)}"
 
@@ -2342,7 +2350,7 @@ class Job:
             self._log(f"        and {more} of other kinds, see the records with an error")
         for text, count in master.refused.items():
             self._log(f"refused {count_things(count, 'connection')} from {text}")
-        for name, host in [*master.hosts.items()][:20]:
+        for name, host in master.hosts.items():
             self._log(f"host {name}: {host.describe()}")
         kept = f", {self._kept} kept from before" if self._kept else ""
         self._log(

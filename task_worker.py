@@ -143,12 +143,16 @@ class PlainConnection:
         self._buffer = bytearray()
         self.poll = make_poll(sock)  # also for TLS, which keeps the descriptor
         sock.settimeout(HANDSHAKE_LIMIT)
-        # Send at once, and notice a vanished peer: idle within 30 s (keepalive), with data on the way within SILENCE_LIMIT.
+        # Send at once, and notice a vanished peer within SILENCE_LIMIT, idle or with data on the way.
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         options = {"TCP_NODELAY": 1, "TCP_KEEPIDLE": 15, "TCP_KEEPALIVE": 15, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3}
         for name, value in {**options, "TCP_USER_TIMEOUT": int(SILENCE_LIMIT * 1000)}.items():
-            with contextlib.suppress(OSError, AttributeError):  # not every system has each
-                sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+            self.set_option(name, value)
+
+    def set_option(self, name: str, value: int) -> None:
+        """Set an option of TCP, if the system has it."""
+        with contextlib.suppress(OSError, AttributeError):
+            self.sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
     def secure(self, context: ssl.SSLContext, server_side: bool = False) -> None:
         """Encrypt from now on; blocks for the handshake of TLS. Raises OSError."""
@@ -171,7 +175,7 @@ class PlainConnection:
         view = memoryview(b"".join([struct.pack("!i", len(message)) + message for message in messages]))
         try:
             while view:
-                view = view[self.sock.send(view) :]
+                view = view[self.sock.send(view[: 1 << 20]) :]  # since TLS has one time limit for all that it is given
         except OSError as error:
             raise EOFError(str(error)) from error
 
@@ -328,10 +332,15 @@ def catch_signals(handler: Callable[[int, Any], None]) -> None:
 # ---- key -----------------------------------------------------------------------------------------------------------
 
 
+GIVEN_KEYS: list[bytes] = []  # the last TASK_AUTHKEY, for a program that makes several TaskMasters
+
+
 def read_key(path: str | None) -> bytes:
     """The key: TASK_AUTHKEY, the named file or ~/.task_authkey. Raises Failure; FileNotFoundError if only that is missing."""
     if "TASK_AUTHKEY" in os.environ:  # taken out, so that nothing that is started later can see it
-        return check_key(os.fsencode(os.environ.pop("TASK_AUTHKEY")), "TASK_AUTHKEY")
+        GIVEN_KEYS[:] = [os.fsencode(os.environ.pop("TASK_AUTHKEY"))]
+    if GIVEN_KEYS:
+        return check_key(GIVEN_KEYS[0], "TASK_AUTHKEY")
     source = os.path.expanduser(DEFAULT_KEY_FILE if path is None else path)
     try:  # without waiting for whoever may write into a named pipe
         with open(source, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0))) as file:
@@ -442,6 +451,7 @@ LOAD_BEAT = 1.0  # seconds between beats during a load, since the job may end wi
 REMEDIES = {errno.EMFILE: "see ulimit -n", errno.EAGAIN: "see ulimit -u", errno.ENOMEM: "memory is short"}
 START_ATTEMPTS = 3  # of a child that dies before it could run a task
 START_POLL = 0.02  # seconds between looks around while a child loads the function
+LARGE_CALL = 1 << 20  # bytes of a call that may wait for others at the master
 LARGE_REPORT = 200  # outcomes: to record them takes as long as a round trip
 POLL_INTERVAL = 0.25  # seconds after which a slot looks around while its child works
 EXIT_GRACE = 5.0  # seconds for a child to leave by itself
@@ -538,10 +548,13 @@ def parse_template(template: str) -> tuple[str, list[str], list[str]]:
     script = ""
     for match in re.finditer(r"""\\.|'[^']*'?|"(?:\\.|[^"\\])*"?|\$\{\w+\}|\{\w*\}|.""", template, re.DOTALL):
         part = match[0]
-        is_open = part[0] == '"' and re.sub(r"\\.", "", part).count("$(") > part.count(")")  # a command follows in these quotes
         if part[0] in "'\"\\":
-            is_open = is_open or bool(re.search(r"(?<!<)<<-?\s*$", script))  # the text of a here-document is quoted, too
-            text = template[match.start() :] if is_open else part
+            end = match.end()
+            if part[0] == '"' and re.sub(r"\\.", "", part).count("$(") > part.count(")"):
+                end = template.rfind('"')  # a command follows in these quotes
+            elif re.search(r"(?<!<)<<-?\s*$", script):
+                end = template.find("\n" + part.strip("\"'\\"), end)  # of a here-document, which is quoted, too
+            text = template[match.start() : max(end, match.end())]
             if "{}" in text:
                 raise Failure(f'{shown}: {{}} in quotes is not replaced: take the quotes away, or write "$TASK"')
             quoted += re.findall(r"(?<!\$)\{([A-Za-z_]\w*)\}", text)
@@ -900,6 +913,8 @@ class Child:
         try:
             self._pipe, theirs = self.context.Pipe()
             self._poll = make_poll(self._pipe)
+            while self.killing_all:  # this process is about to end, and waits for `starting`, which is not fair
+                time.sleep(EXIT_GRACE)
             with theirs, self.starting:
                 if sys.platform == "linux":
                     resource_tracker.ensure_running()  # one for all children, so without the mark of any
@@ -1162,6 +1177,8 @@ class Link:
             self._connection.sock.settimeout(None if patient else self._answer_limit)
         except OSError as error:  # it is closed, since a call before this one was its end
             raise EOFError(str(error)) from error
+        if patient and len(calls[0]) > LARGE_CALL:  # Linux would end it, though the peer lives, while it takes no byte
+            self._connection.set_option("TCP_USER_TIMEOUT", 0)
         self._connection.send_bytes(*calls)
 
     def receive(self) -> Any:
@@ -1225,7 +1242,7 @@ class Slot(threading.Thread):
     def _start_child(self) -> Child:
         """Start the child and wait until it has loaded the function, or the worker leaves. Raises Failure, OSError.
 
-        Raises EOFError when the connection is lost meanwhile. What was leased does not wait for a load that takes long.
+        Raises EOFError when the connection is lost meanwhile, or the job is over. What was leased does not wait for a long load.
         """
         linked, begun_at = self._link is not None, time.monotonic()
         for _ in range(START_ATTEMPTS):
@@ -1239,7 +1256,7 @@ class Slot(threading.Thread):
                     if time.monotonic() - begun_at > SLOW_TASK:
                         self._release_rest()
                     self._keep_in_touch(LOAD_BEAT)
-                    if linked and not self._link:
+                    if linked and (not self._link or self._started_after != self._worker.finished):
                         child.kill()
                         self._stop_child()
                         raise EOFError("the connection was lost")
@@ -1309,6 +1326,7 @@ class Slot(threading.Thread):
         if self._child is None:
             self._start_child()
         statement = {**self._worker.statement, "digest": self._digest}
+        self._tell()  # awaits the answer to a report of the meantime
         settings = link.call(pack(f"{TASKS} join {PROTOCOL}", json.dumps(statement)))
         joined = self._worker.accept(settings)
         if settings["run"] != self._run_id:  # another master: what was finished for the last one is void
@@ -1378,8 +1396,10 @@ class Slot(threading.Thread):
         self._tell()
         if self._outcomes and now - self._reported_at > REPORT_INTERVAL:
             self._send_report()
-        elif self._link and now - self._link.answered_at > beat_interval and self._tell(pack(f"{TASKS} beat")):
-            self._worker.end_job(self._run_id)
+        elif (link := self._link) and now - link.answered_at > beat_interval:
+            over = self._tell(pack(f"{TASKS} beat"))
+            if over and not self.is_busy():
+                self._worker.end_job(link.run_id)
 
     def _tell(self, message: bytes = b"") -> Any:
         """Await the answer that the master still owes; then call it, if it can be reached, and return what it answers."""
@@ -1502,14 +1522,14 @@ class Worker:
         self._only_run = os.environ.pop("TASK_RUN", "")  # the run that it was started for, by the master itself
         encrypt = options.tls if options.tls is not None else not is_loopback(options.host)
         self._context = make_tls_context(authkey, options.host, server_side=False) if encrypt else None
-        if not encrypt and not is_loopback(options.host):
+        if not encrypt and not is_loopback(options.host) and not self._only_run:
             say(PLAIN_WARNING)
         self._stays = options.wait == 0 and not self._only_run
         self._patience = math.inf if self._only_run else options.wait or math.inf  # seconds to look for the master
         self._answer_limit = None if self._patience == math.inf else max(ANSWER_LIMIT, self._patience)
         self._lock = threading.Lock()
         self._state = ""  # then "new", "connected", "waiting" or, after a job, "idle"
-        self.served_at = time.monotonic()  # when the master last answered
+        self.served_at = time.monotonic()  # when the master last answered, or was first missed
         self.finished = ""  # id of the last run that is over
         self._failure: Failure | None = None
         self._slots = [Slot(self) for _ in range(options.processes)]
@@ -1537,7 +1557,8 @@ class Worker:
         with self._lock:
             if not self._state and not self.quiet:
                 write_line(f"Connect to server {self._address[0]}...", 1)
-            self._state = self._state or "new"
+            if not self._state:
+                self._state, self.served_at = "new", time.monotonic()
         delay = 0.05
         while not self.leaving.is_set():
             try:
@@ -1579,6 +1600,8 @@ class Worker:
         if isinstance(error, AuthenticationError) or "ALERT" in str(trouble):
             raise Failure(f"the master at {self._place} refused the key: copy its key file to this host", 3)
         reason, before = explain_error(error), self._state
+        if before == "connected":
+            self.served_at = time.monotonic()
         waited = time.monotonic() - self.served_at
         unknown = isinstance(error, socket.gaierror) and error.errno == socket.EAI_NONAME and before == "new"
         busy = any(slot.is_busy() for slot in self._slots)  # then an outage must not cost its work

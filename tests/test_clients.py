@@ -5,6 +5,7 @@ A plain client is a few lines of BaseManager: one put for each get, in order, wh
 
 from __future__ import annotations
 
+import math
 import re
 import subprocess
 import sys
@@ -165,6 +166,13 @@ for _ in range(20):
     text = (farm.folder / "results.jsonl").read_text()
     assert sorted(re.findall(r'"task": "(\w)", "result": "(\w+)"', text)) == [("a", "A"), ("b", "B"), ("c", "C")]
     assert len(re.findall(r'\]+, ("result": "list"|"error": )', text)) == 2
+
+
+def test_a_client_may_return_a_large_integer(farm: Farm) -> None:
+    master = start_master(farm, 300)
+    client = start_client(farm, master, "import math\nresults.put(math.factorial(tasks.get()))\n")
+    assert (client.wait(), master.wait()) == (0, 0), master.stderr
+    assert results(farm) == [math.factorial(300)]
 
 
 @pytest.mark.parametrize(

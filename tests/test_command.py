@@ -78,7 +78,8 @@ def test_a_file_name_that_is_not_utf_8_finds_its_file(farm: Farm) -> None:
         ("cat <<'EOF'\n$TASK\nEOF", "$TASK"),
         ("cat <<EOF\n${TASK}\nEOF", "/a/b c.tar.gz"),
         ("echo a{1,2} {file name} {-} {}", None),
-        ("cat {} - <<'E' 2>&1 | tail -1\nhere\nE", "here"),
+        ("cat {} - <<'E' 2>&1 | tail -1\nhere\nE\necho {}", "here\n/a/b c.tar.gz"),
+        ('echo "$(echo "a")" {}', "a /a/b c.tar.gz"),
     ],
 )
 def test_the_braces_of_the_shell_and_of_awk_stay(farm: Farm, template: str, expected: str | None) -> None:
@@ -114,6 +115,11 @@ def test_a_task_whose_member_stands_in_quotes_fails_and_says_so(farm: Farm, temp
 
 def test_a_name_in_quotes_that_is_no_member_stays(farm: Farm) -> None:
     assert outputs(farm, "echo {src} '{dst}'", [{"src": "a"}]) == ["a {dst}\n"]
+
+
+def test_a_command_that_is_given_no_tasks_runs_on_random_numbers_and_says_so(farm: Farm) -> None:
+    assert farm.run_job("--command", "echo").said("no tasks are given.*--tasks.*random numbers")
+    assert len(farm.records()) == 10
 
 
 QUOTED = [

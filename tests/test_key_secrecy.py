@@ -14,7 +14,7 @@ from typing import Any
 
 import psutil
 import pytest
-from lab import PATIENCE, Farm, Program, check_said, free_port
+from lab import PATIENCE, ROOT, Farm, Program, check_said, free_port
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="modes and owners are POSIX's")
 
@@ -87,6 +87,12 @@ def test_the_key_is_in_no_argument(farm: Farm) -> None:
     arguments = [" ".join(process.info["cmdline"] or ()) for process in psutil.process_iter(["cmdline"])]
     assert any("task_worker.py" in argument for argument in arguments)
     assert not any(farm.key in argument for argument in arguments)
+
+
+def test_all_task_masters_of_a_program_have_the_key_from_the_environment(farm: Farm) -> None:
+    code = "from task_master import TaskMaster; print([TaskMaster(port=0).authkey.decode() for _ in range(2)])"
+    program = farm.run("-c", code, env=farm.env(PYTHONPATH=str(ROOT)))
+    assert (program.wait(), program.stdout) == (0, [str([farm.key] * 2)])
 
 
 # ---- which keys there are --------------------------------------------------------------------------------------------

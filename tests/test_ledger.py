@@ -452,6 +452,14 @@ def test_a_retry_is_not_left_for_long_for_a_worker_that_may_be_busy_for_hours() 
     assert [lease(ledger, ANNA, now=now) for now in (0.0, task_master.AVOID_TIME)] == [[], [1]]
 
 
+def test_the_retries_of_a_worker_that_fails_all_its_tasks_do_not_wait_for_hours_for_a_busy_one() -> None:
+    ledger = make_ledger(11, retries=5)
+    enlist(ledger, ANNA, BERT)
+    assert lease(ledger, BERT) == [0]
+    fail(ledger, ANNA, 10)
+    assert [len(lease(ledger, ANNA, now=now)) for now in (0.0, task_master.AVOID_TIME, 2 * task_master.LAST_PAUSE)] == [0, 0, 1]
+
+
 def test_a_retry_is_not_left_for_a_worker_that_fails_all_its_tasks() -> None:
     ledger = make_ledger(11, retries=1)
     enlist(ledger, ANNA, BERT)

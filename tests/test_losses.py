@@ -6,6 +6,7 @@ import json
 import os
 import queue
 import signal
+import socket
 import subprocess
 
 import psutil
@@ -34,6 +35,18 @@ from lab import (
 )  # fmt: skip
 
 RESULTS = ("--results", "results.jsonl")
+
+
+def test_the_time_to_look_for_a_lost_master_begins_when_it_is_lost(farm: Farm) -> None:
+    master = farm.master(*RESULTS, "1")
+    worker = farm.worker(master, "--function", "functions:stay", "--wait", 3)
+    farm.wait_started(worker)
+    worker.pause(4)  # of its task, without a word from the master
+    master.kill()
+    with socket.create_server(("127.0.0.1", master.port())) as server:
+        server.settimeout(PATIENCE)
+        farm.let_go()
+        server.accept()[0].close()
 
 
 # ---- a killed worker -------------------------------------------------------------------------------------------------

@@ -198,6 +198,17 @@ def test_when_nobody_is_connected_the_line_has_the_command_for_a_worker_of_this_
     assert terminal.wait() == 0
 
 
+@pytest.mark.parametrize(
+    ("columns", "shown"),
+    [
+        (200, rf"--host {re.escape(socket.gethostname())} --port \d+ --function m\.n:f --no-tls"),
+        (90, r"--port \d+ --fun.*\.\.\."),
+    ],
+)
+def test_the_command_for_another_host_names_this_one_and_is_visibly_cut(open_terminal: Any, columns: int, shown: str) -> None:
+    open_terminal(columns, *FILE, "--host", "0.0.0.0", "--no-tls", "--function", "m.n:f", 1).wait_text(shown)
+
+
 def test_the_line_follows_a_terminal_that_becomes_narrower(farm: Farm, open_terminal: Any) -> None:
     terminal = open_terminal(150, *FILE, *STAY)
     terminal.wait_text("1 process on 1 host")

@@ -86,6 +86,11 @@ def test_resuming_runs_only_what_failed_and_says_so(farm: Farm, kind: str) -> No
     assert "200 done, 0 failed" in master.stderr[-1] and "180 kept from before" in master.stderr[-1]
 
 
+def test_what_is_resumed_and_has_no_records_is_said(farm: Farm) -> None:
+    master = farm.run_job("--resume", "1")
+    assert master.said("resuming results.jsonl: it has no records yet")
+
+
 def test_resuming_a_finished_job_runs_nothing_but_what_is_new_and_leaves_the_file_as_it_is(farm: Farm) -> None:
     farm.mend()
     assert run(farm).wait() == 0

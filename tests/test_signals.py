@@ -158,13 +158,20 @@ def test_the_printed_command_adds_no_task_to_those_behind_two_dashes(farm: Farm)
     assert [record["task"] for record in farm.in_order()] == [-5, 3]
 
 
+def test_the_demonstration_cannot_be_resumed(farm: Farm) -> None:
+    master = farm.master(*RESULTS)
+    master.port()
+    drain(master)
+    assert "use --tasks FILE" in master.wait_line("stopped").string
+
+
 @pytest.mark.parametrize("where", [[], ["--results", os.devnull]])
 def test_a_drained_master_without_a_results_file_says_that_it_cannot_resume(farm: Farm, where: list[str]) -> None:
     master, worker = start_job(farm, *where)
     drain(master)
     farm.let_go()
     assert (master.wait(), worker.wait()) == (130, 0)
-    assert "use --results FILE" in master.wait_line("stopped").string
+    assert "not remembered" in master.wait_line("stopped").string
 
 
 @each_signal
