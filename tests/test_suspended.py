@@ -20,7 +20,7 @@ from typing import Any
 
 import psutil
 import pytest
-from lab import Farm, check_ended, check_once, check_silence, descendants_of, wait_until
+from lab import Farm, Program, check_ended, check_once, check_silence, descendants_of, wait_until
 
 pytestmark = [
     pytest.mark.skipif(not hasattr(fcntl, "F_SETPIPE_SZ"), reason="needs pipes whose size can be set"),
@@ -80,10 +80,11 @@ class Pipe:
 
 
 class Standstill:
-    """A stopped master with workers of all sorts, and a master whose standard output nobody reads."""
+    """A stopped master with workers of all sorts, and masters whose standard output nobody reads, one of large results."""
 
     def __init__(self, folder: Path) -> None:
-        self.farm, self.unread_farm = self.farms = Farm(folder / "stopped"), Farm(folder / "unread")
+        self.farms = [Farm(folder / name) for name in ("stopped", "unread", "large")]
+        self.farm, self.unread_farm, large_farm = self.farms
         for farm in self.farms:
             farm.write("suspended.py", FUNCTIONS)
         self.master = self.farm.master("--tasks", "-", *RESULTS, "--workers", 1, *WORK, stdin=subprocess.PIPE)
@@ -97,14 +98,19 @@ class Standstill:
         self.master.signal(signal.SIGSTOP)
         for name in ("meanwhile", "large"):
             (self.farm.folder / name).touch()
-
-        self.pipe = Pipe()
-        tasks = ("--tasks", self.unread_farm.write_tasks(range(100)))
-        argv = ("task_master.py", "--port", 0, *tasks, "--results", "-", "--workers", 1, *WORK)
-        self.unread = self.unread_farm.run_after(f"os.dup2({self.pipe.writer}, 1)", *argv, pass_fds=[self.pipe.writer])
-        self.unread.port()
-        self.pipe.wait_full()
+        large_farm.write("large", "")
+        self.unread, self.pipe = self.start_unread(self.unread_farm, [*range(100)])
+        self.large, self.large_pipe = self.start_unread(large_farm, ["large"] * 4, "--redeliveries", 0)
         self.began_at = time.monotonic()
+
+    def start_unread(self, farm: Farm, tasks: list[Any], *options: object) -> tuple[Program, Pipe]:
+        """A master whose standard output is full."""
+        pipe = Pipe()
+        argv = ("--port", 0, "--tasks", farm.write_tasks(tasks), "--results", "-", "--workers", 3, *WORK, *options)
+        master = farm.run_after(f"os.dup2({pipe.writer}, 1)", "task_master.py", *argv, pass_fds=[pipe.writer])
+        master.port()
+        pipe.wait_full()
+        return master, pipe
 
     def wait(self) -> None:
         """Block until all has stood still for long enough."""
@@ -216,6 +222,13 @@ def test_records_that_nobody_read_for_a_while_come_once_each(standstill: Standst
     assert standstill.unread.wait() == 0
     check_once(records, 100)
     assert all(record["result"] == record["task"] and record["attempts"] in (1, 2) for record in records)
+
+
+def test_large_results_that_wait_for_each_other_are_not_lost(standstill: Standstill) -> None:
+    standstill.wait()
+    records = [json.loads(line) for line in standstill.large_pipe.read().splitlines()]
+    assert standstill.large.wait() == 0, standstill.large.stderr
+    assert [(len(record["result"]), record["attempts"]) for record in records] == [(LARGE, 1)] * 4
 
 
 def test_a_master_that_was_stopped_goes_on_with_all_its_workers(standstill: Standstill) -> None:
