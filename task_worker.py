@@ -1023,11 +1023,11 @@ def find_started(mark: str, root: int | None) -> set[int]:
 def kill_started(mark: str, root: int | None = None) -> None:
     """Kill what `find_started` finds but this process, again and again, since it may go on starting processes meanwhile."""
     give_up_at = time.monotonic() + EXIT_GRACE
-    found = {0}
-    while found and time.monotonic() < give_up_at:
+    found, looks = {0}, 1
+    while looks and time.monotonic() < give_up_at:
         with contextlib.suppress(OSError, MemoryError):  # there may be no descriptor free to look, for a moment
             found = find_started(mark, root) - {os.getpid()}
-            for pid in [*found]:
+            for pid in sorted(found, reverse=True):  # the newest first, before it has gone on in another process
                 try:
                     if b"from multiprocessing.resource_tracker import main" in read_file(f"/proc/{pid}/cmdline"):
                         found.discard(pid)  # it ends when those have that it serves, and removes the shared memory they left
@@ -1037,7 +1037,8 @@ def kill_started(mark: str, root: int | None = None) -> None:
                     pass
                 except PermissionError:
                     found.discard(pid)  # it is another user's, by sudo say
-        if found:
+        looks = 3 if found else looks - 1  # what goes from process to process hides from some
+        if looks:
             time.sleep(0.002)
 
 
