@@ -1160,13 +1160,13 @@ class ResultsFile:
 
     def __init__(self, path: str, resume: bool) -> None:
         self._given = self.path = path
-        self._new_path = ""
+        self._new_path = ""  # of the copy that is to take its place
         self._offsets = array.array("q")  # by task id: where its last record begins, -1 where there is none
         self._tasks = array.array("q")  # by task id: the hash of the task, odd if it has a result; 0 where there is none
         self._stale = array.array("q")  # where lines begin that are blank, or replaced by a later record
         self._end = 0  # of the records that were there before
         self._torn = False  # whether there is part of one behind them
-        self._written = 0  # bytes behind these
+        self._written = 0  # bytes that this job has appended
         self._unsynced_since: float | None = None
         with self._explaining(2):
             self._open()

@@ -1023,7 +1023,7 @@ def find_started(mark: str, root: int | None) -> set[int]:
 def kill_started(mark: str, root: int | None = None) -> None:
     """Kill what `find_started` finds but this process, again and again, since it may go on starting processes meanwhile."""
     give_up_at = time.monotonic() + EXIT_GRACE
-    found, looks = {0}, 1
+    found, looks = {0}, 1  # a look that fails, say without a free descriptor, counts as a find
     while looks and time.monotonic() < give_up_at:
         with contextlib.suppress(OSError, MemoryError):  # there may be no descriptor free to look, for a moment
             found = find_started(mark, root) - {os.getpid()}
@@ -1686,15 +1686,11 @@ def find_key(options: argparse.Namespace, leaving: threading.Event) -> bytes:
     give_up_at = time.monotonic() + (options.wait or math.inf)
     path = os.path.expanduser(DEFAULT_KEY_FILE)
     missing = f"there is no key in {path}: copy that file from the master's host"
+    is_given = options.authkey_file is not None or "TASK_AUTHKEY" in os.environ
     told = False
     while not leaving.is_set():
         with contextlib.suppress(FileNotFoundError):
-            if (
-                options.authkey_file is not None
-                or "TASK_AUTHKEY" in os.environ
-                or os.stat(path).st_size
-                or not os.path.isfile(path)
-            ):
+            if is_given or os.stat(path).st_size or not os.path.isfile(path):
                 return read_key(options.authkey_file)
         if not is_loopback(options.host) or time.monotonic() > give_up_at:
             raise Failure(missing)

@@ -68,6 +68,9 @@ def recorded(farm: Farm) -> list[int]:
     return sorted(record["id"] for record in farm.records())
 
 
+# ---- terminals, and the start ------------------------------------------------------------------------------------------
+
+
 def test_a_draining_worker_begins_no_task_that_comes_meanwhile(farm: Farm) -> None:
     master = farm.master("--tasks", "-", *RESULTS, stdin=subprocess.PIPE)
     worker = start_worker(farm, master)
@@ -108,7 +111,7 @@ def test_a_signal_during_the_start_makes_no_traceback(farm: Farm, name: str) -> 
     program = farm.run("-X", "importtime", ROOT / name, "--port", 1)
     program.wait_line("argparse")
     program.signal(signal.SIGINT)
-    assert program.wait() in (-signal.SIGINT, 130)
+    assert program.wait() in (-signal.SIGINT, 130, 0)  # 0: a worker that had begun to look for its master
     check_silence(program)
 
 
