@@ -94,11 +94,11 @@ from task_worker import (  # noqa: E402, I001
 
 __all__ = ["Failure", "Record", "TaskMaster"]
 
-READY_LIMIT = 50_000  # tasks read and not yet leased; the reader waits while there are more
+READY_LIMIT = 50_000  # tasks that are READY; the reader waits while there are more
 READY_BYTES = 64 << 20  # and characters of their text
 LEASE_LIMIT = 10_000  # tasks that one connection may hold
 LEASE_BYTES = 8 << 20  # characters of text in one lease, unless a single task has more
-LEASE_FLOOR = 16  # a slot gets this part of what it asked for even if its share is smaller
+LEASE_PART = 16  # a slot gets a sixteenth of what it asked for even if its share is smaller
 IDLE_POLLS = 25.0  # requests for tasks a second from all idle slots together, at most (but each may ask every second)
 PLAIN_SIZE = 1000  # characters of an outcome, on average; larger ones are read faster as JSON
 VALUE_LIMIT = 2_000_000  # strings and lists in an outcome, some 60 bytes of memory each while it is checked
@@ -112,6 +112,7 @@ GAP_LIMIT = 10_000_000  # ids without a record, in a row, that a results file ma
 SYNC_INTERVAL = 0.7  # seconds that records may wait for their fsync; with LOOK_INTERVAL that is less than one
 PROGRESS_INTERVAL = 30.0  # seconds between lines of progress where there is no terminal
 HANGING = 5.0  # seconds that a task must run, and longer than all the rest should take, to be shown first
+SIGNAL_TIME = 0.05  # seconds for a signal to arrive that has ended another program, too
 LOOK_INTERVAL = 0.2  # seconds between looks at signals and the clock
 GOODBYE = 2.0  # seconds for the workers to hear that the job is over
 WORKER_GRACE = 10.0  # seconds for a worker that we have started to leave by itself
@@ -142,7 +143,7 @@ def check_digits(text: str) -> int:
 
 # The scanner that json.loads calls: a third of the time, without what stands around it there. The rough one reads every
 # number as a small one, which takes no memory of its own.
-scan_json = json.JSONDecoder(parse_constant=refuse_constant).scan_once  # type: ignore[attr-defined]
+scan_strictly = json.JSONDecoder(parse_constant=refuse_constant).scan_once  # type: ignore[attr-defined]
 scan_roughly = json.JSONDecoder(parse_constant=refuse_constant, parse_int=check_digits, parse_float=len).scan_once  # type: ignore[attr-defined]
 
 
@@ -174,7 +175,7 @@ class Console:
             parts = parts[:-1]
         if len(parts[0]) > width:
             parts = [re.sub(r"^\[[#-]*\] +", "", parts[0])]  # without the bar
-        text = ", ".join(parts)
+        text = re.sub(r"\s", " ", ", ".join(parts))  # a command may have several lines
         text = text if len(text) <= width else text[: width - 3] + "..."
         with self._lock, contextlib.suppress(OSError):
             write_all(("\r" + text.ljust(width)).encode("utf-8", "replace"), 2)
@@ -251,7 +252,7 @@ class Standing:
         self.recent: collections.deque[bool] = collections.deque(maxlen=DOUBT_AFTER)  # whether the last outcomes were ok
         self.failing = False  # whether nothing has worked of late
         self.pause = 0.0  # seconds before its next task, while it is in doubt
-        self.resumes_at = 0.0  # when it may have the next one
+        self.resumes_at = 0.0  # when it may have the next one: then, or soon after it had left retries for others
 
     def note(self, oks: list[bool]) -> None:
         """Take note of whether its last outcomes were ok, at most DOUBT_AFTER of them."""
@@ -386,7 +387,7 @@ class Ledger:
                 return []
             self._queue_due(now)
             share = len(self._ready) // (len(self._slots) or 1)
-            limit = max(1, min(limit, max(share, limit // LEASE_FLOOR)))
+            limit = max(1, min(limit, max(share, limit // LEASE_PART)))
             doubtful = self._is_in_doubt(standing, now)
             lease = self._take(1 if doubtful or not standing.proven else limit, len(self._held.get(holder, ())), standing, now)
             self._move(lease, LEASED, holder)
@@ -559,7 +560,7 @@ class Ledger:
             self._over.notify_all()
 
     def _has_room(self) -> bool:
-        return len(self._ready) < READY_LIMIT and self._ready_bytes < READY_BYTES
+        return len(self._ready) + len(self._delayed) < READY_LIMIT and self._ready_bytes < READY_BYTES
 
     def _can_lease(self) -> bool:
         """Whether there is a task, and it may be leased now."""
@@ -587,27 +588,27 @@ class Ledger:
     def _take(self, limit: int, held: int, standing: Standing, now: float) -> list[Task]:
         """Up to `limit` of the tasks to lease next, while they are together small enough and need not be leased alone."""
         tasks: list[Task] = []
-        left: list[Task] = []
+        put_back: list[Task] = []
         room, ready = LEASE_BYTES, self._ready
         limit = min(limit, LEASE_LIMIT // 2, LEASE_LIMIT - held)  # half, since it asks for more before its report is read
-        while ready and len(tasks) < limit and len(left) < AVOID_LIMIT:
+        while ready and len(tasks) < limit and len(put_back) < AVOID_LIMIT:
             task = ready.popleft()
             self._ready_bytes -= len(task.text)
             if task.state != READY:  # recorded after a late report
                 continue
             if task.avoids is standing and self._is_left(task, standing, now):
-                left.append(task)
+                put_back.append(task)
                 continue
             room -= len(task.text)
             alone = task.losses or not self._redeliveries
             if tasks and (alone or room < 0):
-                left.append(task)
+                put_back.append(task)
                 break
             tasks.append(task)
             if alone:
                 break
-        ready.extendleft(reversed(left))
-        self._ready_bytes += sum([len(task.text) for task in left])
+        ready.extendleft(reversed(put_back))
+        self._ready_bytes += sum([len(task.text) for task in put_back])
         return tasks
 
 
@@ -772,10 +773,10 @@ def check_outcome(outcome: str, scan: Callable[..., Any] = scan_roughly) -> tupl
     except ValueError as problem:
         return False, False, format_outcome(format_error("ValueError", f"what the worker sent cannot be read: {problem}"))
     final = bool(error and error.get("final"))
-    return error is None, final, outcome.replace("\r", " ").replace(FINAL + "}", "}", final)
+    return error is None, final, outcome.replace("\r", " ").replace(FINAL + "}", "}", final)  # once, if it is final
 
 
-def load_outcome(outcome: str, scan: Callable[..., Any] = scan_json) -> tuple[Any, dict[str, Any] | None, Any, Any]:
+def load_outcome(outcome: str, scan: Callable[..., Any] = scan_strictly) -> tuple[Any, dict[str, Any] | None, Any, Any]:
     """The result, the error, `started_at` and `seconds`. Raises ValueError when it is no outcome."""
     try:
         members, end = scan("{" + outcome + "}", 0)
@@ -1046,8 +1047,8 @@ def check_json(text: str) -> str:
     except json.JSONDecodeError as error:
         shown = " ".join(text.split())
         shown = shown if len(shown) < 40 else shown[:40] + "..."
-        reason = error.msg.lower().removesuffix(" at")
-        raise ValueError(f"{shown} is not JSON: {reason} at column {error.colno} (--text takes it as it is)") from None
+        reason = f"{error.msg.lower().removesuffix(' at')} at column {error.colno}"
+        raise ValueError(f"{shown} is not JSON: {reason} (a task is one value on one line; --text takes it as it is)") from None
     except UnicodeEncodeError:
         raise ValueError("it is not UTF-8 (--text takes it as it is)") from None
     except RecursionError:
@@ -1073,7 +1074,7 @@ def parse_plain_lines(lines: list[bytes]) -> list[str]:
     try:
         text = b"\n".join(lines).decode()
         texts = text.split("\n")
-        ends = [end for _, end in map(scan_json, texts, itertools.repeat(0))]
+        ends = [end for _, end in map(scan_strictly, texts, itertools.repeat(0))]
     except (ValueError, RecursionError):
         return []
     return texts if ends == [*map(len, texts)] and max(ends) <= TEXT_LIMIT and "\r" not in text else []
@@ -1083,7 +1084,7 @@ def read_tasks(descriptor: int, name: str, as_text: bool, null: bool) -> Iterato
     """The tasks of a stream, in batches as they arrive. Raises Failure when the first one is bad: the format is wrong."""
     number = count = 0  # lines and tasks so far
     for lines in read_lines(descriptor, name, b"\0" if null else b"\n"):
-        if not number:
+        if lines and not number:
             lines[0] = lines[0].removeprefix(b"\xef\xbb\xbf")  # a byte order mark
             if not null and (b"\0" in lines[0] or lines[0].startswith((b"\xff\xfe", b"\xfe\xff"))):
                 raise Failure(f"{name}: it has zero bytes, as UTF-16 has: convert it to UTF-8, or use -0 if they end the tasks")
@@ -1137,6 +1138,9 @@ def read_lines(descriptor: int, name: str, end: bytes) -> Iterator[list[bytes]]:
                 yield lines
     except OSError as error:
         raise Failure(f"cannot read {name}: {explain_error(error)}") from None
+    if not os.path.isfile(descriptor):
+        time.sleep(SIGNAL_TIME)  # what has ended the one who writes may come here, too, and the last line be cut
+        yield []
     if rest:
         yield [bytes(rest)]
 
@@ -1166,6 +1170,7 @@ class ResultsFile:
         self._stale = array.array("q")  # where lines begin that are blank, or replaced by a later record
         self._end = 0  # of the records that were there before
         self._torn = False  # whether there is part of one behind them
+        self._line_end = b""  # which the last of them lacks; `_end` is behind it, and so `_written` begins with -1
         self._written = 0  # bytes that this job has appended
         self._unsynced_since: float | None = None
         with self._explaining(2):
@@ -1209,13 +1214,13 @@ class ResultsFile:
 
     def write(self, tasks: list[Task]) -> None:
         """Append the records of tasks; when this returns, they survive the end of this process. Raises Failure."""
-        data = format_records(tasks).encode("utf-8", "replace")
+        data = self._line_end + format_records(tasks).encode("utf-8", "replace")
         with self._explaining():
             if self._torn:  # cut now, when it is known that this is the file of this job
                 os.ftruncate(self._fd, self._end)
                 self._torn = False
             write_all(data, self._fd)
-        self._written += len(data)
+        self._written, self._line_end = self._written + len(data), b""
         self._unsynced_since = self._unsynced_since or time.monotonic()
 
     def sync(self, interval: float = SYNC_INTERVAL) -> None:
@@ -1247,7 +1252,9 @@ class ResultsFile:
                         self._load_line(number + position, offsets[position], line)
                 number += len(lines)
         if torn and not is_torn(torn):
-            self._load_line(number, self._end, torn)  # which refuses it
+            self._load_line(number, self._end, torn)  # which refuses what is no record
+            self._line_end, self._written = b"\n", -1
+            self._end, torn = self._end + len(torn) + 1, b""
         self._torn = bool(torn)
 
     def _load_line(self, number: int, offset: int, line: bytes) -> None:
@@ -1276,7 +1283,7 @@ class ResultsFile:
     def has(self, task_id: int, text: str) -> bool:
         """Whether a task has a result that is kept. Raises Refusal when its record is of another task."""
         known = self._tasks[task_id] if task_id < len(self._tasks) else 0
-        if known and known | 1 != hash(text) | 1:  # it may have another spelling
+        if known and (known | 1) != (hash(text) | 1):  # it may have another spelling
             with self._explaining(2), open(self.path, "rb") as file:
                 file.seek(self._offsets[task_id])
                 line = file.readline().decode("utf-8", "replace")
@@ -1339,22 +1346,21 @@ class ResultsFile:
 
 
 def is_torn(line: bytes) -> bool:
-    """Whether a last line without its end is a part of a record, or a whole one, or zeros that a power cut has left."""
-    line = line.lstrip(b"\0 \t\r\n")
+    """Whether a last line without its end is a part of a record, or zeros that a power cut has left."""
     try:
         read_record(line.decode())
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError, StopIteration):  # it is not whole
-        return b'{"id":'.startswith(line[:20].replace(b" ", b"")[:6])
+        return b'{"id":'.startswith(line.lstrip(b"\0 \t\r\n")[:20].replace(b" ", b"")[:6])
     except ValueError:
-        return False
-    return True
+        pass  # it is whole, and no record
+    return False
 
 
 def read_record(line: str) -> tuple[int, str, bool]:
     """The id, the task as JSON text, and whether there is a result. Raises ValueError or RecursionError for what is no record."""
     match = match_record(line)
     if match and "\0" not in line:  # which a power cut may leave
-        end = scan_json(line, match.end())[1]
+        end = scan_strictly(line, match.end())[1]
         ok = line.startswith(f", {RESULT}", end)
         if (ok or line.startswith(f", {ERROR}", end)) and line.rstrip().endswith("}") and line.count('{"id": ') == 1:
             return int(match[1]), line[match.end() : end], ok
@@ -1467,7 +1473,7 @@ class LocalWorker:
             self._process.stdin.close()
 
     def _run_once(self) -> int:
-        """Run it to its end, and return the exit status. Each line that it prints goes to `_take`."""
+        """Run it to its end, and return the exit status. Each line that it prints goes to `_show`."""
         host, port = self._master.address
         command, environ, stdout = self._find_command({"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host), port)
         try:  # in a session of its own: Ctrl-C in the terminal is for the master, which then drains
@@ -1481,7 +1487,7 @@ class LocalWorker:
         if self._stopping.is_set():
             self.end()
         while process.stdout and (line := process.stdout.readline(1 << 16)):
-            self._take(process, line)
+            self._show(process, line)
         with contextlib.suppress(OSError), process:  # closes its pipes
             process.wait()
         return process.returncode
@@ -1491,7 +1497,7 @@ class LocalWorker:
         command = [sys.executable, WORKER_FILE, *self._arguments, "--host", host, "--port", str(port)]
         return command, {**os.environ, **self._environment}, subprocess.PIPE if console.is_terminal else 2
 
-    def _take(self, _process: subprocess.Popen[bytes], line: bytes) -> None:
+    def _show(self, _process: subprocess.Popen[bytes], line: bytes) -> None:
         console.write(line)
 
     def _may_go_on(self, status: int) -> bool:
@@ -1570,7 +1576,7 @@ class SshWorker(LocalWorker):
         forward = ["-R", f"127.0.0.1:0:{show_address((host, port))}"]
         return [*SSH, *forward, self.host, self._python, "-c", f'"{LOADER}"'], {**os.environ}, subprocess.PIPE
 
-    def _take(self, process: subprocess.Popen[bytes], line: bytes) -> None:
+    def _show(self, process: subprocess.Popen[bytes], line: bytes) -> None:
         text = line.decode("utf-8", "replace").rstrip()
         if self._said is None:
             console.write(f"{self.host}: {text}\n".encode("utf-8", "replace"))
@@ -1625,7 +1631,9 @@ def pack_files(function: str | None) -> bytes:
     import zipfile
 
     content, top = io.BytesIO(), re.split("[.:]", function or "")[0]
-    paths = [pathlib.Path(f"{top}.py"), *pathlib.Path(top).rglob("*")] if function else []
+    module, package = pathlib.Path(f"{top}.py"), pathlib.Path(top or "-")
+    is_module = module.is_file() and not (package / "__init__.py").exists()  # as Python has it
+    paths = [module] if is_module else [*package.rglob("*")]
     paths = [path for path in paths if path.is_file() and not re.search(r"/(\.|__pycache__/)", path.as_posix())]
     if sum([path.stat().st_size for path in paths]) > PACK_LIMIT:
         raise Failure(f"--function {function}: {os.path.abspath(top)} has more than 20 MiB, too much for --ssh")
@@ -1765,7 +1773,7 @@ class TaskMaster:
             threading.Thread(target=self._limit_clients, args=(server.stop_event,), daemon=True).start()
 
     def close(self) -> None:
-        """Let the workers leave, or lose them when the job is not done; close the port. Blocks some seconds at most."""
+        """Let the workers leave, or lose them when the job is not done; close the port. Blocks for half a minute at most."""
         if self._server:
             finished = self.ledger.is_over() and self.ledger.phase != Phase.FAILED
             connected = {peer.name for peer in [*self.peers] if finished and not self.ledger.first_held()}
@@ -1793,9 +1801,15 @@ class TaskMaster:
         self._running = True
         records: queue.SimpleQueue[list[Task]] = queue.SimpleQueue()
         first, taken = self._next_id, self.ledger.done
+        size = taken_size = 0  # characters of what was recorded, and of what was taken
+
+        def look_at_gate() -> None:
+            self.ledger.close_gate(self.ledger.done - taken > CALLER_LIMIT or size - taken_size > READY_BYTES)
 
         def sink(tasks: list[Task]) -> None:
-            self.ledger.close_gate(self.ledger.done - taken > CALLER_LIMIT)
+            nonlocal size
+            size += count_characters(tasks)
+            look_at_gate()
             records.put(tasks)
 
         def finish() -> None:
@@ -1807,12 +1821,14 @@ class TaskMaster:
             threading.Thread(target=finish, daemon=True).start()
             while settled := records.get():
                 yield from make_records(settled, first)
-                taken += len(settled)
-                self.ledger.close_gate(self.ledger.done - taken > CALLER_LIMIT)
+                taken, taken_size = taken + len(settled), taken_size + count_characters(settled)
+                look_at_gate()
+        except BaseException:
+            self.ledger.end(Phase.CLOSED)  # the caller has lost interest
+            raise
         finally:
             self._running = False
-            if not self.ledger.is_over():
-                self.ledger.end(Phase.CLOSED)  # the caller has lost interest
+        self.ledger.audit()
         if self.ledger.reason:
             raise self.ledger.reason
 
@@ -1902,8 +1918,8 @@ class TaskMaster:
             host.busy += busy
         if failed and peer.name not in self._doubted and self.ledger.is_in_doubt(peer, peer.moved_at) and (last or retried):
             self._doubted.add(peer.name)
-            problem = explain_outcome([*last, *retried][-1])
-            self._log(f"worker {peer.name} fails all its tasks ({problem}) and others do not: it gets one now and then")
+            problem = f"fails all its tasks ({explain_outcome([*last, *retried][-1])})"
+            self._log(f"worker {peer.name} {problem}: it gets one now and then, while others do better or may come")
         for task in retried:
             self._log(f"task {task.id} is retried: {explain_outcome(task)} on {peer.name}, attempt {task.attempts}")
 
@@ -2008,6 +2024,11 @@ def explain_outcome(task: Task) -> str:
     return text if len(text) < 200 else f"{text[:80]} ... {text[-110:]}"  # the reason is often in the end
 
 
+def count_characters(tasks: list[Task]) -> int:
+    """The size of tasks with their outcomes."""
+    return sum([len(task.text) + len(task.outcome) for task in tasks])
+
+
 def encode_tasks(tasks: Iterable[Any]) -> Iterator[list[str]]:
     """Tasks as JSON texts: in batches if all of them are there, else singly as they come. Raises TypeError, ValueError."""
     encode = json.JSONEncoder(allow_nan=False).encode
@@ -2029,14 +2050,14 @@ def encode_tasks(tasks: Iterable[Any]) -> Iterator[list[str]]:
 
 def make_records(tasks: list[Task], first: int) -> Iterator[Record]:
     """Tasks as Records, one after another so that Python has less garbage to look for; their ids count from `first`."""
-    values = scan_json(f"[{','.join([task.text for task in tasks])}]", 0)[0]  # at once, which takes half the time
+    values = scan_strictly(f"[{','.join([task.text for task in tasks])}]", 0)[0]  # at once, which takes half the time
     for task, value in zip(tasks, values):
         try:
-            member, end = scan_json(task.outcome, len(RESULT if task.ok else ERROR))
+            member, end = scan_strictly(task.outcome, len(RESULT if task.ok else ERROR))
             started_at, seconds = parse_times(task.outcome[end:])
             result, error = (member, None) if task.ok else (None, member)
         except (ValueError, RecursionError, StopIteration):  # not as our workers write it, or too deep for this stack
-            result, error, started_at, seconds = load_outcome(check_outcome(task.outcome, scan_json)[2])
+            result, error, started_at, seconds = load_outcome(check_outcome(task.outcome, scan_strictly)[2])
         columns = (task.id - first, value, result, error, started_at, seconds, task.worker, task.attempts)
         yield tuple.__new__(Record, columns)  # half the time of Record(*columns)
 
@@ -2044,7 +2065,7 @@ def make_records(tasks: list[Task], first: int) -> Iterator[Record]:
 @functools.lru_cache(1000)
 def parse_times(text: str) -> tuple[Any, Any]:
     """`started_at` and `seconds`, of the end of an outcome; most tasks are tiny, so the same times come again and again."""
-    started_at, seconds = scan_json("{" + text[2:] + "}", 0)[0].values()
+    started_at, seconds = scan_strictly("{" + text[2:] + "}", 0)[0].values()
     return started_at, seconds
 
 
@@ -2135,7 +2156,7 @@ def make_parser() -> Parser:
     group.add_argument("task", nargs="*", metavar="TASK", help="a JSON value (default: ten random integers)")
     group.add_argument("--tasks", metavar="FILE", help="JSON Lines, one task a line; -: standard input")
     group.add_argument("--text", action="store_true", help="a task is a line of text, not of JSON")
-    group.add_argument("-0", "--null", action="store_true", help="tasks end with a zero byte (find -print0)")
+    group.add_argument("-0", "--null", action="store_true", help="a task is a text before a zero byte (find -print0)")
     parser._has_negative_number_optionals.clear()  # of -0; so that --port -1 is a bad port, and -5 a TASK
     group = parser.add_argument_group("results")
     group.add_argument("--results", metavar="FILE", help="a record of each task; -: standard output")
@@ -2143,12 +2164,12 @@ def make_parser() -> Parser:
     group.add_argument("--ordered", action="store_true", help="put the file in the order of the tasks")
     group = parser.add_argument_group("workers")
     group.add_argument("--workers", type=TYPES["workers"], default=0, metavar="N", help="start so many processes here, too")
-    text = "start workers on a host, through ssh (repeatable)"
+    text = "start a worker on a host, through ssh (repeatable)"
     group.add_argument("--ssh", type=check_ssh_host, action="append", default=[], metavar="[N/]HOST[:PYTHON]", help=text)
     add_function_options(group)
     group = parser.add_argument_group("limits")
-    text = "before the first retry, then doubled (default: %(default)g)"
-    group.add_argument("--timeout", type=TYPES["timeout"], metavar="S", help="that a task may take (default: no limit)")
+    text = "seconds before a retry, doubled each time (default: %(default)g)"
+    group.add_argument("--timeout", type=TYPES["timeout"], metavar="S", help="seconds that a task may take (default: no limit)")
     group.add_argument("--retries", type=NUMBER, default=0, metavar="N", help="of a task, after errors (default: %(default)s)")
     group.add_argument("--retry-delay", type=TYPES["retry_delay"], default=0.0, metavar="S", help=text)
     text = "of a task, after lost workers (default: %(default)s)"
@@ -2156,7 +2177,7 @@ def make_parser() -> Parser:
     group.add_argument("--max-failures", type=COUNT, metavar="N", help="failed tasks that end the job (default: no limit)")
     group = parser.add_argument_group("where workers reach it")
     host_help = "where to listen (default: %(default)s; 0.0.0.0: any)"
-    add_connection_options(group, 0, host_help, f"the key (default: {DEFAULT_KEY_FILE}, made if missing)")
+    add_connection_options(group, 0, host_help, ", made if missing")
     return parser
 
 
@@ -2176,7 +2197,7 @@ def open_input(options: argparse.Namespace) -> Iterator[list[str]]:
         raise Failure(f"cannot read the tasks file {options.tasks}: {explain_error(error)} (is the path right?)") from None
     name = "standard input" if options.tasks == "-" else options.tasks
     batches = read_tasks(descriptor, name, as_text, options.null)
-    if stat.S_ISREG(os.fstat(descriptor).st_mode):  # then a bad first line is known before anything is done
+    if os.path.isfile(descriptor) or os.path.isdir(descriptor):  # then a bad first line is known before anything is done
         return itertools.chain([next(batches, [])], batches)
     return batches
 
@@ -2243,7 +2264,7 @@ class Job:
                 if self._options.tls is False and not is_loopback(master.address[0]):
                     say(PLAIN_WARNING)
                 master.ledger.begin()
-                master._begin(self._batches, self._sink)
+                master._begin(self._read_until_stopped(), self._sink)
                 while not master.ledger.wait_over(LOOK_INTERVAL):
                     self._look()
         finally:
@@ -2251,8 +2272,17 @@ class Job:
         master.ledger.audit()
         return self._conclude()
 
+    def _read_until_stopped(self) -> Iterator[list[str]]:
+        """The tasks until a signal has come, since the last one may be cut if it has ended who writes them, too."""
+        for tasks in self._batches:
+            while self._stopped_by and self._master.ledger.phase < Phase.DRAINING:
+                time.sleep(0.01)  # `_look` is about to drain
+            if self._master.ledger.phase > Phase.ENDED:
+                break
+            yield tasks
+
     def _look(self) -> None:
-        if self._stopped_by and self._master.ledger.phase < Phase.DRAINING:
+        if self._stopped_by and not self._drained:
             self._drained = True
             self._master.ledger.end(Phase.DRAINING)
             say("draining: waiting for the tasks that run (once more to leave at once)")
@@ -2298,7 +2328,7 @@ class Job:
         (host, port), options = self._master.address, self._options
         host = socket.gethostname() if host in ("0.0.0.0", "::") else host
         what = {"--host": host, "--port": str(port), "--function": options.function, "--command": options.command}
-        words = [word for name, value in what.items() if value for word in (name, value)]
+        words = [word for name, value in what.items() if value not in (None, "127.0.0.1", "5000") for word in (name, value)]
         tls = [] if options.tls is None else ["--tls" if options.tls else "--no-tls"]
         return f"no worker is connected: {shlex.join(['python3', 'task_worker.py', *words, *tls])}"
 
@@ -2318,7 +2348,8 @@ class Job:
         if not self._results or not self._results.regular or not (self._options.task or self._options.tasks):
             return "what is not done is not remembered: use --tasks FILE and --results FILE to be able to resume"
         argv = [sys.executable, self._argv[0], *["--resume"] * (not self._options.resume), *self._argv[1:]]
-        return f"to carry on: {shlex.join(argv)}"
+        same = " (with the same input)" if self._options.tasks == "-" else ""
+        return f"to carry on: {shlex.join(argv)}{same}"
 
     def _conclude(self) -> int:
         """Say how it went; returns the exit status. Raises Failure."""

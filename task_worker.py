@@ -88,13 +88,14 @@ HANDSHAKE_LIMIT = 10.0  # seconds for a new connection to prove that it knows th
 SILENCE_LIMIT = 55.0  # seconds without a word after which a peer is given up
 BEAT_INTERVAL = 15.0  # seconds after which a busy slot, or a master through ssh, says that it lives
 DEFAULT_KEY_FILE = "~/.task_authkey"
+FILE_LIMIT = 1 << 16  # open files; a task inherits the limit, and some programs look at each number below it
 RESULT, ERROR = '"result": ', '"error": '  # how an outcome begins
 PLAIN_WARNING = "without TLS whoever is on the path can read and alter tasks and results"
 FINAL = ', "final": true'  # ends an error that another run could not change
 
 
 class Failure(Exception):
-    """Ends the program with one line on standard error and an exit status (2: usage, 3: no connection)."""
+    """Ends the program with one line on standard error and an exit status (1: no success, 2: usage, 3: no connection)."""
 
     def __init__(self, message: str, status: int = 2) -> None:
         super().__init__(message)
@@ -120,9 +121,9 @@ def format_outcome(members: str, started_at: float | None = None, seconds: float
 
 
 @functools.lru_cache(1000)
-def format_times(started_at: int, seconds: int) -> str:
-    """The end of an outcome, from milliseconds and microseconds; most tasks are tiny, so the same come again and again."""
-    return f', "started_at": {started_at / 1e3:.3f}, "seconds": {seconds / 1e6:.6f}'
+def format_times(milliseconds: int, microseconds: int) -> str:
+    """The end of an outcome: when it started and what it took; most tasks are tiny, so the same come again and again."""
+    return f', "started_at": {milliseconds / 1e3:.3f}, "seconds": {microseconds / 1e6:.6f}'
 
 
 def format_error(kind: str, message: str, trace: str = "", **more: Any) -> str:
@@ -288,8 +289,9 @@ def prepare_process() -> None:
     with contextlib.suppress(ImportError, ValueError, OSError):
         import resource
 
-        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        most = FILE_LIMIT if hard == resource.RLIM_INFINITY else min(hard, FILE_LIMIT)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, most), hard))
 
 
 def explain_error(error: BaseException) -> str:
@@ -421,15 +423,17 @@ def add_function_options(group: Any) -> None:
     text = "called with each task (default: squares a number)"
     what.add_argument("--function", type=check_spec, metavar="MODULE:NAME", help=text)
     what.add_argument("--command", type=check_template, metavar="TEMPLATE", help="run in a shell for each task; {} is the task")
-    group.add_argument("--tasks-per-process", type=COUNT, metavar="N", help="a fresh process after N (default: no limit)")
+    group.add_argument("--tasks-per-process", type=COUNT, metavar="N", help="a fresh process after N tasks (default: no limit)")
 
 
-def add_connection_options(group: Any, lowest_port: int, host_help: str, key_help: str) -> None:
+def add_connection_options(group: Any, lowest_port: int, host_help: str, key_hint: str) -> None:
     """How the two programs find and trust each other."""
     port = bounded(int, lowest_port, 65535, f"a port: it takes {lowest_port} to 65535")
+    any_port = "" if lowest_port else "; 0: any free one"
     group.add_argument("--host", type=parse_host, default="127.0.0.1", help=host_help)
-    group.add_argument("--port", type=port, default=5000, help="(default: %(default)s)")
-    group.add_argument("--authkey-file", metavar="FILE", help=key_help)
+    group.add_argument("--port", type=port, default=5000, help=f"(default: %(default)s{any_port})")
+    text = f"the key, unless TASK_AUTHKEY is set (default: {DEFAULT_KEY_FILE}{key_hint})"
+    group.add_argument("--authkey-file", metavar="FILE", help=text)
     tls = group.add_mutually_exclusive_group()
     tls.add_argument("--tls", action="store_true", default=None, help="encrypt (default beyond loopback; Python 3.13+)")
     tls.add_argument("--no-tls", dest="tls", action="store_false", help="do not encrypt")
@@ -446,7 +450,7 @@ LEASE_WAIT = 30.0  # seconds that a request for tasks may wait at the master
 ANSWER_LIMIT = 45.0  # seconds to wait for an answer, at least; a request for tasks is answered within LEASE_WAIT
 SETTINGS_LIMIT = 10_000  # characters of an answer that is read as JSON
 REPORT_INTERVAL = 0.3  # seconds between reports while a lease is worked on
-SLOW_TASK = 0.5  # seconds after which the tasks behind a running one are released, or behind a load of the function
+SLOW_TASK = 0.5  # seconds of a task, or of loading the function, after which the tasks behind it are released
 LOAD_BEAT = 1.0  # seconds between beats during a load, since the job may end without this slot
 REMEDIES = {errno.EMFILE: "see ulimit -n", errno.EAGAIN: "see ulimit -u", errno.ENOMEM: "memory is short"}
 START_ATTEMPTS = 3  # of a child that dies before it could run a task
@@ -533,6 +537,13 @@ def check_spec(spec: str) -> str:
     return spec
 
 
+MEMBER = re.compile(r"(?<!\$)\{([A-Za-z_]\w*)\}", re.ASCII)  # as a shell's variables are
+# A here-document (with its quote, its end and the rest of its first line), what is quoted, a variable, braces, or a character.
+split_template = re.compile(
+    r"""(?<!<)<<-?[ \t]*(["'\\]?)(\w+)([^\n]*)\n.*?\n\t*\2\b|\\.|'[^']*'?|"(?:\\.|[^"\\])*"?|\$\{\w+\}|\{\w*\}|.""", re.DOTALL
+).finditer
+
+
 def parse_template(template: str) -> tuple[str, list[str], list[str]]:
     """The script of a --command TEMPLATE, the members of a task that it names, and those that it names in quotes. Raises Failure.
 
@@ -546,21 +557,22 @@ def parse_template(template: str) -> tuple[str, list[str], list[str]]:
     names: list[str] = []
     quoted: list[str] = []
     script = ""
-    for match in re.finditer(r"""\\.|'[^']*'?|"(?:\\.|[^"\\])*"?|\$\{\w+\}|\{\w*\}|.""", template, re.DOTALL):
-        part = match[0]
-        if part[0] in "'\"\\":
+    for match in split_template(template):
+        part, quote, rest = match.group(0, 1, 3)
+        if rest is not None and not (quote or re.search(r"[{}\"'`]", rest) or re.search(r"\$\(|`", part)):
+            names += MEMBER.findall(part)
+            part = MEMBER.sub(r"${TASK__\1}", part).replace("{}", "${TASK}")  # in a here-document quotes mean themselves
+        elif part[0] in "'\"\\" or rest is not None:
             end = match.end()
-            if part[0] == '"' and re.sub(r"\\.", "", part).count("$(") > part.count(")"):
+            if part[0] == '"' and (re.sub(r"\\.", "", part).count("$(") > part.count(")") or part.count("`") % 2):
                 end = template.rfind('"')  # a command follows in these quotes
-            elif re.search(r"(?<!<)<<-?\s*$", script):
-                end = template.find("\n" + part.strip("\"'\\"), end)  # of a here-document, which is quoted, too
             text = template[match.start() : max(end, match.end())]
             if "{}" in text:
                 raise Failure(f'{shown}: {{}} in quotes is not replaced: take the quotes away, or write "$TASK"')
-            quoted += re.findall(r"(?<!\$)\{([A-Za-z_]\w*)\}", text)
+            quoted += MEMBER.findall(text)
         elif part == "{}":
             part = '"$TASK"'
-        elif part[0] == "{" and part[1:-1].isidentifier() and part.isascii():  # as a shell's variables are
+        elif MEMBER.fullmatch(part):
             names.append(part[1:-1])
             part = f'"$TASK__{part[1:-1]}"'
         script += part
@@ -601,7 +613,8 @@ class Command:
         for name in self._names:
             if not isinstance(task, dict) or name not in task:
                 raise ValueError(f"the command wants the member {name} of the task, which it does not have")
-            environment[f"TASK__{name}".encode()] = to_bytes(task[name])
+            member = json.loads(self.text, parse_float=str)[name] if isinstance(task[name], float) else task[name]
+            environment[f"TASK__{name}".encode()] = to_bytes(member)
         for name in self._quoted:
             if isinstance(task, dict) and name in task:  # else it is awk's, say
                 raise ValueError(f"{{{name}}} in quotes is not replaced: take the quotes away, or write {{ {name} }}")
@@ -623,7 +636,8 @@ class Command:
 
 def to_bytes(value: Any) -> bytes:
     """A string as it is, any other value as JSON."""
-    return os.fsencode(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return text.encode("utf-8", "surrogateescape")  # as it came, whatever the locale is
 
 
 def open_output() -> Any:
@@ -692,6 +706,7 @@ def run_child(pipe: Any, memory: Memory, folder: str | None, function: str | Non
         call: Callable[[Any], Any] = Command(command) if command else square
         if function:
             os.environ[LOADING] = "1"
+            multiprocessing.set_start_method(None, force=True)  # which spawn has set: the function may want another one
             call = load_function(function)
             os.environ.pop(LOADING, None)  # the module may have cleared them all
         pipe.send_bytes(b"+" + digest_module(function).encode())
@@ -715,16 +730,17 @@ class Output(io.FileIO):
     def write(self, data: Any) -> int:
         """Write what can be written."""
         with contextlib.suppress(OSError):
-            return super().write(data)
+            write_all(data, self.fileno())
         return len(data)
 
 
 def leave_terminal() -> None:
     """Streams and a session of its own: Ctrl-C in the terminal reaches the parent alone, and a kill takes the whole group."""
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # so that nothing a task starts waits for the terminal
+    at_once = os.isatty(1) or bool(os.environ.get("PYTHONUNBUFFERED"))
     for name, descriptor in (("stdout", 1), ("stderr", 2)):
         stream = io.BufferedWriter(Output(os.dup(descriptor), "w"))
-        setattr(sys, name, io.TextIOWrapper(stream, errors="backslashreplace", line_buffering=descriptor == 2 or os.isatty(1)))
+        setattr(sys, name, io.TextIOWrapper(stream, errors="backslashreplace", line_buffering=descriptor == 2 or at_once))
     if hasattr(os, "setsid"):
         os.setsid()
     for number in STOP_SIGNALS:
@@ -793,7 +809,7 @@ def run_tasks(function: Callable[[Any], Any], lines: list[str], memory: Memory, 
         task_id, _, text = line.partition(" ")
         words[STARTED_AT] = started_at = clock()
         words[POSITION] = position
-        if words[REVOKED]:
+        if words[REVOKED]:  # looked at after the position is written, see `revoke`
             words[POSITION] = position - 1  # so that it does not count as begun
             break
         if command:
@@ -816,7 +832,7 @@ def run_tasks(function: Callable[[Any], Any], lines: list[str], memory: Memory, 
                 pipe.send_bytes(outcome[begin : begin + PIECE])
         if now - started_at > time_limit:
             return False  # it may be killed at any moment, and no other task with it
-        if now - checked_at > STREAM_CHECK or sys.stdout is not stdout or stdout.closed:
+        if now - checked_at > STREAM_CHECK or sys.stdout is not stdout or getattr(stdout, "closed", False):
             checked_at = now
             flush_streams()
             if identify_streams() != streams:
@@ -880,8 +896,11 @@ def share_compiled_code() -> None:
     `multiprocessing` runs the main module again in each child, from its text if it knows nothing but its path.
     """
     path = os.path.realpath(__file__)
+    if __name__ != "__main__":
+        return
+    sys.modules["__main__"].__spec__ = None  # that of `python -m` would have them look for it
     with contextlib.suppress(OSError):
-        if __name__ == "__main__" and not find_shadows(os.path.dirname(path)):
+        if not find_shadows(os.path.dirname(path)):
             sys.path.append(os.path.dirname(path))
             found = importlib.util.find_spec("task_worker")
             if found and found.origin == path:
@@ -927,7 +946,7 @@ class Child:
                 os.close(self._memory.source)  # what is mapped stays
 
     def feed(self, lines: list[str], time_limit: float) -> None:
-        """Hand over tasks, to be run in this order."""
+        """Hand over tasks, to be run in this order; blocks until the child has read most of a long text."""
         self._taken = HEADER
         struct.pack_into("5d", self._memory.bytes, 0, -1, time.perf_counter(), 0, HEADER, time_limit)  # from POSITION on
         with contextlib.suppress(OSError):  # it just died: `receive` finds out
@@ -1060,7 +1079,7 @@ def supervise(leaving: threading.Event) -> None:
         signal.signal(signal.SIGTTOU, signal.SIG_IGN)  # such a group may not write where `stty tostop` is set
         catch_signals(lambda number, frame: None)  # they come through the pipe, so that each comes once
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
-        threading.Thread(target=listen, args=(theirs, leaving), daemon=True).start()
+        threading.Thread(target=watch_pipe, args=(theirs, leaving), daemon=True).start()
         return
     caught: list[int] = []  # `theirs` stays open, so that nothing fails when one comes after the worker's end
 
@@ -1111,7 +1130,7 @@ def drain(leaving: threading.Event) -> None:
     say("draining: finishing what runs, releasing the rest (once more to leave at once)")
 
 
-def listen(descriptor: int, leaving: threading.Event, silence_limit: float | None = None) -> None:
+def watch_pipe(descriptor: int, leaving: threading.Event, silence_limit: float | None = None) -> None:
     """Drain when a signal's number comes from a pipe (0: the other end lives); leave at once when it ends, or is silent."""
     with contextlib.suppress(OSError):
         while (not silence_limit or select.select([descriptor], [], [], silence_limit)[0]) and (number := os.read(descriptor, 1)):
@@ -1137,7 +1156,7 @@ class Link:
     """One connection to the master. OSError, EOFError and AuthenticationError say what went wrong. `close` it when done."""
 
     def __init__(self, address: tuple[str, int], key: bytes, name: str, context: Any = None, limit: float | None = None) -> None:
-        """Connect, and prove to each other that both know the key; blocks for HANDSHAKE_LIMIT seconds at most.
+        """Connect, and prove to each other that both know the key; blocks for HANDSHAKE_LIMIT seconds at most for each of these.
 
         A later call blocks for `limit` seconds (None: for as long as the connection lives).
         """
@@ -1621,6 +1640,7 @@ class Worker:
     def end_job(self, run_id: str, reason: str = "the job is over") -> None:
         """A slot heard that there is nothing more to do here: leave, or with --wait 0 look for the next master."""
         if self._stays:
+            self._state = self._state if run_id == self.finished else "new"  # so that the reason is said once for each job
             self.finished = run_id
             self._change("idle", f"{reason}; waiting for the next master")
         else:
@@ -1674,14 +1694,14 @@ def make_parser() -> Parser:
     text = f"how many at a time (default: the CPUs, {CPUS} here)"
     group.add_argument("--processes", type=count, default=CPUS, metavar="N", help=text)
     group = parser.add_argument_group("where the master is")
-    add_connection_options(group, 1, "its name or address (default: %(default)s)", f"its key (default: {DEFAULT_KEY_FILE})")
+    add_connection_options(group, 1, "its name or address (default: %(default)s)", "")
     seconds = bounded(float, 0, 1e9, "a time: it takes seconds, 0 for ever")
-    text = "to look for it (default: %(default)g; 0: for ever, and after each job)"
+    text = "seconds to look for it (default: %(default)g; 0: for ever, and after each job)"
     group.add_argument("--wait", type=seconds, default=60.0, metavar="S", help=text)
     return parser
 
 
-def find_key(options: argparse.Namespace, leaving: threading.Event) -> bytes:
+def await_key(options: argparse.Namespace, leaving: threading.Event) -> bytes:
     """The key, waited for when the master, which makes it, will be started on this host. Raises Failure."""
     give_up_at = time.monotonic() + (options.wait or math.inf)
     path = os.path.expanduser(DEFAULT_KEY_FILE)
@@ -1690,7 +1710,7 @@ def find_key(options: argparse.Namespace, leaving: threading.Event) -> bytes:
     told = False
     while not leaving.is_set():
         with contextlib.suppress(FileNotFoundError):
-            if is_given or os.stat(path).st_size or not os.path.isfile(path):
+            if is_given or not os.path.isfile(path) or os.stat(path).st_size:
                 return read_key(options.authkey_file)
         if not is_loopback(options.host) or time.monotonic() > give_up_at:
             raise Failure(missing)
@@ -1713,10 +1733,10 @@ def main(argv: list[str] | None = None) -> int:
             catch_signals(lambda number, frame: drain(leaving))
         if "TASK_RUN" in os.environ:  # a master has started this worker, which must not outlive it
             silence_limit = SILENCE_LIMIT if os.environ.get("TASK_HOST") else None  # over ssh, which may not notice the end
-            threading.Thread(target=listen, args=(0, leaving, silence_limit), daemon=True).start()
+            threading.Thread(target=watch_pipe, args=(0, leaving, silence_limit), daemon=True).start()
         share_compiled_code()
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, CPUS // options.processes)))
-        Worker(options, find_key(options, leaving), leaving).run()
+        Worker(options, await_key(options, leaving), leaving).run()
     except Failure as failure:
         say(str(failure))
         return failure.status

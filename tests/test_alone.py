@@ -63,6 +63,14 @@ def test_a_copy_tells_its_version_and_its_options(farm: Farm, name: str) -> None
         assert program.stderr == []
 
 
+def test_a_worker_is_started_as_a_module_though_a_file_there_has_the_name_of_a_standard_one(farm: Farm) -> None:
+    folder = copy_alone(farm, "task_worker.py")
+    (folder / "statistics.csv").write_text("1,2,3\n")
+    master = farm.master("--results", "results.jsonl", "3")
+    worker = farm.run("-S", "-m", "task_worker", "--port", master.port(), cwd=folder)
+    assert (worker.wait(), master.wait()) == (0, 0), worker.stderr
+
+
 @pytest.mark.parametrize("path", ["{folder}/alone/task_master.py", "../alone/task_master.py", "../link"])
 def test_both_files_work_when_they_are_started_from_another_folder(farm: Farm, path: str) -> None:
     folder = copy_alone(farm, "task_master.py", "task_worker.py")

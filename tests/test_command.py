@@ -77,6 +77,9 @@ def test_a_file_name_that_is_not_utf_8_finds_its_file(farm: Farm) -> None:
         ("X=1; echo ${X} ${Y:-{}} {}", None),
         ("cat <<'EOF'\n$TASK\nEOF", "$TASK"),
         ("cat <<EOF\n${TASK}\nEOF", "/a/b c.tar.gz"),
+        ("cat <<EOF\ninput={}\nEOF", "input=/a/b c.tar.gz"),
+        ("cat <<-EOF | tail -1\n\tit's\n\t{}\n\tEOF", "/a/b c.tar.gz"),
+        ("cat <<E - /dev/null; echo {}\nE", "/a/b c.tar.gz"),
         ("echo a{1,2} {file name} {-} {}", None),
         ("cat {} - <<'E' 2>&1 | tail -1\nhere\nE\necho {}", "here\n/a/b c.tar.gz"),
         ('echo "$(echo "a")" {}', "a /a/b c.tar.gz"),
@@ -105,8 +108,16 @@ def test_a_number_arrives_as_it_was_written(farm: Farm) -> None:
     assert [record["result"]["stdout"] for record in farm.in_order()] == ["3.10", "1e5", "-0.0", "12"]
 
 
+def test_a_member_arrives_as_it_was_written_whatever_the_locale_is(farm: Farm) -> None:
+    farm.write("tasks.jsonl", '{"v": 3.10, "name": "\u00fc", "all": [1, "3"]}\n')
+    ascii_only = farm.env(LC_ALL="C", PYTHONCOERCECLOCALE="0", PYTHONUTF8="0")
+    options = ("--workers", 1, "--command", "printf %s {v}/{name}/{all}")
+    assert farm.master("--tasks", "tasks.jsonl", "--results", "results.jsonl", *options, env=ascii_only).wait() == 0
+    assert farm.records()[0]["result"]["stdout"] == '3.10/\u00fc/[1, "3"]'
+
+
 @pytest.mark.parametrize(
-    "template", ['echo {src} "{dst}"', "echo {src} '{dst}'", 'echo "$(echo "{dst}")"', "cat <<'E'\n{dst}\nE"]
+    "template", ['echo {src} "{dst}"', "echo {src} '{dst}'", 'echo "$(echo "{dst}")"', "echo {src}; cat <<'E'\n{dst}\nE"]
 )
 def test_a_task_whose_member_stands_in_quotes_fails_and_says_so(farm: Farm, template: str) -> None:
     for record in run_command(farm, template, [{"src": "a", "dst": "b"}])[0]:
@@ -133,6 +144,9 @@ QUOTED = [
     'echo "$(echo "{}")"',
     "cat <<'E'\n{}\nE",
     "cat <<- \\E\n{}\nE",
+    "cat <<-'E'\n\t{}\n\tE",
+    "cat <<E\n$(echo {})\nE",
+    'echo "`basename "{}"`"',
 ]
 UNPLACED = [
     "#echo",

@@ -109,7 +109,8 @@ def test_a_worker_that_finds_no_master_says_so_when_it_has_waited(farm: Farm) ->
 
 def test_what_is_no_tasks_file_is_named(farm: Farm) -> None:
     check_error(farm.master("--tasks", "missing.jsonl"), 2, r"cannot read the tasks file missing\.jsonl: no such file")
-    check_error(farm.master("--tasks", "."), 2, r"cannot read .*\.: is a directory", alone=False)
+    check_error(farm.master("--tasks", ".", "--results", "new.jsonl"), 2, r"cannot read .*\.: is a directory")
+    assert not (farm.folder / "new.jsonl").exists()
 
 
 def test_what_cannot_be_a_results_file_is_named_with_a_remedy(farm: Farm) -> None:
@@ -122,6 +123,11 @@ def test_what_cannot_be_a_results_file_is_named_with_a_remedy(farm: Farm) -> Non
 @pytest.mark.parametrize(("path", "pattern"), [("", "cannot read the key file"), (os.devnull, "no file")])
 def test_what_cannot_be_a_key_file_is_named(farm: Farm, path: str, pattern: str) -> None:
     check_error(farm.master("--authkey-file", path, "1", env=farm.env(TASK_AUTHKEY=None)), 2, pattern)
+
+
+def test_a_home_that_is_no_folder_is_named(farm: Farm) -> None:
+    env = farm.env(TASK_AUTHKEY=None, HOME=os.devnull)
+    check_error(farm.run(WORKER, "--wait", 0.1, env=env), 2, "cannot read the key file /dev/null/.task_authkey: not a directory")
 
 
 @pytest.mark.parametrize("name", [MASTER, WORKER])

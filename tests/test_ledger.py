@@ -331,7 +331,7 @@ def test_a_slot_gets_its_share_of_the_ready_tasks() -> None:
     enlist(ledger, BERT)
     assert len(lease(ledger, BERT, 40)) == 40 // 2
     assert [len(lease(ledger, BERT, limit)) for limit in (3, 0, -5)] == [3, 1, 1]
-    assert len(lease(ledger, BERT, 12 * task_master.LEASE_FLOOR)) == 12  # more than its share
+    assert len(lease(ledger, BERT, 12 * task_master.LEASE_PART)) == 12  # more than its share
 
 
 def test_a_worker_gets_tasks_singly_until_it_has_had_a_result() -> None:
@@ -665,6 +665,17 @@ def test_submitting_blocks_while_too_much_is_ready(monkeypatch: pytest.MonkeyPat
     check_ends([reader])
     assert answers == [move == "lease"]
     ledger.audit()
+
+
+def test_submitting_blocks_while_too_many_retries_wait_for_their_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(task_master, "READY_LIMIT", 2)
+    ledger = make_ledger(2, retries=1, retry_delay=10.0)
+    for task_id in lease(ledger, ANNA, 2):
+        report(ledger, ANNA, {task_id: ERROR})
+    reader = in_thread(ledger.submit, [(2, "2")])
+    check_blocked(reader)
+    assert lease(ledger, ANNA, 2, 10.0) == [0, 1]
+    check_ends([reader])
 
 
 def test_text_of_tasks_that_were_settled_late_makes_room_again(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -107,7 +107,18 @@ def test_a_service_that_runs_another_function_waits_for_the_next_job(farm: Farm)
     second = farm.run("task_master.py", "--port", first.port(), "--results", "second.jsonl", "2")
     assert second.wait() == 0, second.stderr
     assert [farm.records(f"{name}.jsonl")[0]["result"] for name in ("first", "second")] == ["old 1", "new 2"]
+    farm.run("task_master.py", "--port", first.port(), "--results", "third.jsonl", "--function", "mod:old", "3")
+    service.wait_line("mod:old.*mod:new|mod:new.*mod:old", count=2)
     assert service.is_running()
+
+
+@pytest.mark.parametrize("start", ["top", "function"])
+def test_a_function_may_choose_how_processes_are_started(farm: Farm, start: str) -> None:
+    line = "multiprocessing.set_start_method('spawn')\n"
+    farm.write(
+        "mod.py", f"import multiprocessing\n{line * (start == 'top')}def run(n):\n    {line * (start != 'top')}    return n\n"
+    )
+    farm.run_job("--function", "mod:run", "1")
 
 
 @pytest.mark.parametrize("same", [True, False], ids=["the same text", "another text"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 import subprocess
 from collections.abc import Iterator
@@ -357,6 +358,53 @@ def test_a_process_that_cannot_load_its_function_again_holds_no_tasks(farm: Farm
     assert master.wait() == 1
     assert [worker.wait() for worker in workers] == [0, 0], "also the one that still loads hears that the job is over"
     assert [record["id"] for record in farm.in_order() if "error" in record] == [5]
+
+
+LOGGER = """
+import os, sys
+
+class Logger:
+    def write(self, text):
+        pass
+    def flush(self):
+        pass
+
+sys.stdout = Logger()
+
+def run(task):
+    return os.getpid()
+"""
+
+
+def test_a_module_may_replace_standard_output_by_something_that_can_only_be_written(farm: Farm) -> None:
+    farm.write("mod.py", LOGGER)
+    worker = farm.run_job("--function", "mod:run", *range(20))
+    assert len({record["result"] for record in farm.records()}) == 1
+    assert not worker.said("Traceback")
+
+
+PRINTING = """
+import os, time
+
+def run(task):
+    print("begun", task)
+    if task == 0:
+        time.sleep(1000)
+    os.set_blocking(1, False)
+    print("x" * 1_000_000)
+    return task
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "set_blocking"), reason="needs pipes that do not block")
+def test_what_a_task_prints_is_out_at_once_if_wanted_and_a_pipe_that_does_not_block_hurts_nobody(farm: Farm) -> None:
+    farm.write("mod.py", PRINTING)
+    master = farm.master("--results", "results.jsonl", "--timeout", 1, *range(5))
+    options = ("--function", "mod:run", "--processes", 1)
+    worker = farm.worker(master, *options, env=farm.env(PYTHONUNBUFFERED="1"))
+    worker.wait_line("begun 0", "stdout")
+    assert (master.wait(), worker.wait()) == (1, 0)
+    assert [record["id"] for record in farm.records() if "error" in record] == [0]
 
 
 def test_standard_input_is_empty_for_a_task(poison_farm: Farm) -> None:

@@ -188,7 +188,7 @@ def test_when_nobody_is_connected_the_line_has_the_command_for_a_worker_of_this_
     """So that it can be copied, and is not refused."""
     what = ("--command", "until test -f go; do sleep 0.1; done; echo {}")
     terminal = open_terminal(200, *FILE, *what, 1, 2)
-    shown = r"no worker is connected: python3 task_worker.py --host 127.0.0.1 --port (\d+) "
+    shown = r"no worker is connected: python3 task_worker.py --port (\d+) "
     terminal.wait_text(shown + re.escape(shlex.join(what)) + ", " + BAR + "0 of 2")
     port = re.search(shown, terminal.raw)[1]
     assert port == re.search(r"listening on \S+:(\d+)", terminal.raw)[1]
@@ -207,6 +207,11 @@ def test_when_nobody_is_connected_the_line_has_the_command_for_a_worker_of_this_
 )
 def test_the_command_for_another_host_names_this_one_and_is_visibly_cut(open_terminal: Any, columns: int, shown: str) -> None:
     open_terminal(columns, *FILE, "--host", "0.0.0.0", "--no-tls", "--function", "m.n:f", 1).wait_text(shown)
+
+
+def test_a_command_of_several_lines_is_shown_on_one(open_terminal: Any) -> None:
+    terminal = open_terminal(200, *FILE, "--command", "echo {}\necho done", 1)
+    terminal.wait_text("--command 'echo {} echo done'")
 
 
 def test_the_line_follows_a_terminal_that_becomes_narrower(farm: Farm, open_terminal: Any) -> None:

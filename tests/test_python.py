@@ -35,6 +35,10 @@ def halve(n):
 
 def nest(n):
     return [nest(n - 1)] if n else n
+
+def fill(n):
+    time.sleep(0.001)
+    return "x" * n
 """
 
 
@@ -290,12 +294,26 @@ def test_a_task_that_runs_is_lost_with_the_block(mine: Mine) -> None:
             raise ZeroDivisionError
 
 
-def test_a_farm_whose_tasks_were_abandoned_runs_others_or_says_that_it_does_not(mine: Mine) -> None:
+@pytest.mark.parametrize("count", [2, 20_000])
+def test_a_farm_whose_run_was_left_early_says_that_it_runs_no_other(mine: Mine, count: int) -> None:
+    """Also when all was done by then."""
     with mine.start() as master:
-        for _record in master.run(range(0, 20_000, 2)):
-            break
-        with contextlib.suppress(Failure):
-            assert sorted(record.result for record in master.run([2, 4])) == [1, 2]
+        records = master.run(range(0, 2 * count, 2))
+        next(records)
+        wait_until(lambda: master.ledger.is_over() or count > 2)
+        records.close()
+        with pytest.raises(Failure, match="left early"):
+            next(master.run([2, 4]))
+
+
+def test_large_results_wait_for_a_slow_caller_at_the_workers(mine: Mine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(task_master, "READY_BYTES", 1_000_000)
+    with mine.start(function="mine:fill") as master:
+        records = master.run([100_000] * 300)
+        next(records)
+        time.sleep(1.0)  # time enough for all of them
+        assert master.ledger.done < 250
+        assert len([*records]) == 299
 
 
 def test_a_run_that_ends_early_is_a_failure_that_says_why(mine: Mine) -> None:

@@ -126,6 +126,21 @@ def test_tasks_written_another_way_are_the_same_tasks_and_blank_lines_take_no_id
     check_refused(resume(farm), "task 1 ", '"y"')
 
 
+def test_a_last_record_without_a_line_end_is_kept(farm: Farm) -> None:
+    """As an editor may leave it."""
+    farm.mend()
+    assert run(farm).wait() == 0
+    before = farm.records()
+    farm.results.write_bytes(farm.results.read_bytes().rstrip())
+    farm.write_tasks(range(COUNT + 1))
+    master = run(farm, "--resume", "--ordered")
+    assert master.wait() == 0, master.stderr
+    assert master.said("200 done are kept, 0 failed are repeated, 1 to do$")
+    records = farm.records()
+    check_doubled(records, COUNT + 1)
+    assert [record for record in before if record not in records] == []
+
+
 # ---- torn ends -----------------------------------------------------------------------------------------------------
 
 
@@ -138,7 +153,7 @@ def test_a_file_torn_at_any_byte_of_its_last_line_is_whole_lines_again(farm: Far
     for size in range(begin, len(whole) + 1):
         path.write_bytes(whole[:size])
         ResultsFile(str(path), True).finish(False)
-        assert path.read_bytes() == (whole if size == len(whole) else whole[:begin])
+        assert path.read_bytes() == (whole if size >= len(whole) - 1 else whole[:begin])
 
 
 @pytest.mark.parametrize("ordered", [False, True])

@@ -47,6 +47,10 @@ def start_job(farm: Farm, *options: object) -> tuple[Program, Program]:
     return master, worker
 
 
+def open_text(farm: Farm, text: str) -> Any:
+    return farm.write("input.txt", text).open("rb")
+
+
 def drain(program: Program, number: int = signal.SIGINT) -> None:
     program.signal(number)
     program.wait_line("^task_(master|worker): draining")
@@ -159,6 +163,37 @@ def test_the_printed_command_adds_no_task_to_those_behind_two_dashes(farm: Farm)
     farm.worker(again)
     assert again.wait() == 0
     assert [record["task"] for record in farm.in_order()] == [-5, 3]
+
+
+@pytest.mark.parametrize("resumed", [False, True], ids=["new", "resumed"])
+def test_a_task_that_is_cut_since_a_signal_has_ended_its_writer_too_is_not_run(farm: Farm, resumed: bool) -> None:
+    """As Ctrl-C does in `find | task_master.py`; what was not read yet is no sign of another input."""
+    argv = ("--tasks", "-", "--text", *RESULTS, "--workers", 1, "--function", "functions:same")
+    if resumed:
+        farm.run_job(*argv[:3], function="functions:same", stdin=farm.closing(open_text(farm, "one\ntwo\nthree\n")))
+    master = farm.master(*argv, "--resume", stdin=subprocess.PIPE)
+    master.put("one\n")
+    if not resumed:
+        farm.wait_records(master, 1)
+    master.wait_line("connected")
+    master.put("two\nthr" if not resumed else "tw")
+    master.signal(signal.SIGINT)
+    master.end_input()
+    assert master.wait() == 130, master.stderr
+    assert master.said("draining") and master.said(r"to carry on: .* --tasks - .* \(with the same input\)$")
+    assert {record["task"] for record in farm.records()} <= {"one", "two", "three"}
+    farm.run_job(*argv[:3], "--resume", function="functions:same", stdin=farm.closing(open_text(farm, "one\ntwo\nthree\n")))
+    assert [record["task"] for record in farm.in_order()] == ["one", "two", "three"]
+
+
+def test_a_signal_is_answered_though_the_job_has_come_to_its_last_failure(farm: Farm) -> None:
+    master = farm.master("--max-failures", 1, *RESULTS, 3, "null")
+    start_worker(farm, master, "--processes", 2)
+    farm.wait_started(master, 3)
+    master.wait_line("task 1 failed")
+    drain(master)
+    farm.let_go()
+    assert master.wait() == 1
 
 
 def test_the_demonstration_cannot_be_resumed(farm: Farm) -> None:

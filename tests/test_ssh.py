@@ -7,6 +7,7 @@ is the long form: a host falls asleep, and is noticed with the times that are bu
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import shutil
@@ -14,6 +15,7 @@ import signal
 import socket
 import subprocess
 import sys
+import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -169,6 +171,15 @@ def test_a_package_travels_whole_and_nothing_else_does_and_one_above_20_mib_is_r
     assert master.wait() == 2
     said = f"--function pkg.inner.deep:look: {net.farm.folder}/pkg has more than 20 MiB, too much for --ssh"
     assert master.stderr == [f"task_master: {said}"]
+
+
+def test_a_folder_with_the_name_of_the_module_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "words").mkdir()
+    for name in ("words.py", "words/data"):
+        (tmp_path / name).touch()
+    with zipfile.ZipFile(io.BytesIO(task_master.pack_files("words:count"))) as archive:
+        assert sorted(archive.namelist()) == ["task_worker.py", "words.py"]
 
 
 # ---- hosts that fail: one clear line, and the job goes on with the others --------------------------------------------
