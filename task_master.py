@@ -112,7 +112,6 @@ GAP_LIMIT = 10_000_000  # ids without a record, in a row, that a results file ma
 SYNC_INTERVAL = 0.7  # seconds that records may wait for their fsync; with LOOK_INTERVAL that is less than one
 PROGRESS_INTERVAL = 30.0  # seconds between lines of progress where there is no terminal
 HANGING = 5.0  # seconds that a task must run, and longer than all the rest should take, to be shown first
-SIGNAL_TIME = 0.05  # seconds for a signal to arrive that has ended another program, too
 LOOK_INTERVAL = 0.2  # seconds between looks at signals and the clock
 GOODBYE = 2.0  # seconds for the workers to hear that the job is over
 WORKER_GRACE = 10.0  # seconds for a worker that we have started to leave by itself
@@ -440,6 +439,7 @@ class Ledger:
             for task in retried:
                 delay = self._retry_delay and self._retry_delay * 2 ** (task.failures - 1)
                 task.due_at = now + delay
+                self._ready_bytes += len(task.text)
                 heapq.heappush(self._delayed, (task.due_at, task.id, task))
             self._queue_due(now)
         return last, retried
@@ -544,7 +544,9 @@ class Ledger:
     def _queue_due(self, now: float) -> None:
         """Queue the retries whose delay is over."""
         while self._delayed and self._delayed[0][0] <= now:
-            self._queue([heapq.heappop(self._delayed)[2]])
+            task = heapq.heappop(self._delayed)[2]
+            self._ready_bytes -= len(task.text)
+            self._queue([task])
 
     def _wake_next(self) -> None:
         """Wake one that waits for tasks; it wakes the next if it leaves some. So a thousand do not wake for a few tasks."""
@@ -1139,8 +1141,7 @@ def read_lines(descriptor: int, name: str, end: bytes) -> Iterator[list[bytes]]:
     except OSError as error:
         raise Failure(f"cannot read {name}: {explain_error(error)}") from None
     if not os.path.isfile(descriptor):
-        time.sleep(SIGNAL_TIME)  # what has ended the one who writes may come here, too, and the last line be cut
-        yield []
+        yield []  # what has ended the one who writes may come here, too, and the last line be cut
     if rest:
         yield [bytes(rest)]
 
@@ -1348,8 +1349,8 @@ class ResultsFile:
 def is_torn(line: bytes) -> bool:
     """Whether a last line without its end is a part of a record, or zeros that a power cut has left."""
     try:
-        read_record(line.decode())
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError, StopIteration):  # it is not whole
+        json.loads(line.decode())
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError):  # it is not whole
         return b'{"id":'.startswith(line.lstrip(b"\0 \t\r\n")[:20].replace(b" ", b"")[:6])
     except ValueError:
         pass  # it is whole, and no record
@@ -2222,7 +2223,7 @@ class Job:
         self._log: Callable[[str], None] = (lambda text: None) if options.quiet else say
         self._stopped_by = 0  # signal number
         self._drained = False  # because of it: it came before the job was over
-        self._began_at = self._shown_at = time.monotonic()
+        self._began_at = self._shown_at = self._looked_at = time.monotonic()
         limits = {name: getattr(options, name) for name in [*TYPES, "ssh", "tls", "quiet"]}
         self._master = TaskMaster(authkey=find_key(options.authkey_file), log=self._log, **limits)
         self._results: ResultsFile | None = None
@@ -2275,8 +2276,9 @@ class Job:
     def _read_until_stopped(self) -> Iterator[list[str]]:
         """The tasks until a signal has come, since the last one may be cut if it has ended who writes them, too."""
         for tasks in self._batches:
-            while self._stopped_by and self._master.ledger.phase < Phase.DRAINING:
-                time.sleep(0.01)  # `_look` is about to drain
+            since = time.monotonic()
+            while (self._stopped_by or not tasks) and self._looked_at < since and self._master.ledger.phase <= Phase.ENDED:
+                time.sleep(0.01)  # for the main thread, which takes the signals
             if self._master.ledger.phase > Phase.ENDED:
                 break
             yield tasks
@@ -2286,6 +2288,7 @@ class Job:
             self._drained = True
             self._master.ledger.end(Phase.DRAINING)
             say("draining: waiting for the tasks that run (once more to leave at once)")
+        self._looked_at = time.monotonic()
         if self._results:
             try:
                 self._results.sync()
@@ -2348,7 +2351,7 @@ class Job:
         if not self._results or not self._results.regular or not (self._options.task or self._options.tasks):
             return "what is not done is not remembered: use --tasks FILE and --results FILE to be able to resume"
         argv = [sys.executable, self._argv[0], *["--resume"] * (not self._options.resume), *self._argv[1:]]
-        same = " (with the same input)" if self._options.tasks == "-" else ""
+        same = " (with the same input)" if self._options.tasks and not os.path.isfile(self._options.tasks) else ""
         return f"to carry on: {shlex.join(argv)}{same}"
 
     def _conclude(self) -> int:

@@ -538,9 +538,11 @@ def check_spec(spec: str) -> str:
 
 
 MEMBER = re.compile(r"(?<!\$)\{([A-Za-z_]\w*)\}", re.ASCII)  # as a shell's variables are
-# A here-document (with its quote, its end and the rest of its first line), what is quoted, a variable, braces, or a character.
+# A here-document (its begin with quote and end word, the rest of that line, its body), what is quoted, braces, or a character.
 split_template = re.compile(
-    r"""(?<!<)<<-?[ \t]*(["'\\]?)(\w+)([^\n]*)\n.*?\n\t*\2\b|\\.|'[^']*'?|"(?:\\.|[^"\\])*"?|\$\{\w+\}|\{\w*\}|.""", re.DOTALL
+    r"""((?<!<)<<-?[ \t]*(["'\\]?)(\w+)\b(?![ \t]*\))["']?)([^\n]*)(\n(?:.*?\n)??\t*\3$)|"""
+    r"""\\.|'[^']*'?|"(?:\\.|[^"\\])*"?|\$\{\w+\}|\{\w*\}|.""",
+    re.DOTALL | re.MULTILINE,
 ).finditer
 
 
@@ -556,26 +558,35 @@ def parse_template(template: str) -> tuple[str, list[str], list[str]]:
         raise Failure(f"{shown!r}: it has a zero byte, which no command can have: take it out")
     names: list[str] = []
     quoted: list[str] = []
-    script = ""
-    for match in split_template(template):
-        part, quote, rest = match.group(0, 1, 3)
-        if rest is not None and not (quote or re.search(r"[{}\"'`]", rest) or re.search(r"\$\(|`", part)):
-            names += MEMBER.findall(part)
-            part = MEMBER.sub(r"${TASK__\1}", part).replace("{}", "${TASK}")  # in a here-document quotes mean themselves
-        elif part[0] in "'\"\\" or rest is not None:
-            end = match.end()
-            if part[0] == '"' and (re.sub(r"\\.", "", part).count("$(") > part.count(")") or part.count("`") % 2):
-                end = template.rfind('"')  # a command follows in these quotes
-            text = template[match.start() : max(end, match.end())]
-            if "{}" in text:
-                raise Failure(f'{shown}: {{}} in quotes is not replaced: take the quotes away, or write "$TASK"')
-            quoted += MEMBER.findall(text)
-        elif part == "{}":
-            part = '"$TASK"'
+
+    def convert(text: str) -> str:
+        return "".join([convert_part(match, text) for match in split_template(text)])
+
+    def convert_part(match: re.Match[str], text: str) -> str:
+        part, begin, quote, _, rest, body = match.group(0, 1, 2, 3, 4, 5)
+        if begin and not (quote or re.search(r"\$\(|`", body)):  # a here-document, in which quotes mean themselves
+            names.extend(MEMBER.findall(body))
+            return begin + convert(rest) + MEMBER.sub(r"${TASK__\1}", body).replace("{}", "${TASK}")
+        if begin:
+            return begin + convert(rest) + keep(body)
+        if part[0] in "'\"\\":
+            end, plain = match.end(), re.sub(r"\\.", "", part)
+            if part[0] == '"' and (plain.count("$(") > part.count(")") or plain.count("`") % 2):
+                end = text.rfind('"')  # a command follows in these quotes
+            keep(text[match.start() : max(end, match.end())])
         elif MEMBER.fullmatch(part):
             names.append(part[1:-1])
-            part = f'"$TASK__{part[1:-1]}"'
-        script += part
+            return f'"$TASK__{part[1:-1]}"'
+        return '"$TASK"' if part == "{}" else part
+
+    def keep(text: str) -> str:
+        """Text in quotes, where nothing is replaced."""
+        if "{}" in text:
+            raise Failure(f'{shown}: {{}} in quotes is not replaced: take the quotes away, or write "$TASK"')
+        quoted.extend(MEMBER.findall(text))
+        return text
+
+    script = convert(template)
     if re.search(r"\bTASK(\b|_)", script):
         return script, names, quoted
     if set(template) & set("|;&<>\n") or re.search(r"(^|\s)#", template) or not template.strip():

@@ -667,8 +667,9 @@ def test_submitting_blocks_while_too_much_is_ready(monkeypatch: pytest.MonkeyPat
     ledger.audit()
 
 
-def test_submitting_blocks_while_too_many_retries_wait_for_their_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(task_master, "READY_LIMIT", 2)
+@pytest.mark.parametrize("limit", ["READY_LIMIT", "READY_BYTES"])
+def test_submitting_blocks_while_too_many_retries_wait_for_their_time(monkeypatch: pytest.MonkeyPatch, limit: str) -> None:
+    monkeypatch.setattr(task_master, limit, 2)
     ledger = make_ledger(2, retries=1, retry_delay=10.0)
     for task_id in lease(ledger, ANNA, 2):
         report(ledger, ANNA, {task_id: ERROR})

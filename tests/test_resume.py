@@ -144,7 +144,7 @@ def test_a_last_record_without_a_line_end_is_kept(farm: Farm) -> None:
 # ---- torn ends -----------------------------------------------------------------------------------------------------
 
 
-LINE = '{"id": %d, "task": "\\u00fc \\ud83d", "result": [%d], "seconds": 0.1, "worker": "host/1", "attempts": 1}\n'
+LINE = '{"id": %d, "task": "\\u00fc \\ud83d", "result": {"n": [%d]}, "seconds": 0.1, "worker": "host/1", "attempts": 1}\n'
 
 
 def test_a_file_torn_at_any_byte_of_its_last_line_is_whole_lines_again(farm: Farm) -> None:
