@@ -1563,6 +1563,7 @@ class SshWorker(LocalWorker):
         super().__init__(master, arguments + [f"--processes={processes}"] * bool(processes), host)
         self._python, self._files = python or "python3", files
         self._pause = 1.0  # seconds before the last attempt
+        self._known = False  # whether a worker has run there
         self._said: list[str] | None = None  # by ssh, and by the host's shell; None when the worker runs
 
     def end(self) -> None:
@@ -1584,7 +1585,8 @@ class SshWorker(LocalWorker):
         elif allocated := re.match(rf"Allocated port (\d+) for remote forward to .*:{self._master.address[1]}$", text):
             threading.Thread(target=self._feed, args=(process, allocated[1]), daemon=True).start()
         elif started := re.search(r"task_worker (\d+) started$", text):
-            self._said, self._pause, self.name = None, 1.0, f"{self.host}/{started[1]}"
+            self._said, self._pause, self._known = None, 1.0, True
+            self.name = f"{self.host}/{started[1]}"
         elif text:
             self._said.append(text.removeprefix("ssh: "))
 
@@ -1603,6 +1605,8 @@ class SshWorker(LocalWorker):
         """Not if the next attempt would end so, too. The reason is told in the words of ssh or of the host's shell."""
         before, fatal = self.reason, [*filter(find_hopeless, self._said or [])]
         hopeless = status in HOPELESS or bool(fatal)
+        if self._known and "Could not resolve" in "".join(fatal):  # any more: so it is the network that has failed
+            hopeless = False
         if self._said is None:
             lost = status in (255, -9)  # of ssh
             self.reason = "the connection was lost" if lost else f"its worker ended with exit status {status}, see above"
@@ -1888,7 +1892,7 @@ class TaskMaster:
         if problem:
             self._refuse(peer.host, problem)
             return problem
-        self.ledger.enlist(peer, peer.name, peer.moved_at)
+        self.ledger.enlist(peer, str(statement.get("id", peer.name)), peer.moved_at)
         if first:
             self._log(f"worker {peer.name} connected")
             if digest not in ("", statement.get("digest")):

@@ -168,7 +168,8 @@ class PlainConnection:
     def close(self) -> None:
         """Close the socket; a thread that reads or writes there gets an EOFError."""
         with contextlib.suppress(OSError):
-            self.sock.shutdown(socket.SHUT_RDWR)  # wakes a thread that reads; close alone would not
+            # Wakes a thread that reads; close alone would not. That of TLS would let one that writes go on without.
+            socket.socket.shutdown(self.sock, socket.SHUT_RDWR)
         self.sock.close()
 
     def send_bytes(self, *messages: bytes) -> None:
@@ -178,7 +179,7 @@ class PlainConnection:
             while view:
                 view = view[self.sock.send(view[: 1 << 20]) :]  # since TLS has one time limit for all that it is given
         except OSError as error:
-            raise EOFError(str(error)) from error
+            raise EOFError(explain_error(error)) from error
 
     def recv_bytes(self, maxlength: int = MESSAGE_LIMIT) -> bytes:
         """The next message; blocks until it is there, EOFError when the peer is silent for too long."""
@@ -205,7 +206,7 @@ class PlainConnection:
                     self.sock.settimeout(max(0.001, self.deadline - time.monotonic()))
                 data = self.sock.recv(max(1 << 16, min(missing, 1 << 20)))
             except OSError as error:
-                raise EOFError(str(error)) from error
+                raise EOFError(explain_error(error)) from error
             if not data:
                 raise EOFError("the peer closed the connection")
             self._buffer += data
@@ -791,18 +792,24 @@ class Memory:
 
     def __init__(self, source: Any = None) -> None:
         """Make it, or open in the child what came with its start. Raises OSError."""
-        if hasattr(os, "memfd_create"):
-            self.source = source.detach() if source else os.memfd_create("task_worker")
+        self.source = source.detach() if hasattr(source, "detach") else source or make_memory()
+        if isinstance(self.source, int):
             os.ftruncate(self.source, MEMORY_SIZE)
             self.bytes: Any = mmap.mmap(self.source, MEMORY_SIZE)
         else:
-            self.source = source or Child.context.RawArray("b", MEMORY_SIZE)
             self.bytes = memoryview(self.source).cast("B")
         self.words = memoryview(self.bytes)[:HEADER].cast("d")
 
     def __reduce__(self) -> Any:
         """For the start of the child, which inherits the descriptor."""
         return Memory, (reduction.DupFd(self.source) if isinstance(self.source, int) else self.source,)
+
+
+def make_memory() -> Any:
+    """A memfd, or an array in a temporary file where there is none, or where it is forbidden, as in some containers."""
+    with contextlib.suppress(AttributeError, OSError):
+        return os.memfd_create("task_worker")
+    return Child.context.RawArray("b", MEMORY_SIZE)
 
 
 def run_tasks(function: Callable[[Any], Any], lines: list[str], memory: Memory, pipe: Any, streams: Any) -> bool:
@@ -1014,8 +1021,8 @@ class Child:
             self._process.kill()  # first, so that it does not see its command die
             os.killpg(pid, signal.SIGKILL)
 
-    def stop(self) -> None:
-        """Let the child leave for EXIT_GRACE seconds, then kill it; and kill all that it has started and left."""
+    def stop(self, sweep: bool = True) -> None:
+        """Let the child leave for EXIT_GRACE seconds, then kill it; with `sweep` kill all that it has started and left, too."""
         self._pipe.close()
         give_up_at = time.monotonic() + EXIT_GRACE
         while self._process.is_alive() and time.monotonic() < give_up_at:
@@ -1023,7 +1030,8 @@ class Child:
             time.sleep(0.001)
         self.kill()
         self._process.join()
-        kill_started(self._mark)
+        if sweep:
+            kill_started(self._mark)
         while self.killing_all:  # this process is about to end: what becomes of its children is no outcome
             time.sleep(EXIT_GRACE)
 
@@ -1038,7 +1046,7 @@ def find_started(mark: str, root: int | None) -> set[int]:
     """What was started under a mark, or by the process `root`, with all that these have started; nothing without /proc."""
     parents: dict[int, int] = {}
     found = set()
-    for name in filter(str.isdigit, os.listdir("/proc") if sys.platform == "linux" else ()):
+    for name in filter(str.isdigit, os.listdir("/proc") if sys.platform == "linux" and os.path.exists("/proc/self") else ()):
         with contextlib.suppress(FileNotFoundError, ProcessLookupError, PermissionError):  # it has ended, or is another user's
             state, parent = read_file(f"/proc/{name}/stat").rpartition(b")")[2].split()[:2]
             if state != b"Z":
@@ -1106,7 +1114,9 @@ def supervise(leaving: threading.Event) -> None:
     def pause(_number: int, _frame: object) -> None:
         with contextlib.suppress(OSError):
             os.kill(worker, signal.SIGSTOP)
-            os.kill(os.getpid(), signal.SIGSTOP)  # here it waits to be continued
+            signal.signal(signal.SIGTSTP, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGTSTP)  # here it waits to be continued; but not where no shell could do that
+            signal.signal(signal.SIGTSTP, pause)
             os.kill(worker, signal.SIGCONT)
 
     catch_signals(pass_on)
@@ -1117,6 +1127,8 @@ def supervise(leaving: threading.Event) -> None:
     while pid != worker:
         pid, status = os.wait()
     code = os.waitstatus_to_exitcode(status)
+    if code < 0:
+        say(f"the worker was {explain_exit(code)}")
     leave_at_once(code if code >= 0 else 128 - code)
 
 
@@ -1315,7 +1327,7 @@ class Slot(threading.Thread):
 
     def _stop_child(self) -> None:
         if self._child:
-            self._child.stop()
+            self._child.stop(sweep=not self._worker.over)  # then the supervisor sweeps once, for all of many slots
             self._child = None
 
     def is_busy(self) -> bool:
@@ -1359,7 +1371,7 @@ class Slot(threading.Thread):
             self._stop_child()  # it was too late for the last job
         if self._child is None:
             self._start_child()
-        statement = {**self._worker.statement, "digest": self._digest}
+        statement = {**self._worker.statement, "digest": self._digest, "id": WORKER_MARK}  # names repeat, as in containers
         self._tell()  # awaits the answer to a report of the meantime
         settings = link.call(pack(f"{TASKS} join {PROTOCOL}", json.dumps(statement)))
         joined = self._worker.accept(settings)
@@ -1479,6 +1491,8 @@ class Slot(threading.Thread):
                         raise Failure(f"a process ended before it could run a task: {death}") from None
         finally:
             self._release_rest()
+            if not self._link:  # a result is worth more than one attempt to report it
+                self._worker.served_at = time.monotonic()
         spent = time.monotonic() - begun_at
         wanted = max(LEASE_SECONDS, self._link.round_trip / ROUND_TRIP_SHARE if self._link else 0.0)
         return max(1, int(min(MAX_LEASE_SECONDS, wanted) * leased / max(spent, 1e-6)))
@@ -1565,6 +1579,7 @@ class Worker:
         self._state = ""  # then "new", "connected", "waiting" or, after a job, "idle"
         self.served_at = time.monotonic()  # when the master last answered, or was first missed
         self.finished = ""  # id of the last run that is over
+        self.over = False  # whether there is no job any more, nor will be
         self._failure: Failure | None = None
         self._slots = [Slot(self) for _ in range(options.processes)]
         self._slots_left = options.processes
@@ -1655,6 +1670,7 @@ class Worker:
             self.finished = run_id
             self._change("idle", f"{reason}; waiting for the next master")
         else:
+            self.over = True
             self.leaving.set()
 
     def lose_slot(self, error: OSError) -> None:

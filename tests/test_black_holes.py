@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
-from lab import Farm, Program, check_once
+from lab import JOIN, TASKS, Farm, Program, check_once, make_outcome
+
+from task_worker import PROTOCOL
 
 FUNCTIONS = """
 import os, time
@@ -43,6 +47,20 @@ def test_a_host_that_fails_at_once_does_not_eat_the_queue(farm: Farm, retries: i
     assert count_failed(farm, 2000) <= (30 if retries == 0 else 0)
     (said,) = master.said("fails all its tasks")
     assert "bad/" in said and "FileNotFoundError: /mnt/data/" in said
+
+
+def test_workers_that_have_one_name_are_told_apart(farm: Farm) -> None:
+    """As in containers, where each may be process 1 of a host of that name."""
+    master = farm.master("--tasks", farm.write_tasks(range(200)), "--results", "results.jsonl")
+    bad, good = farm.peer(master), farm.peer(master)
+    for peer in (bad, good):
+        statement = json.dumps({"function": None, "command": None, "id": str(id(peer))})
+        run_id = peer.call(TASKS, JOIN, PROTOCOL, statement)["run"]
+    error = make_outcome('{"type": "OSError", "message": "no mount", "traceback": ""}', "error")
+    for peer, outcomes in ((bad, [error] * 10), (good, [make_outcome("1")])):
+        for outcome in outcomes:
+            peer.report(run_id, f"{peer.lease_ids()[0]} {outcome}")
+    assert [len(peer.lease(5)) for peer in (bad, good)] == [1, 5]
 
 
 def test_tasks_that_fail_everywhere_cast_no_doubt_on_anybody(farm: Farm) -> None:

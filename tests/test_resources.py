@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 from lab import ROOT, Farm, Program, check_doubled, check_once, check_silence, descendants_of
 
+import task_worker
+
 resource = pytest.importorskip("resource")
 
 TASKS = 60
@@ -145,6 +147,18 @@ def may_mount() -> bool:
     with contextlib.suppress(FileNotFoundError):
         return subprocess.run(command, capture_output=True, check=False).returncode == 0
     return False
+
+
+@pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="there is no memfd that could be forbidden")
+def test_a_process_needs_no_memfd_where_that_is_forbidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    def forbid(name: str) -> int:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "memfd_create", forbid)
+    memory = task_worker.Memory()
+    memory.bytes[task_worker.MEMORY_SIZE - 1] = 7
+    memory.words[1] = 2.5
+    assert memory.words[1] == 2.5
 
 
 @pytest.mark.parametrize("place", PLACES)

@@ -7,6 +7,7 @@ import re
 import shlex
 import signal
 import subprocess
+import sys
 from typing import Any
 
 import psutil
@@ -355,6 +356,20 @@ if __name__ == "__main__":
     time.sleep(float(sys.argv[1]))
     task_worker.leave_at_once(7)
 """
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a worker is one process")
+def test_a_stop_from_the_keyboard_is_none_where_no_shell_could_continue(farm: Farm) -> None:
+    """The worker leads a session, as over `ssh -t`; and what has killed its inner process is said."""
+    master = farm.master("--tasks", "-", *RESULTS, stdin=subprocess.PIPE)
+    worker = start_worker(farm, master)
+    master.wait_line("worker .* connected")
+    worker.signal(signal.SIGTSTP)
+    master.put("1\n")
+    farm.wait_records(master, 1)
+    psutil.Process(worker.pid).children()[0].kill()
+    assert worker.wait() == 137
+    assert worker.said("the worker was killed by signal 9")
 
 
 def test_to_leave_while_a_process_starts_gives_no_traceback(farm: Farm) -> None:

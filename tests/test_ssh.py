@@ -34,6 +34,7 @@ from lab import (
     find_pythons,
     is_alive,
     make_patched,
+    make_script,
     needs_sshd,
     tls_python,
     wait_until,
@@ -278,6 +279,23 @@ def test_a_host_that_is_down_is_tried_until_it_is_up(net: SshNet) -> None:
     assert master.wait() == 0
     assert len(master.said("refused")) == 1
     host.check_clean()
+
+
+def test_a_name_that_was_known_and_is_not_any_more_is_tried_again(net: SshNet) -> None:
+    host, farm = net.host("host1"), net.farm
+    ssh = farm.folder / "bin" / "ssh"
+    unknown = "ssh: Could not resolve hostname host1: Name or service not known"
+    _, _, rest = ssh.read_text().partition("\n")
+    make_script(ssh, f'[ ! -e gone ] || {{ echo "{unknown}" >&2; exit 255; }}\n{rest}')
+    options = ("--port", 0, *on("1/host1"), "--function", "functions:stay")
+    master = farm.run("task_master.py", *options, 1, env=net.env())
+    master.wait_line("host1: it runs")
+    (farm.folder / "gone").touch()
+    for session in host.sessions():
+        session.kill()
+    master.wait_line("host1: Could not resolve hostname.*; trying again")
+    (farm.folder / "gone").unlink()
+    master.wait_line("host1: it runs", count=2)
 
 
 @pytest.mark.early
