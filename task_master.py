@@ -517,8 +517,6 @@ class Ledger:
 
     def _move(self, tasks: list[Task], state: str, holder: object = None) -> None:
         """The one gate: all tasks move, or none. A task has a holder exactly while it is LEASED."""
-        if not tasks:
-            return
         for old in {task.state for task in tasks}:
             if (old, state) not in MOVES:
                 raise IllegalMove(f"from {old} to {state}")
