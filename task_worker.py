@@ -1186,7 +1186,6 @@ class Link:
         self._connection = PlainConnection(socket.create_connection(address, HANDSHAKE_LIMIT))
         self.answered_at = 0.0  # the time of the last answer
         self._answer_limit: float | None = HANDSHAKE_LIMIT
-        self._waits = False  # whether the last call may have to wait for others at the master
         self.close, self.has_answer = self._connection.close, self._connection.has_data
         try:
             if context:
@@ -1221,10 +1220,8 @@ class Link:
             self._connection.sock.settimeout(None if patient else self._answer_limit)
         except OSError as error:  # it is closed, since a call before this one was its end
             raise EOFError(str(error)) from error
-        waits = patient and len(calls[0]) > LARGE_CALL
-        if waits != self._waits:  # Linux would end a connection whose peer takes no byte for so long, though it lives
-            self._connection.set_option("TCP_USER_TIMEOUT", 0 if waits else int(SILENCE_LIMIT * 1000))
-            self._waits = waits
+        waits = patient and len(calls[0]) > LARGE_CALL  # then Linux would end a connection whose peer lives and takes no byte
+        self._connection.set_option("TCP_USER_TIMEOUT", 0 if waits else int(SILENCE_LIMIT * 1000))
         self._connection.send_bytes(*calls)
 
     def receive(self) -> Any:
