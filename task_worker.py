@@ -385,11 +385,8 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
 
     def error(self, message: str) -> NoReturn:
-        hint = (
-            "a TASK that begins with - goes behind --"
-            if re.search(r"arguments: -[0-9.]|-0/--null", message)
-            else "--help tells more"
-        )
+        is_task = re.search(r"arguments: -[0-9.]|-0/--null", message)
+        hint = "a TASK that begins with - goes behind --" if is_task else "--help tells more"
         self.exit(2, f"{self.prog}: {message} ({hint})\n")
 
 
