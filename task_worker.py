@@ -1285,6 +1285,7 @@ class Slot(threading.Thread):
         Raises EOFError when the connection is lost meanwhile, or the job is over. What was leased does not wait for a long load.
         """
         linked, begun_at = self._link is not None, time.monotonic()
+        before = self._digest if self._started_after == self._worker.finished else ""  # of the same job
         for _ in range(START_ATTEMPTS):
             self._started_after, self._left = self._worker.finished, self._worker.tasks_per_process
             self._child = child = Child(self._worker)
@@ -1308,16 +1309,11 @@ class Slot(threading.Thread):
             if answer == b"!":
                 raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
             self._digest = answer[1:].decode()
+            if before and self._digest not in (before, self._worker.edited) and not self._worker.quiet:
+                self._worker.edited = self._digest
+                say("the function's module was edited: a process that starts from now on runs the new text")
             return child
         raise Failure(f"a process ended before it could run a task: {death}")
-
-    def _replace_child(self) -> None:
-        """Start another child during a job, and say so if the function's module has another text by now."""
-        before = self._digest
-        self._start_child()
-        if self._digest not in (before, self._worker.edited) and not self._worker.quiet:
-            self._worker.edited = self._digest
-            say("the function's module was edited: a process that starts from now on runs the new text")
 
     def _stop_child(self) -> None:
         if self._child:
@@ -1474,7 +1470,7 @@ class Slot(threading.Thread):
             while self._done < len(self._fed) and self._link and not self._worker.leaving.is_set():
                 self._fed, self._done = self._fed[self._done :], 0
                 if not self._child:
-                    self._replace_child()
+                    self._start_child()
                     continue
                 try:
                     self._run(self._child)
