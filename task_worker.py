@@ -1257,7 +1257,7 @@ class Slot(threading.Thread):
         self._done = 0  # how many of those have an outcome
         self._outcomes: list[str] = []  # that are not acknowledged: a line of ids, and a line for each of them
         self._sent = False  # whether the first of these was sent, and no answer awaited
-        self._reported_at = self._busy_from = 0.0
+        self._busy_from = 0.0  # when the lease came, or something was reported last
 
     def run(self) -> None:
         """Serve until the job is over, the worker drains, or something ends it; the worker is told which."""
@@ -1402,7 +1402,6 @@ class Slot(threading.Thread):
     def _send_report(self, *calls: bytes) -> None:
         """Send the first outcomes, with calls behind them. The answer, awaited before the next call, says they are recorded."""
         busy, self._busy_from = time.monotonic() - self._busy_from, time.monotonic()
-        self._reported_at = self._busy_from
         try:
             if self._link:
                 report = pack(f"{RESULTS} report {self._run_id} {busy:.6f}", self._outcomes[0])
@@ -1430,7 +1429,7 @@ class Slot(threading.Thread):
         if self._is_owed():
             return
         self._tell()
-        if self._outcomes and now - self._reported_at > REPORT_INTERVAL:
+        if self._outcomes and now - self._busy_from > REPORT_INTERVAL:
             self._send_report()
         elif (link := self._link) and now - link.answered_at > beat_interval:
             over = self._tell(pack(f"{TASKS} beat"))
