@@ -1344,13 +1344,10 @@ class Slot(threading.Thread):
             self._lose_link(error)
         finally:
             self._report()
-            self._leave()  # before the child has ended, since the master waits for that
+            if self._link:
+                self._link.close()  # before the child has ended, since the master waits for that
         if self._started_after != self._worker.finished:
             self._stop_child()  # the next job begins with a fresh one
-
-    def _leave(self) -> None:
-        if self._link:
-            self._link.close()
 
     def _join(self, link: Link) -> bool:
         """State what we run. Returns whether to work for this master; if not, waits a little."""
@@ -1453,7 +1450,8 @@ class Slot(threading.Thread):
         return answer
 
     def _lose_link(self, error: EOFError) -> None:
-        self._leave()
+        if self._link:
+            self._link.close()
         self._link, self._sent = None, False
         self._worker.miss(error)
 
