@@ -1510,9 +1510,7 @@ class Slot(threading.Thread):
 
     def _collect(self, child: Child, message: bytes = b"") -> None:
         """Keep the outcomes that the child has written into the memory, or sent, if it does not fit there."""
-        lines = child.take_outcomes()
-        if len(message) > 1:
-            lines += message.decode()
+        lines = child.take_outcomes() + (message.decode() if len(message) > 1 else "")
         if lines:
             self._keep(lines[:-1])
 
