@@ -308,8 +308,6 @@ def explain_exit(status: int) -> str:
 
 
 STOP_SIGNALS = {getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)}
-
-
 TERMINALS = [descriptor for descriptor in range(3) if os.isatty(descriptor)]
 CLOSED: set[int] = set()  # SIGHUP, when it has come since these were closed
 
@@ -333,7 +331,6 @@ def catch_signals(handler: Callable[[int, Any], None]) -> None:
 
 
 # ---- key -----------------------------------------------------------------------------------------------------------
-
 
 GIVEN_KEYS: list[bytes] = []  # the last TASK_AUTHKEY, for a program that makes several TaskMasters
 
