@@ -1320,9 +1320,8 @@ class ResultsFile:
                 os.chown(path, status.st_uid, status.st_gid)
             os.chmod(path, stat.S_IMODE(status.st_mode))
             os.replace(path, self.path)
-        except BaseException:
+        finally:
             self.discard()
-            raise
 
     def _choose_lines(self, file: BinaryIO, ordered: bool) -> Iterator[bytes]:
         """The last record of each task, in the order of the ids if wanted."""
