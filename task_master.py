@@ -481,9 +481,8 @@ class Ledger:
     def close_gate(self, closed: bool) -> None:
         """Lease nothing while whoever takes the records cannot take more."""
         with self._lock:
-            if closed != self._gate_closed:
-                self._gate_closed = closed
-                self._wake_next()
+            self._gate_closed = closed
+            self._wake_next()
 
     def first_held(self) -> dict[object, int]:
         """By holder: the id of the task that it has leased first, of those that it holds."""
