@@ -965,28 +965,22 @@ class Child:
             self._pipe.send_bytes("\n".join(lines).encode("utf-8", "replace"))
 
     def receive(self, timeout: float) -> bytes | None:
-        """The next message, or None when there was none for `timeout` seconds. Raises ChildDied."""
-        message = self._read(timeout)
-        if message is None and self._process.is_alive():
-            return None  # asked, since a process that it started may keep the pipe open
-        message = message or self._read(0)  # what it said before it died counts
-        if message:
-            return message
-        seconds = self.running_for()
-        self.stop()
-        raise ChildDied(self._process.exitcode or 0, seconds)
-
-    def _read(self, timeout: float) -> bytes | None:
-        """The next message, or None when `timeout` seconds pass before the next piece of it, or the pipe has an end."""
+        """The next message, or None when no piece of it came for `timeout` seconds, or the pipe has ended. Raises ChildDied."""
+        # Asked, since a process that it started may keep the pipe open; and first, since what it said before it died counts.
+        alive = self._process.is_alive()
         try:
-            while self._poll(timeout):
+            while self._poll(timeout if alive else 0):
                 self._pieces.append(self._pipe.recv_bytes())
                 if len(self._pieces[-1]) < PIECE or self._pieces[-1].endswith(b"\n"):
                     message, self._pieces = b"".join(self._pieces), []
                     return message
         except (EOFError, OSError):
             time.sleep(min(timeout, 0.01))  # the child has ended, or closed its end and goes on
-        return None
+        if alive:
+            return None
+        seconds = self.running_for()
+        self.stop()
+        raise ChildDied(self._process.exitcode or 0, seconds)
 
     def take_outcomes(self) -> str:
         """The outcomes that came since the last call, each with its line end."""
