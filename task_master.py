@@ -967,8 +967,6 @@ class QueueServer(managers.Server):
             if self._master.context:
                 conn.secure(self._master.context, server_side=True)
             super().handle_request(conn)
-        except (SystemExit, EOFError):
-            pass
         except OSError as error:
             conn.problem = explain_tls(error)
         finally:
