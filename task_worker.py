@@ -888,17 +888,14 @@ def describe_error(error: BaseException, **more: Any) -> str:
     """An exception as the member `"error"` of a record; its own `__str__` may be broken."""
     import traceback
 
-    try:
+    message, trace = "(its __str__ raises)", ""
+    with contextlib.suppress(BaseException):
         message = str(error)
-    except BaseException:
-        message = "(its __str__ raises)"
     if isinstance(error, CommandFailed):
         return format_error("CommandFailed", message, **error.members)
     frames = error.__traceback__ and error.__traceback__.tb_next  # the first one is ours
-    try:
+    with contextlib.suppress(BaseException):
         trace = "".join(traceback.format_exception(type(error), error, frames))
-    except BaseException:
-        trace = ""
     return format_error(type(error).__name__, message, trace, **more)
 
 
