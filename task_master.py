@@ -2107,10 +2107,9 @@ def find_key(path: str | None = None) -> bytes:
     try:
         with open(made, "x", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
             file.write(os.urandom(32).hex() + "\n")
-        os.link(made, path)  # whole or not at all
-        say(f"made the key file {path}: workers on other hosts need a copy")
-    except FileExistsError:
-        pass  # another master was faster
+        with contextlib.suppress(FileExistsError):  # another master was faster
+            os.link(made, path)  # whole or not at all
+            say(f"made the key file {path}: workers on other hosts need a copy")
     except OSError as error:
         raise Failure(f"cannot make the key file {path}: {explain_error(error)} (or name one with --authkey-file)") from None
     finally:
