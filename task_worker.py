@@ -1170,7 +1170,7 @@ class Link:
         """
         self._connection = PlainConnection(socket.create_connection(address, HANDSHAKE_LIMIT))
         self.answered_at = 0.0  # the time of the last answer
-        self._answer_limit: float | None = HANDSHAKE_LIMIT
+        self._answer_limit = limit
         self.close, self.has_answer = self._connection.close, self._connection.has_data
         try:
             if context:
@@ -1189,7 +1189,6 @@ class Link:
                 raise EOFError(f"it took the connection and says nothing{hint}") from None
             raise
         self._connection.end_handshake(limit)
-        self._answer_limit = limit
 
     def call(self, message: bytes) -> Any:
         """Make a call, and return what it does; blocks meanwhile."""
