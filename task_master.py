@@ -1794,7 +1794,6 @@ class TaskMaster:
             raise Failure("this farm is not open: use `with TaskMaster(...) as master:`, or call start()")
         if self._running:
             raise Failure("a run is under way: let the loop over its records end first, or make another TaskMaster")
-        self.ledger.begin()
         self._running = True
         records: queue.SimpleQueue[list[Task]] = queue.SimpleQueue()
         first, taken = self._next_id, self.ledger.done
@@ -1830,7 +1829,8 @@ class TaskMaster:
             raise self.ledger.reason
 
     def _begin(self, batches: Iterable[list[str]], sink: Sink) -> None:
-        """Start reading tasks. `sink` gets those that have their last outcome; what it raises ends the job."""
+        """Start reading tasks. `sink` gets those that have their last outcome; what it raises ends the job. Raises as `begin`."""
+        self.ledger.begin()
         self._sink, self._failed_before = sink, self.ledger.failed
         threading.Thread(target=self._read, args=(batches,), daemon=True).start()
         self._look_for_workers()
@@ -2257,7 +2257,6 @@ class Job:
                 say(f"listening on {show_address(master.address)}")
                 if self._options.tls is False and not is_loopback(master.address[0]):
                     say(PLAIN_WARNING)
-                master.ledger.begin()
                 master._begin(self._read_until_stopped(), self._sink)
                 while not master.ledger.wait_over(LOOK_INTERVAL):
                     self._look()
