@@ -968,7 +968,11 @@ class QueueServer(managers.Server):
                 conn.secure(self._master.context, server_side=True)
             super().handle_request(conn)
         except OSError as error:
-            conn.problem = explain_tls(error)
+            reason = str(getattr(error, "reason", None) or "")  # of TLS, if the peer is at fault and not the network
+            if reason in ("HTTP_REQUEST", "WRONG_VERSION_NUMBER", "UNEXPECTED_MESSAGE", "RECORD_LAYER_FAILURE"):
+                conn.problem = "it does not speak TLS: start it with --tls, or both with --no-tls"
+            elif "BINDER" in reason or "DECRYPT" in reason:
+                conn.problem = OTHER_KEY
         finally:
             conn.end_turn()
             self._forget(conn)
@@ -990,14 +994,6 @@ class QueueServer(managers.Server):
     def _forget(self, conn: RequestConnection) -> None:
         self._pending.pop(conn, None)
         conn.close()
-
-
-def explain_tls(error: OSError) -> str:
-    """Why the handshake of TLS failed, if the peer is at fault and not the network."""
-    reason = str(getattr(error, "reason", None) or "")
-    if reason in ("HTTP_REQUEST", "WRONG_VERSION_NUMBER", "UNEXPECTED_MESSAGE", "RECORD_LAYER_FAILURE"):
-        return "it does not speak TLS: start it with --tls, or both with --no-tls"
-    return OTHER_KEY if "BINDER" in reason or "DECRYPT" in reason else ""
 
 
 def make_server(master: TaskMaster) -> QueueServer:
