@@ -967,6 +967,8 @@ class QueueServer(managers.Server):
             if self._master.context:
                 conn.secure(self._master.context, server_side=True)
             super().handle_request(conn)
+        except (SystemExit, EOFError):
+            pass
         except OSError as error:
             reason = str(getattr(error, "reason", None) or "")  # of TLS, if the peer is at fault and not the network
             if reason in ("HTTP_REQUEST", "WRONG_VERSION_NUMBER", "UNEXPECTED_MESSAGE", "RECORD_LAYER_FAILURE"):
