@@ -898,7 +898,29 @@ def load_plain(data: bytes) -> Any:
 
     if len(data) > OBJECT_LIMIT and any(count > OBJECT_LIMIT for count, _ in enumerate(pickletools.genops(data))):
         raise pickle.UnpicklingError("too many objects")  # each takes a byte at least, and many more in memory
-    return PlainUnpickler(io.BytesIO(data)).load()
+    value = PlainUnpickler(io.BytesIO(data)).load()
+    if isinstance(value, (list, tuple, dict)) and count_objects(value) > OBJECT_LIMIT:
+        raise pickle.UnpicklingError("too many objects, with those that it holds more than once")
+    return value
+
+
+def count_objects(value: Any) -> int:
+    """How many objects JSON would have for a value, whose parts may stand in several places; 300 characters count as one, too."""
+    counts: dict[int, int] = {}  # by the id of what is counted
+    begun, stack = set(), [value]
+    while stack:
+        item = stack.pop()
+        if id(item) in counts:
+            continue
+        parts = [*item, *item.values()] if isinstance(item, dict) else item
+        new = [part for part in parts if isinstance(part, (list, tuple, dict)) and id(part) not in counts]
+        if new and id(item) not in begun:
+            begun.add(id(item))
+            stack += [item, *new]  # which is looked at again when its parts are counted
+        else:
+            texts = [part for part in parts if isinstance(part, (str, bytes))]
+            counts[id(item)] = 1 + sum([counts.get(id(part), 1) for part in parts]) + sum(map(len, texts)) // 300
+    return counts[id(value)]
 
 
 # The base class wants something that has an address; QueueServer puts a socket in its place.

@@ -1282,7 +1282,7 @@ class Slot(threading.Thread):
                         child.kill()  # it has nothing to finish
                         return child
                     if time.monotonic() - begun_at > SLOW_TASK:
-                        self._release_rest()
+                        self._release(self._done)
                     self._keep_in_touch(LOAD_BEAT)
                     if linked and (not self._link or self._started_after != self._worker.finished):
                         child.kill()
@@ -1398,14 +1398,11 @@ class Slot(threading.Thread):
         """Whether the master still records what was sent: to wait for it would suspend the time limit."""
         return self._sent and self._link is not None and not self._link.has_answer()
 
-    def _release(self, lines: list[str]) -> None:
-        if lines:
+    def _release(self, start: int) -> None:
+        """Release the tasks from this position on."""
+        if lines := self._fed[start:]:
             self._tell(pack(f"{TASKS} release", join_ids(lines)))
-
-    def _release_rest(self) -> None:
-        """Release what has no outcome yet."""
-        self._release(self._fed[self._done :])
-        del self._fed[self._done :]
+            del self._fed[start:]
 
     def _keep_in_touch(self, beat_interval: float = BEAT_INTERVAL) -> None:
         """Report now and then, and let the master know that a busy slot lives; its answer tells when the job is over."""
@@ -1464,7 +1461,7 @@ class Slot(threading.Thread):
                     if deaths == START_ATTEMPTS:
                         raise Failure(f"a process ended before it could run a task: {death}") from None
         finally:
-            self._release_rest()
+            self._release(self._done)
             if not self._link:  # a result is worth more than one attempt to report it
                 self._worker.served_at = time.monotonic()
         spent = time.monotonic() - begun_at
@@ -1510,9 +1507,7 @@ class Slot(threading.Thread):
         """Release what stands behind a slow task, or behind any when the worker leaves or the master is lost."""
         unwanted = child.running_for() > SLOW_TASK or self._worker.leaving.is_set() or self._link is None
         if unwanted and len(self._fed) - self._done > 1:
-            started = max(self._done, child.revoke() + 1)
-            self._release(self._fed[started:])
-            del self._fed[started:]
+            self._release(max(self._done, child.revoke() + 1))
 
     def _bury(self, child: Child, death: ChildDied) -> None:
         """After the child's death: keep the outcomes that it left, and note one for the task that ran."""

@@ -316,6 +316,20 @@ def test_a_message_of_a_million_objects_does_not_fill_the_memory(beside: Beside)
     assert beside.grown() < 128 * MEGABYTE
 
 
+@pytest.mark.parametrize("inner", [[], ["x" * 1_000_000] * 100], ids=["small", "long"])
+def test_a_result_that_holds_itself_a_trillion_times_does_not_stop_the_master(farm: Farm, inner: list[Any]) -> None:
+    """A pickle has each list once, and JSON has it wherever it stands."""
+    master = farm.master("--results", "results.jsonl", 1, 2)
+    evil = farm.peer(master)
+    evil.call(TASKS, "get")
+    for _ in range(40):
+        inner = [inner, inner]
+    assert evil.try_call(RESULTS, "put", inner) == ""
+    assert farm.worker(master, "--function", "functions:double").wait() == 0
+    assert master.wait() == 1
+    assert ["error" in record for record in farm.in_order()] == [True, False]
+
+
 def test_a_message_that_announces_a_terabyte_takes_no_memory(beside: Beside) -> None:
     for head in (TERABYTE, *[struct.pack("!i", size) for size in (0x7FFFFFFF, -2, 65 << 20)]):
         for conn in (beside.connect(), beside.peer().connection):
