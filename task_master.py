@@ -2343,7 +2343,7 @@ class Job:
         (host, port), options = self._master.address, self._options
         host = socket.gethostname() if host in ("0.0.0.0", "::") else host
         what = {"--host": host, "--port": str(port), "--function": options.function, "--command": options.command}
-        words = [word for name, value in what.items() if value not in (None, "127.0.0.1", "5000") for word in (name, value)]
+        words = [word for name, value in what.items() if value not in (None, "5000") for word in (name, value)]
         tls = [] if options.tls is None else ["--tls" if options.tls else "--no-tls"]
         return f"no worker is connected: {shlex.join(['python3', 'task_worker.py', *words, *tls])}"
 
