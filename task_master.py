@@ -2100,6 +2100,8 @@ def check_argument(name: str, value: Any, kind: Callable[[str], Any]) -> Any:
     """An argument of TaskMaster, as the command line would read it. Raises Failure."""
     if value is None and name in ("timeout", "max_failures", *WORKER_OPTIONS):
         return None
+    if name in ("function", "command") and not isinstance(value, str):
+        raise Failure(f"{name}: it takes a text, not {value!r}")
     try:
         read = kind(str(value))
     except argparse.ArgumentTypeError as error:
