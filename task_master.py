@@ -905,7 +905,7 @@ def load_plain(data: bytes) -> Any:
 
 
 def count_objects(value: Any) -> int:
-    """How many objects JSON would have for a value, whose parts may stand in several places; 300 characters count as one, too."""
+    """How many objects JSON would have for a value, whose parts may stand in several places; 600 characters count as one, too."""
     counts: dict[int, int] = {}  # by the id of what is counted
     begun, stack = set(), [value]
     while stack:
@@ -917,9 +917,12 @@ def count_objects(value: Any) -> int:
         if new and id(item) not in begun:
             begun.add(id(item))
             stack += [item, *new]  # which is looked at again when its parts are counted
+        elif new:
+            return OBJECT_LIMIT + 1  # it holds itself
         else:
-            texts = [part for part in parts if isinstance(part, (str, bytes))]
-            counts[id(item)] = 1 + sum([counts.get(id(part), 1) for part in parts]) + sum(map(len, texts)) // 300
+            texts = [len(part) for part in parts if isinstance(part, (str, bytes))]
+            digits = [part.bit_length() // 3 for part in parts if isinstance(part, int)]
+            counts[id(item)] = 1 + sum([counts.get(id(part), 1) for part in parts]) + sum(texts + digits) // 600
     return counts[id(value)]
 
 
@@ -1111,7 +1114,8 @@ def read_tasks(descriptor: int, name: str, as_text: bool, null: bool) -> Iterato
             except ValueError as error:
                 if not count and not tasks:
                     raise Failure(f"{name}, line {line_number}: {error}") from None
-                yield tasks
+                if tasks:
+                    yield tasks
                 text = json.dumps(line[:LARGE].decode("utf-8", "surrogateescape"))
                 yield BadTask(text, f"{name}, line {line_number}: {error}")
                 count, tasks = count + len(tasks) + 1, []

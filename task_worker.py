@@ -535,7 +535,8 @@ def check_spec(spec: str) -> str:
 MEMBER = re.compile(r"(?<!\$)\{([A-Za-z_]\w*)\}", re.ASCII)  # as a shell's variables are
 # A here-document (its begin with quote and end word, the rest of that line, its body), what is quoted, braces, or a character.
 split_template = re.compile(
-    r"""((?<!<)<<-?[ \t]*(["'\\]?)(\w+)\b(?![ \t]*\))["']?)([^\n]*)(\n(?:.*?\n)??\t*\3$)|"""
+    r"""((?<!<)<<-?[ \t]*(["'\\]?)([\w.-]+)(?![\w.-]|[ \t]*\)\))["']?)"""
+    r"""(?=((?:\\.|'[^']*'|"(?:\\.|[^"\\])*"|[^\n])*))\4(\n(?:.*?\n)??\t*\3$)|"""
     r"""\\.|'[^']*'?|"(?:\\.|[^"\\])*"?|\$\{\w+\}|\{\w*\}|.""",
     re.DOTALL | re.MULTILINE,
 ).finditer
@@ -1113,7 +1114,7 @@ def supervise(leaving: threading.Event) -> None:
         pid, status = os.wait()
     code = os.waitstatus_to_exitcode(status)
     if code < 0:
-        say(f"the worker was {explain_exit(code)}")
+        write_last_line(f"task_worker: the worker was {explain_exit(code)}")
     leave_at_once(code if code >= 0 else 128 - code)
 
 
@@ -1544,7 +1545,7 @@ class Worker:
         self._answer_limit = None if self._patience == math.inf else max(ANSWER_LIMIT, self._patience)
         self._lock = threading.Lock()
         self._state = ""  # then "new", "connected", "waiting" or, after a job, "idle"
-        self.served_at = time.monotonic()  # when the master last answered, or was first missed
+        self.served_at = time.monotonic()  # when the master last answered or was first missed, or a slot has outcomes for it
         self.finished = ""  # id of the last run that is over
         self.over = False  # whether there is no job any more, nor will be
         self._failure: Failure | None = None

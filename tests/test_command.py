@@ -83,6 +83,9 @@ def test_a_file_name_that_is_not_utf_8_finds_its_file(farm: Farm) -> None:
         ("tr a A <<E | cat; printf '%s|' {}; echo\n{}\nE", "/A/b c.tAr.gz\n/a/b c.tar.gz|"),
         ("cat <<E >f-${TASK_ID}; cat f-*\nx={}\nE", "x=/a/b c.tar.gz"),
         ("cat > f <<E\nE\nprintf '%s|' {}; echo\ncat >> f <<E\nx\nE", "/a/b c.tar.gz|"),
+        ("cat <<END-1.x\n{}\nEND-1.x", "/a/b c.tar.gz"),
+        ("(cat <<E)\n{}\nE", "/a/b c.tar.gz"),
+        ("cat <<E; printf '%s|' 'a\nb' {}; echo\nx\nE", "x\na\nb|/a/b c.tar.gz|"),
         ("x=$((1<<n))\nprintf '%s|' {}\nn=3; echo", "/a/b c.tar.gz|"),
         ("echo '\\`' {}", "\\` /a/b c.tar.gz"),
         ("echo a{1,2} {file name} {-} {}", None),
@@ -150,6 +153,7 @@ QUOTED = [
     "cat <<'E'\n{}\nE",
     "cat <<- \\E\n{}\nE",
     "cat <<-'E'\n\t{}\n\tE",
+    "cat <<'END-1'\n{}\nEND-1",
     "cat <<E\n$(echo {})\nE",
     'echo "`basename "{}"`"',
 ]

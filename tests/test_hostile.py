@@ -54,6 +54,7 @@ from lab import (
     wait_until,
 )  # fmt: skip
 
+from task_master import count_objects
 from task_worker import PROTOCOL
 
 STRINGS = int(os.environ.get("FUZZ_STRINGS", 150))
@@ -316,18 +317,26 @@ def test_a_message_of_a_million_objects_does_not_fill_the_memory(beside: Beside)
     assert beside.grown() < 128 * MEGABYTE
 
 
-@pytest.mark.parametrize("inner", [[], ["x" * 1_000_000] * 100], ids=["small", "long"])
-def test_a_result_that_holds_itself_a_trillion_times_does_not_stop_the_master(farm: Farm, inner: list[Any]) -> None:
+@pytest.mark.parametrize("inner", [[], ["x" * 1_000_000] * 200], ids=["small", "texts"])
+@pytest.mark.parametrize("circle", [False, True], ids=["plain", "circle"])
+def test_a_result_that_holds_itself_a_trillion_times_does_not_stop_the_master(farm: Farm, inner: list[Any], circle: bool) -> None:
     """A pickle has each list once, and JSON has it wherever it stands."""
     master = farm.master("--results", "results.jsonl", 1, 2)
     evil = farm.peer(master)
     evil.call(TASKS, "get")
     for _ in range(40):
         inner = [inner, inner]
+    inner += [inner] * circle
     assert evil.try_call(RESULTS, "put", inner) == ""
     assert farm.worker(master, "--function", "functions:double").wait() == 0
     assert master.wait() == 1
     assert ["error" in record for record in farm.in_order()] == [True, False]
+
+
+def test_long_numbers_and_texts_count_as_more_than_one_object() -> None:
+    assert count_objects([1, "a"]) == 3
+    for long in (10**4000, "x" * 4000):
+        assert count_objects([[long] * 100] * 100) > 60_000
 
 
 def test_a_message_that_announces_a_terabyte_takes_no_memory(beside: Beside) -> None:

@@ -209,6 +209,15 @@ def test_a_later_line_that_is_bad_is_a_task_that_failed_and_the_job_goes_on(farm
     check_silence(master)
 
 
+def test_lines_that_are_bad_one_after_another_do_not_wait_for_anything(farm: Farm) -> None:
+    lines = "1\n" + "bad\n" * 1000
+    farm.write("input", lines)
+    with open(farm.folder / "input", "rb") as stream:
+        master = farm.master("--tasks", "-", "--results", "results.jsonl", *ECHO, stdin=stream)
+        assert master.wait() == 1
+    assert len(farm.records()) == 1001
+
+
 def test_a_task_argument_is_text_with_null_and_must_be_utf_8_without_it(farm: Farm) -> None:
     for options in (["-0"], ["--text"]):
         master = farm.master(*options, "--workers", 1, "--function", "functions:same", "--", "\udce9", "5")
