@@ -533,12 +533,15 @@ def check_spec(spec: str) -> str:
 
 
 MEMBER = re.compile(r"(?<!\$)\{([A-Za-z_]\w*)\}", re.ASCII)  # as a shell's variables are
-# A here-document (its begin with quote and end word, the rest of that line, its body), what is quoted, braces, or a character.
 split_template = re.compile(
-    r"""((?<!<)<<-?[ \t]*(["'\\]?)([\w.-]+)(?![\w.-]|[ \t]*\)\))["']?)"""
-    r"""(?=((?:\\.|'[^']*'|"(?:\\.|[^"\\])*"|[^\n])*))\4(\n(?:.*?\n)??\t*\3$)|"""
-    r"""\\.|'[^']*'?|"(?:\\.|[^"\\])*"?|\$\{\w+\}|\{\w*\}|.""",
-    re.DOTALL | re.MULTILINE,
+    r"""
+    (?P<begin> (?<!<) << -? [ \t]* (?P<quote> ["'\\]? ) (?P<end> [\w.-]+ ) (?! [\w.-] | [ \t]*\)\) ) ["']? )  # a here-document,
+    (?= (?P<rest> (?: \\. | '[^']*' | "(?:\\.|[^"\\])*" | [^\n] )* ) ) (?P=rest)  # the rest of its first line,
+    (?P<body> \n (?: .*? \n )?? \t* (?P=end) $ )  # and its text
+    | \\. | '[^']*'? | "(?:\\.|[^"\\])*"?  # what is quoted
+    | \$\{\w+\} | \{\w*\} | .  # a variable, braces, or a character
+    """,
+    re.DOTALL | re.MULTILINE | re.VERBOSE,
 ).finditer
 
 
@@ -556,10 +559,11 @@ def parse_template(template: str) -> tuple[str, list[str], list[str]]:
     quoted: list[str] = []
 
     def convert(text: str) -> str:
+        """Shell code, with variables where tasks go."""
         return "".join([convert_part(match, text) for match in split_template(text)])
 
     def convert_part(match: re.Match[str], text: str) -> str:
-        part, begin, quote, _, rest, body = match.group(0, 1, 2, 3, 4, 5)
+        part, begin, quote, rest, body = match.group(0, "begin", "quote", "rest", "body")
         if begin and not (quote or re.search(r"\$\(|`", body)):  # a here-document, in which quotes mean themselves
             names.extend(MEMBER.findall(body))
             return begin + convert(rest) + MEMBER.sub(r"${TASK__\1}", body).replace("{}", "${TASK}")
