@@ -1340,6 +1340,8 @@ class ResultsFile:
             if hasattr(os, "chown"):
                 os.chown(path, status.st_uid, status.st_gid)
             os.chmod(path, stat.S_IMODE(status.st_mode))
+            if os.name == "nt":
+                os.dup2(os.open(os.devnull, os.O_RDONLY), self._fd)  # Windows replaces no file that is open
             os.replace(path, self.path)
         finally:
             self.discard()
@@ -1404,6 +1406,7 @@ def lock_file(fd: int, path: str) -> None:
 
             os.lseek(fd, 1 << 40, os.SEEK_SET)  # a byte that nobody reads: locks on Windows keep readers out
             msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined,unused-ignore]
+            os.lseek(fd, 0, os.SEEK_SET)
         else:
             import fcntl
 
@@ -1766,6 +1769,7 @@ class TaskMaster:
         self.peers: set[Peer] = set()  # all that are connected
         self._sink: Sink = lambda tasks: None
         self._server: QueueServer | None = None
+        self._pid = 0  # of the process that has opened it
         self._next_id = self._failed_before = 0  # tasks of earlier runs, and how many of them failed
 
     def __enter__(self) -> TaskMaster:
@@ -1777,7 +1781,7 @@ class TaskMaster:
 
     def start(self) -> None:
         """Open the port and start the workers. Raises Failure."""
-        if LOADING in os.environ:
+        if LOADING in os.environ or "TASK_RUN" in os.environ:
             remedy = 'put what makes it below `if __name__ == "__main__":` there'
             raise Failure(f"this TaskMaster is made while a worker loads the module: {remedy}")
         server = make_server(self)
@@ -1786,7 +1790,7 @@ class TaskMaster:
             server.listener.close()
             few = f"the key has {len(self.authkey)} bytes, too few to listen on {self.address[0]}"
             raise Failure(f"{few}: use 16 random bytes or more")
-        self._server = server
+        self._server, self._pid = server, os.getpid()
         server.start()
         for worker in self.started:
             threading.Thread(target=worker.run, daemon=True).start()
@@ -1795,7 +1799,7 @@ class TaskMaster:
 
     def close(self) -> None:
         """Let the workers leave, or lose them when the job is not done; close the port. Blocks for half a minute at most."""
-        if self._server:
+        if self._server and self._pid == os.getpid():  # else it is that of the process which has forked this one
             finished = self.ledger.is_over() and self.ledger.phase != Phase.FAILED
             connected = {peer.name for peer in [*self.peers] if finished and not self.ledger.first_held()}
             self.ledger.end(Phase.CLOSED, None if finished else Failure("this farm was closed before its tasks were done"))
@@ -1816,6 +1820,8 @@ class TaskMaster:
         """
         if not self._server:
             raise Failure("this farm is not open: use `with TaskMaster(...) as master:`, or call start()")
+        if self._pid != os.getpid():
+            raise Failure("this farm was opened by the process that has forked this one: make the TaskMaster here")
         if self._running:
             raise Failure("a run is under way: let the loop over its records end first, or make another TaskMaster")
         self._running = True
@@ -2212,7 +2218,7 @@ def open_input(options: argparse.Namespace) -> Iterator[list[str]]:
     if options.tasks is None:
         return iter([[str(random.randint(0, 10000)) for _ in range(10)]])
     try:
-        descriptor = os.dup(0) if options.tasks == "-" else os.open(options.tasks, os.O_RDONLY)
+        descriptor = os.dup(0) if options.tasks == "-" else os.open(options.tasks, os.O_RDONLY | getattr(os, "O_BINARY", 0))
     except OSError as error:
         raise Failure(f"cannot read the tasks file {options.tasks}: {explain_error(error)} (is the path right?)") from None
     name = "standard input" if options.tasks == "-" else options.tasks
@@ -2255,6 +2261,10 @@ class Job:
         batches = open_input(options)  # before a results file is made
         if not options.task and options.tasks is None and (options.function or options.command):
             self._log("no tasks are given, by TASK or --tasks: ten random numbers are used")
+        if options.retry_delay and not options.retries:
+            self._log("--retry-delay is not used, as there are no --retries")
+        if options.tasks_per_process and not (options.workers or options.ssh):
+            self._log("--tasks-per-process is not used, as no workers are started here: give it to task_worker.py")
         if options.results == "-":
             return batches, lambda tasks: print_text(format_records(tasks))  # UTF-8, whatever the terminal is set to
         if not options.results:

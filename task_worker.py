@@ -689,8 +689,8 @@ def encode_result(value: Any) -> str:
 
 def make_plain(value: Any, place: str) -> Any:
     """A value as JSON has it: what has `tolist` converted, and None for NaN and the infinities. Raises TypeError."""
-    if hasattr(type(value), "tolist"):  # numpy, pandas, torch
-        return make_plain(value.tolist(), place)
+    if hasattr(type(value), "tolist") and type(plain := value.tolist()) is not type(value):  # numpy, pandas, torch
+        return make_plain(plain, place)
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if value is None or isinstance(value, (str, int, float)):
@@ -701,7 +701,7 @@ def make_plain(value: Any, place: str) -> Any:
     for item in strange:
         kind = f"{type(item).__module__}.{type(item).__qualname__}".replace("builtins.", "")
         raise TypeError(f"{place} {'has a key that ' if item is not value else ''}is a {kind}, which JSON does not have")
-    return {key: make_plain(item, f"{place}[{json.dumps(key)}]") for key, item in value.items()}
+    return {make_plain(key, place): make_plain(item, f"{place}[{json.dumps(key)}]") for key, item in value.items()}
 
 
 # ---- child: the only process that runs the function ----------------------------------------------------------------
@@ -819,7 +819,7 @@ def run_tasks(function: Callable[[Any], Any], lines: list[str], memory: Memory, 
     clock, words, place, stdout = time.perf_counter, memory.words, memory.bytes, sys.stdout
     command = function if isinstance(function, Command) else None
     getpid, pid = os.getpid, os.getpid()
-    time_limit, offset = words[TIME_LIMIT], time.time() - clock()
+    time_limit = words[TIME_LIMIT]
     milliseconds, tick = 0, 0.0  # of Unix time, and when the next one begins
     end, checked_at = HEADER, math.inf if command else clock()  # a command cannot reach the streams of this process
     for position, line in enumerate(lines):
@@ -829,15 +829,16 @@ def run_tasks(function: Callable[[Any], Any], lines: list[str], memory: Memory, 
         if words[REVOKED]:  # looked at after the position is written, see `revoke`
             words[POSITION] = position - 1  # so that it does not count as begun
             break
+        if started_at >= tick:
+            offset = time.time() - started_at  # anew, since the machine may have slept
+            milliseconds = int((offset + started_at) * 1e3)
+            tick = (milliseconds + 1) / 1e3 - offset
         if command:
             command.task_id, command.text = task_id, text
         members = run_task(function, text)
         if getpid() != pid:
             os._exit(0)  # it is a copy that the task made by forking, and that came back
         now = clock()
-        if started_at >= tick:
-            milliseconds = int((offset + started_at) * 1e3)
-            tick = (milliseconds + 1) / 1e3 - offset
         outcome = (members + format_times(milliseconds, int((now - started_at) * 1e6)) + "\n").encode()
         if end + len(outcome) <= MEMORY_SIZE:
             place[end : end + len(outcome)] = outcome
@@ -1732,7 +1733,9 @@ def main(argv: list[str] | None = None) -> int:
             catch_signals(lambda number, frame: drain(leaving))
         if "TASK_RUN" in os.environ:  # a master has started this worker, which must not outlive it
             silence_limit = SILENCE_LIMIT if os.environ.get("TASK_HOST") else None  # over ssh, which may not notice the end
-            threading.Thread(target=watch_pipe, args=(0, leaving, silence_limit), daemon=True).start()
+            pipe = os.dup(0)
+            os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # a Python that starts on Windows waits for who reads its input
+            threading.Thread(target=watch_pipe, args=(pipe, leaving, silence_limit), daemon=True).start()
         share_compiled_code()
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, CPUS // options.processes)))
         Worker(options, await_key(options, leaving), leaving).run()

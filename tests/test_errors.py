@@ -104,6 +104,13 @@ def test_a_worker_that_finds_no_master_says_so_when_it_has_waited(farm: Farm) ->
     check_error(worker, 3, r"cannot reach the master at 127\.0\.0\.1:1: connection refused.*is it running", alone=False)
 
 
+def test_options_that_are_of_no_use_are_named(farm: Farm) -> None:
+    master = farm.master("--retry-delay", 1, "--tasks-per-process", 3, "1")
+    farm.worker(master)
+    assert master.wait() == 0
+    assert master.said("--retry-delay is not used") and master.said("--tasks-per-process is not used.*task_worker")
+
+
 # ---- files ---------------------------------------------------------------------------------------------------------
 
 

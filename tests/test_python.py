@@ -382,6 +382,36 @@ def test_any_bytes_are_a_key_or_are_refused_at_once(mine: Mine, key: bytes) -> N
     assert mine.results([2], authkey=key) == [1]
 
 
+FORKED = """
+import os
+import warnings
+
+from task_master import Failure, TaskMaster
+
+warnings.simplefilter("ignore")  # newer Pythons do not like what this does
+with TaskMaster(port=0, workers=1, function="mine:halve") as master:
+    child = os.fork()
+    if not child:
+        try:
+            next(master.run([2]))
+        except Failure as failure:
+            print(failure, flush=True)
+        master.close()
+        os._exit(0)
+    os.waitpid(child, 0)
+    print([record.result for record in master.run([4])])
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="nothing forks here")
+def test_a_farm_belongs_to_the_process_that_has_opened_it(farm: Farm) -> None:
+    """A fork, as of a web server that loads the program before it forks, can neither use nor close it."""
+    farm.write("mine.py", MINE)
+    script = farm.run(farm.write("forked.py", FORKED), env=farm.env(PYTHONPATH=str(ROOT)))
+    assert script.wait() == 0, script.stderr
+    assert "has forked this one" in script.stdout[0] and script.stdout[1] == "[2]"
+
+
 # ---- scripts -------------------------------------------------------------------------------------------------------
 
 

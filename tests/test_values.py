@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import re
 import time
 from typing import Any
@@ -9,6 +11,7 @@ from typing import Any
 import pytest
 from lab import README, Farm, Program
 
+import task_worker
 from task_master import TaskMaster
 
 MODULE = """
@@ -85,6 +88,7 @@ PLAIN = {
     "Addict(a=[1, math.nan])": {"a": [1, None]},
     "{'NaN': [1e308 * 10, -0.0]}": {"NaN": [None, -0.0]},
     "[10 ** 30, 1e300]": [10**30, 1e300],
+    "[{math.nan: 1, 2: 3}]": [{"null": 1, "2": 3}],
 }
 NUMPY = {
     "np.float64(1.5)": 1.5,
@@ -109,6 +113,7 @@ REFUSED = {
     "{'np': [0, np.array([1, day])]}": ('result["np"][1]', "datetime.date"),
     "np.datetime64('2025-01-02')": ("result", "datetime"),
     "np.array([1j])": ("result", "complex"),
+    "np.array([1], dtype=np.longdouble)": ("result[0]", "longdouble"),
 }
 
 
@@ -156,6 +161,23 @@ def test_each_record_says_when_its_task_was_started_to_the_millisecond(farm: Far
     command = farm.master("--results", "command.jsonl", "--workers", 1, "--command", "exit {}", "0", "1")
     assert command.wait() == 1
     check_started_at(farm.records("command.jsonl"), began_at)
+
+
+def test_a_clock_that_is_set_or_has_slept_counts_from_the_next_task(monkeypatch: pytest.MonkeyPatch) -> None:
+    shift, now = 0.0, time.time
+
+    def set_clock(_task: object) -> None:
+        nonlocal shift
+        shift = 8 * 3600.0
+        time.sleep(0.002)
+
+    monkeypatch.setattr(time, "time", lambda: now() + shift)
+    memory = task_worker.Memory()
+    memory.words[task_worker.TIME_LIMIT] = math.inf
+    task_worker.run_tasks(set_clock, ["0 1", "1 1"], memory, None, task_worker.identify_streams())
+    written = bytes(memory.bytes[task_worker.HEADER : int(memory.words[task_worker.LENGTH])]).decode()
+    first, second = [json.loads("{" + line + "}")["started_at"] for line in written.splitlines()]
+    assert 8 * 3600 <= second - first < 9 * 3600
 
 
 def test_from_python_a_record_says_the_same(farm: Farm, monkeypatch: pytest.MonkeyPatch) -> None:
