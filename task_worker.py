@@ -942,7 +942,7 @@ class Child:
         self._mark = f"{WORKER_MARK}{random.getrandbits(64):x}."
         self._memory = Memory()
         self._taken = HEADER  # up to where we have read the outcomes
-        self._pieces: list[bytes] = []  # of a message that is not there as a whole
+        self.pieces: list[bytes] = []  # of a message that is not there as a whole
         self.overdue = False  # whether it was killed for the time limit
         try:
             self._pipe, theirs = self.context.Pipe()
@@ -973,9 +973,9 @@ class Child:
         alive = self._process.is_alive()
         try:
             while self._poll(timeout if alive else 0):
-                self._pieces.append(self._pipe.recv_bytes())
-                if len(self._pieces[-1]) < PIECE or self._pieces[-1].endswith(b"\n"):
-                    message, self._pieces = b"".join(self._pieces), []
+                self.pieces.append(self._pipe.recv_bytes())
+                if len(self.pieces[-1]) < PIECE or self.pieces[-1].endswith(b"\n"):
+                    message, self.pieces = b"".join(self.pieces), []
                     return message
         except (EOFError, OSError):
             time.sleep(min(timeout, 0.01))  # the child has ended, or closed its end and goes on
@@ -1478,7 +1478,7 @@ class Slot(threading.Thread):
         """Feed tasks to the child until it is done with them. Raises ChildDied."""
         child.feed(self._fed[: self._left], self._time_limit)
         while (message := self._receive(child)) not in (b".", b"x"):
-            grace = 0.0 if child.position() >= self._done else EXIT_GRACE  # to begin: something may hold the child up
+            grace = EXIT_GRACE if child.pieces or child.position() < self._done else 0.0  # to hand over, or to begin
             if not message and child.running_for() > self._time_limit + grace:
                 child.overdue = True
                 child.kill()

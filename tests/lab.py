@@ -29,7 +29,7 @@ import pytest
 from task_worker import PROTOCOL
 
 ROOT = Path(__file__).resolve().parent.parent
-PATIENCE = 60.0  # seconds after which a line or an end that is waited for counts as missing; generous, the machine is noisy
+PATIENCE = 150.0  # seconds after which a line or an end that is waited for counts as missing; generous, the machine is noisy
 MEGABYTE = 1 << 20
 Result = TypeVar("Result")
 
@@ -183,7 +183,8 @@ class Program:
     def suspend(self) -> None:
         """SIGSTOP, for the process and all that it has started."""
         for process in [psutil.Process(self.pid), *descendants_of(self.pid)]:
-            process.suspend()
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.suspend()
 
     def resume(self) -> None:
         """SIGCONT, for the process and all that it has started."""

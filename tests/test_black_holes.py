@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 
 import pytest
 from lab import JOIN, TASKS, Farm, Program, check_once, make_outcome
@@ -21,14 +22,17 @@ def work(n):
 
 
 def start_farm(farm: Farm, tasks: list[int], *options: object, **hosts: bool) -> tuple[Program, list[Program]]:
-    """A master, and a worker for each host, which may lack something."""
+    """A master, and a worker for each host, which may lack something; when all are there, so are the tasks."""
     farm.write("holes.py", FUNCTIONS)
-    master = farm.master("--tasks", farm.write_tasks(tasks), "--results", "results.jsonl", *options)
+    master = farm.master("--tasks", "-", "--results", "results.jsonl", *options, stdin=subprocess.PIPE)
     where = ("--port", master.port(), "--processes", 2, "--function", "holes:work")
-    return master, [
-        farm.run("task_worker.py", *where, env=farm.env(TASK_HOST=name, LACKS="a mount" if lacks else None))
-        for name, lacks in hosts.items()
-    ]
+    workers = []
+    for name, lacks in hosts.items():
+        workers.append(farm.run("task_worker.py", *where, env=farm.env(TASK_HOST=name, LACKS="a mount" if lacks else None)))
+        master.wait_line(f"worker {name}/.* connected")
+    master.put("".join(f"{task}\n" for task in tasks))
+    master.end_input()
+    return master, workers
 
 
 def count_failed(farm: Farm, count: int) -> int:

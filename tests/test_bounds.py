@@ -123,12 +123,12 @@ def test_four_attacks_at_once_leave_the_master_small_and_the_others_served(farm:
     hang_up(other)
     farm.wait_records(master, 1100)
     for attack in attacks[-2:]:
-        attack.join(PATIENCE)
+        attack.join(60)
     peak = peak_memory(master.pid)
     for peer in peers:
         hang_up(peer)
     for attack in attacks:
-        attack.join(PATIENCE)
+        attack.join(60)
     master.end_input()
     assert master.wait(120) in (0, 1)  # 1: what the attacker has reported may count as a failure
     assert worker.wait() == 0

@@ -71,14 +71,14 @@ def test_what_cannot_be_written_to_standard_output_is_said_and_not_counted(farm:
 
 @pytest.mark.skipif(not shutil.which("bash") or not os.path.exists("/dev/stdout"), reason="needs bash and /dev/stdout")
 def test_a_task_does_not_overrun_its_time_while_its_worker_waits_for_a_slow_disk(farm: Farm) -> None:
-    farm.write("big.py", "import time\n\ndef work(n):\n    time.sleep(0.01)\n    return 'x' * 6_000_000 if n % 20 == 0 else n\n")
+    farm.write("big.py", "import time\n\ndef work(n):\n    time.sleep(0.01)\n    return 'x' * 6_000_000 if n % 40 == 0 else n\n")
     os.mkfifo(farm.folder / "fifo")
-    options = ("--tasks", farm.write_tasks(range(80)), "--results", "fifo", "--workers", 2, "--timeout", 1)
+    options = ("--tasks", farm.write_tasks(range(80)), "--results", "fifo", "--workers", 2, "--timeout", 5)
     master = farm.master(*options, "--function", "big:work")
     with (farm.folder / "fifo").open("rb") as fifo:
         lines = []
         for line in fifo:
-            time.sleep(2 * (len(line) > 1_000_000))
+            time.sleep(6 * (len(line) > 1_000_000))
             lines.append(line)
     assert master.wait() == 0
     assert sorted(json.loads(line)["id"] for line in lines) == list(range(80))

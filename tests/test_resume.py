@@ -362,7 +362,8 @@ def test_a_file_that_may_not_grow_is_resumed_when_it_may_and_repeats_no_record(f
         check_silence(master)
         worker.kill()
         *lines, _ = farm.results.read_bytes().split(b"\n")  # the last one may be torn
-        check_doubled(sorted(map(json.loads, lines), key=lambda record: record["id"]), len(lines))
+        records = [*map(json.loads, lines)]  # not of the first tasks: what stands behind a slow one may come later
+        assert len({record["id"] for record in records}) == len([r for r in records if r["result"] == 2 * r["id"]]) == len(lines)
         assert farm.results.stat().st_size <= limit
     started(farm)
     assert run(farm, *options, "--resume", "--function", "functions:work").wait() == 0

@@ -12,7 +12,19 @@ from typing import Any
 
 import psutil
 import pytest
-from lab import ROOT, Farm, Program, check_doubled, check_ended, check_silence, children_of, descendants_of, ok, wait_until
+from lab import (
+    ROOT,
+    Farm,
+    Program,
+    check_doubled,
+    check_ended,
+    check_silence,
+    children_of,
+    descendants_of,
+    free_port,
+    ok,
+    wait_until,
+)
 
 WAIT = """
 import time
@@ -113,7 +125,7 @@ def test_a_worker_does_its_work_on_a_terminal_that_stops_what_writes_from_the_ba
 
 @pytest.mark.parametrize("name", ["task_master.py", "task_worker.py"])
 def test_a_signal_during_the_start_makes_no_traceback(farm: Farm, name: str) -> None:
-    program = farm.run("-X", "importtime", ROOT / name, "--port", 1)
+    program = farm.run("-X", "importtime", ROOT / name, "--port", free_port())
     program.wait_line("argparse")
     program.signal(signal.SIGINT)
     assert program.wait() in (-signal.SIGINT, 130, 0)  # 0: a worker that had begun to look for its master

@@ -318,7 +318,7 @@ def test_a_connection_that_was_cut_comes_back(farm: Farm) -> None:
 @pytest.mark.timeout(300)
 def test_a_host_that_falls_asleep_is_noticed_and_comes_back(farm: Farm) -> None:
     silence = "SSH_SILENCE" in os.environ
-    net = SshNet(farm, *[] if silence else ["-o ServerAliveInterval=1"])
+    net = SshNet(farm, *[] if silence else ["-o ServerAliveInterval=5"])
     host, master = start_long_tasks(net)
     before, asleep = host.processes(), host.sessions()
     for session in asleep:
@@ -338,10 +338,10 @@ def test_a_host_that_falls_asleep_is_noticed_and_comes_back(farm: Farm) -> None:
 
 @pytest.mark.early
 def test_a_worker_that_hears_nothing_of_its_master_leaves_and_is_started_again(farm: Farm) -> None:
-    patched = make_patched(farm, SILENCE_LIMIT=2.0, BEAT_INTERVAL=0.5) / "task_master.py"
+    patched = make_patched(farm, SILENCE_LIMIT=8.0, BEAT_INTERVAL=1.0) / "task_master.py"
     host, master = start_long_tasks(SshNet(farm), program=patched)
     before = host.processes()
-    master.pause(3)
+    master.pause(9)
     assert all(map(is_alive, before))
     master.signal(signal.SIGSTOP)
     host.check_clean()
