@@ -1724,6 +1724,7 @@ class TaskMaster:
     """
 
     _running = False  # whether somebody takes the records of a run
+    _pid = 0  # of the process that has opened it
 
     def __init__(
         self,
@@ -1769,7 +1770,6 @@ class TaskMaster:
         self.peers: set[Peer] = set()  # all that are connected
         self._sink: Sink = lambda tasks: None
         self._server: QueueServer | None = None
-        self._pid = 0  # of the process that has opened it
         self._next_id = self._failed_before = 0  # tasks of earlier runs, and how many of them failed
 
     def __enter__(self) -> TaskMaster:

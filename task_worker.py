@@ -550,8 +550,6 @@ def parse_template(template: str) -> tuple[str, list[str], list[str]]:
 
     Only variables come into the script, never a task's text: a shell does not read what a variable holds as code.
     """
-    if os.name != "posix":
-        raise Failure("--command needs a POSIX shell, which this system does not have: use --function MODULE:NAME")
     shown = f"--command {' '.join(template.split())}"
     if "\0" in template:
         raise Failure(f"{shown!r}: it has a zero byte, which no command can have: take it out")
@@ -596,6 +594,8 @@ def parse_template(template: str) -> tuple[str, list[str], list[str]]:
 
 def check_template(template: str) -> str:
     """A type for argparse: a --command TEMPLATE. Raises Failure."""
+    if os.name != "posix":
+        raise Failure("--command needs a POSIX shell, which this system does not have: use --function MODULE:NAME")
     parse_template(template)
     return template
 
@@ -819,8 +819,7 @@ def run_tasks(function: Callable[[Any], Any], lines: list[str], memory: Memory, 
     clock, words, place, stdout = time.perf_counter, memory.words, memory.bytes, sys.stdout
     command = function if isinstance(function, Command) else None
     getpid, pid = os.getpid, os.getpid()
-    time_limit = words[TIME_LIMIT]
-    milliseconds, tick = 0, 0.0  # of Unix time, and when the next one begins
+    time_limit, milliseconds, tick = words[TIME_LIMIT], 0, 0.0  # milliseconds of Unix time, and when the next one begins
     end, checked_at = HEADER, math.inf if command else clock()  # a command cannot reach the streams of this process
     for position, line in enumerate(lines):
         task_id, _, text = line.partition(" ")
@@ -1114,13 +1113,19 @@ def supervise(leaving: threading.Event) -> None:
     signal.signal(signal.SIGTSTP, pause)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     become_subreaper()
+    leave_at_once(await_end(worker))
+
+
+def await_end(worker: int) -> int:
+    """Block until the worker has ended; returns the exit status for a shell, and says which signal has killed it."""
     pid = status = 0
     while pid != worker:
         pid, status = os.wait()
     code = os.waitstatus_to_exitcode(status)
-    if code < 0:
-        write_last_line(f"task_worker: the worker was {explain_exit(code)}")
-    leave_at_once(code if code >= 0 else 128 - code)
+    if code >= 0:
+        return code
+    write_last_line(f"task_worker: the worker was {explain_exit(code)}")
+    return 128 - code
 
 
 def become_subreaper() -> None:
