@@ -251,7 +251,7 @@ class Standing:
         self.recent: collections.deque[bool] = collections.deque(maxlen=DOUBT_AFTER)  # whether the last outcomes were ok
         self.failing = False  # whether nothing has worked of late
         self.pause = 0.0  # seconds before its next task, while it is in doubt
-        self.resumes_at = 0.0  # when it may have the next one: then, or soon after it had left retries for others
+        self.resumes_at = 0.0  # when it may have the next one, if it is in doubt or has left retries for others
 
     def note(self, oks: list[bool]) -> None:
         """Take note of whether its last outcomes were ok, at most DOUBT_AFTER of them."""
@@ -757,8 +757,9 @@ def has_many_values(text: str) -> bool:
     """Whether a JSON text has more than VALUE_LIMIT strings, lists and objects."""
     if sum(map(text.count, '"[{')) <= VALUE_LIMIT:
         return False  # even with those in its strings
-    # A pattern that knows escapes would take 100 bytes of memory a character.
-    return sum(map(re.sub('"[^"]*"', '""', text.replace("\\\\", "").replace('\\"', "")).count, '"[{')) > VALUE_LIMIT
+    # Empty its strings. (A pattern that knows escapes would take 100 bytes of memory a character.)
+    text = re.sub('"[^"]*"', '""', text.replace("\\\\", "").replace('\\"', ""))
+    return sum(map(text.count, '"[{')) > VALUE_LIMIT
 
 
 def check_outcome(outcome: str, scan: Callable[..., Any] = scan_roughly) -> tuple[bool, bool, str]:
@@ -1623,9 +1624,8 @@ class SshWorker(LocalWorker):
     def _may_go_on(self, status: int) -> bool:
         """Not if the next attempt would end so, too. The reason is told in the words of ssh or of the host's shell."""
         before, fatal = self.reason, [*filter(find_hopeless, self._said or [])]
-        hopeless = status in HOPELESS or bool(fatal)
-        if self._known and "Could not resolve" in "".join(fatal):  # any more: so it is the network that has failed
-            hopeless = False
+        vanished = self._known and "Could not resolve" in "".join(fatal)  # it was found before: the network has failed
+        hopeless = status in HOPELESS or (bool(fatal) and not vanished)
         if self._said is None:
             lost = status in (255, -9)  # of ssh
             self.reason = "the connection was lost" if lost else f"its worker ended with exit status {status}, see above"
@@ -1655,9 +1655,9 @@ def pack_files(function: str | None) -> bytes:
     import zipfile
 
     content, top = io.BytesIO(), re.split("[.:]", function or "")[0]
-    module, package = pathlib.Path(f"{top}.py"), pathlib.Path(top or "-")
+    module, package = pathlib.Path(f"{top}.py"), pathlib.Path(top)
     is_module = module.is_file() and not (package / "__init__.py").exists()  # as Python has it
-    paths = [module] if is_module else [*package.rglob("*")]
+    paths = [] if not function else [module] if is_module else [*package.rglob("*")]
     paths = [path for path in paths if path.is_file() and not re.search(r"/(\.|__pycache__/)", path.as_posix())]
     if sum([path.stat().st_size for path in paths]) > PACK_LIMIT:
         raise Failure(f"--function {function}: {os.path.abspath(top)} has more than 20 MiB, too much for --ssh")

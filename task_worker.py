@@ -168,7 +168,7 @@ class PlainConnection:
     def close(self) -> None:
         """Close the socket; a thread that reads or writes there gets an EOFError."""
         with contextlib.suppress(OSError):
-            # Wakes a thread that reads; close alone would not. That of TLS would let one that writes go on without.
+            # This wakes a thread that reads; close alone would not. (SSLSocket.shutdown lets another thread send in the clear.)
             socket.socket.shutdown(self.sock, socket.SHUT_RDWR)
         self.sock.close()
 
@@ -1483,7 +1483,7 @@ class Slot(threading.Thread):
         """Feed tasks to the child until it is done with them. Raises ChildDied."""
         child.feed(self._fed[: self._left], self._time_limit)
         while (message := self._receive(child)) not in (b".", b"x"):
-            grace = EXIT_GRACE if child.pieces or child.position() < self._done else 0.0  # to hand over, or to begin
+            grace = EXIT_GRACE if child.pieces or child.position() < self._done else 0.0  # to send an outcome, or to begin
             if not message and child.running_for() > self._time_limit + grace:
                 child.overdue = True
                 child.kill()
