@@ -900,31 +900,25 @@ def load_plain(data: bytes) -> Any:
     if len(data) > OBJECT_LIMIT and any(count > OBJECT_LIMIT for count, _ in enumerate(pickletools.genops(data))):
         raise pickle.UnpicklingError("too many objects")  # each takes a byte at least, and many more in memory
     value = PlainUnpickler(io.BytesIO(data)).load()
-    if isinstance(value, (list, tuple, dict)) and count_objects(value) > OBJECT_LIMIT:
+    if count_objects(value) > OBJECT_LIMIT:
         raise pickle.UnpicklingError("too many objects, with those that it holds more than once")
     return value
 
 
 def count_objects(value: Any) -> int:
-    """How many objects JSON would have for a value, whose parts may stand in several places; 600 characters count as one, too."""
-    counts: dict[int, int] = {}  # by the id of what is counted
-    begun, stack = set(), [value]
-    while stack:
+    """How many objects JSON would have for a value, up to about OBJECT_LIMIT; 600 characters or digits count as one, too."""
+    count, stack = 1, [value]
+    while stack and count <= OBJECT_LIMIT:  # a list may stand in itself, or in another one many times
         item = stack.pop()
-        if id(item) in counts:
-            continue
-        parts = [*item, *item.values()] if isinstance(item, dict) else item
-        new = [part for part in parts if isinstance(part, (list, tuple, dict)) and id(part) not in counts]
-        if new and id(item) not in begun:
-            begun.add(id(item))
-            stack += [item, *new]  # which is looked at again when its parts are counted
-        elif new:
-            return OBJECT_LIMIT + 1  # it holds itself
-        else:
-            texts = [len(part) for part in parts if isinstance(part, (str, bytes))]
-            digits = [part.bit_length() // 3 for part in parts if isinstance(part, int)]
-            counts[id(item)] = 1 + sum([counts.get(id(part), 1) for part in parts]) + sum(texts + digits) // 600
-    return counts[id(value)]
+        if isinstance(item, (list, tuple, dict)):
+            parts = [*item, *item.values()] if isinstance(item, dict) else item
+            stack += parts
+            count += len(parts)
+        elif isinstance(item, (str, bytes)):
+            count += len(item) // 600
+        elif isinstance(item, int):
+            count += item.bit_length() // 1800
+    return count
 
 
 # The base class wants something that has an address; QueueServer puts a socket in its place.
