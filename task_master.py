@@ -87,8 +87,8 @@ if "task_worker" not in sys.modules:  # the one beside this file, wherever Pytho
 from task_worker import (  # noqa: E402, I001
     BEAT_INTERVAL, COUNT, DEFAULT_KEY_FILE, ERROR, FINAL, LOADING, PLAIN_WARNING, PROTOCOL, RESULT, SILENCE_LIMIT, STOP_SIGNALS,
     TEXT_LIMIT, Failure, Parser, PlainConnection, add_connection_options, add_function_options, bounded, catch_signals, check_key,
-    check_spec, check_template, describe_error, encode_result, explain_error, format_error, format_outcome, is_loopback,
-    make_tls_context, prepare_process, pack, parse_host, read_key, show_address, unpack, write_all, write_last_line,
+    check_spec, check_template, describe_error, encode_json, encode_result, explain_error, format_error, format_outcome,
+    is_loopback, make_tls_context, prepare_process, pack, parse_host, read_key, show_address, unpack, write_all, write_last_line,
 )
 # fmt: on
 
@@ -107,7 +107,7 @@ LARGE = 1 << 20  # bytes; larger messages are received one at a time
 LARGE_LIMIT = 20.0  # seconds for each LARGE bytes of one
 OTHER_KEY = "its key is another one: copy the key file of this host there"
 PENDING_LIMIT = 256  # connections that have not finished the handshake; the oldest must give way
-BACKLOG = 1024  # connections that the system holds for us; multiprocessing's 16 would lose those of a large farm
+BACKLOG = 1024  # connections that the system holds for us; multiprocessing's 16 would lose those of many workers
 GAP_LIMIT = 10_000_000  # ids without a record, in a row, that a results file may have
 SYNC_INTERVAL = 0.7  # seconds that records may wait for their fsync; with LOOK_INTERVAL that is less than one
 PROGRESS_INTERVAL = 30.0  # seconds between lines of progress where there is no terminal
@@ -125,7 +125,7 @@ OTHERS_TIME = 2.0  # seconds after the first worker came, while others may be on
 AVOID_TIME = 10.0  # seconds that a retry is left for another worker, whose processes may all be busy for hours
 AVOID_LIMIT, AVOID_PAUSE = 1000, 0.1  # retries that one lease leaves for others, and seconds until a worker asks again
 KINDS_LIMIT = 1000  # kinds of failures that are told apart
-KINDS_SHOWN = 10  # kinds of failures in the summary
+KINDS_SHOWN = 10  # kinds of failures in the summary, and retries of each kind that are told
 
 
 def refuse_constant(name: str) -> Any:
@@ -310,7 +310,7 @@ class Ledger:
             if self.phase == Phase.FAILED and self.reason:
                 raise self.reason
             if self.phase != Phase.OVER:
-                raise Failure("this farm was closed, or a run of it was left early: make another TaskMaster")
+                raise Failure("this TaskMaster was closed, or a run of it was left early: make another one")
             self.phase, self.reason = Phase.OPEN, None
 
     def end(self, phase: Phase, reason: BaseException | None = None) -> None:
@@ -1303,7 +1303,9 @@ class ResultsFile:
             recorded = read_record(line)[1]
             was_bad = "".join(line.split()).endswith('"attempts":0}')  # a line that was no task, and may have been mended
             if not was_bad and json.dumps(json.loads(recorded), sort_keys=True) != json.dumps(json.loads(text), sort_keys=True):
-                raise Refusal(f"the results file {self._given} belongs to other tasks: its task {task_id} is not {text[:60]}")
+                hint = "did they come from a folder that has changed?"
+                problem = f"the results file {self._given} belongs to other tasks: its task {task_id} is not {text[:60]}"
+                raise Refusal(f"{problem} ({hint})")
         return bool(known & 1)
 
     def finish(self, ordered: bool) -> None:
@@ -1408,7 +1410,7 @@ def lock_file(fd: int, path: str) -> None:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL):
-            raise Failure(f"the results file {path} is being written by another master: name another") from None
+            raise Failure(f"the results file {path} is being written by another master: stop it, or name another") from None
         say(f"cannot lock {path}: {explain_error(error)} (see that no other master writes there)")
 
 
@@ -1520,7 +1522,7 @@ class LocalWorker:
         self._master.restarts += 1
         self.reason = f"the local worker ended with exit status {status}"
         if status in (2, 3) or self._master.restarts > RESTARTS:
-            self._master.ledger.end(Phase.FAILED, Failure(f"{self.reason}, see above", 2 if status == 2 else 1))
+            self._master.ledger.end(Phase.FAILED, Failure(f"{self.reason}, see standard error", 2 if status == 2 else 1))
             return False
         self._master._log(f"{self.reason}: starting another")
         return True
@@ -1710,7 +1712,7 @@ def count_things(number: int, noun: str) -> str:
 
 
 class TaskMaster:
-    """A task farm: the queues, their server, and workers if wanted; a context manager.
+    """The queues, their server, and workers if wanted; a context manager.
 
     The arguments are those of the command line, but `authkey` is the key itself; without it the key is looked for as there.
     `port` 0 takes a free one (`address` tells which). `quiet` is for the workers that it starts; `log` is called with each line
@@ -1719,6 +1721,7 @@ class TaskMaster:
 
     _running = False  # whether somebody takes the records of a run
     _pid = 0  # of the process that has opened it
+    _server: QueueServer | None = None
 
     def __init__(
         self,
@@ -1758,12 +1761,12 @@ class TaskMaster:
         self.started: list[LocalWorker] = [*make_ssh_workers(self, arguments, ssh, function)]
         self.started += [LocalWorker(self, [f"--processes={workers}", *arguments])] if workers else []
         self.restarts = 0  # of a local worker, since something was reported
+        self._retried = collections.Counter[str]()  # retries, by kind of their error
         self._doubted: set[str] = set()  # workers that were said to fail all their tasks
         self._recording = threading.Lock()  # guards the output, and the order of deciding and writing
         self._counting = threading.Lock()  # guards what is counted for the summary
         self.peers: set[Peer] = set()  # all that are connected
         self._sink: Sink = lambda tasks: None
-        self._server: QueueServer | None = None
         self._next_id = self._failed_before = 0  # tasks of earlier runs, and how many of them failed
 
     def __enter__(self) -> TaskMaster:
@@ -1796,7 +1799,7 @@ class TaskMaster:
         if self._server and self._pid == os.getpid():  # else it is that of the process which has forked this one
             finished = self.ledger.is_over() and self.ledger.phase != Phase.FAILED
             connected = {peer.name for peer in [*self.peers] if finished and not self.ledger.first_held()}
-            self.ledger.end(Phase.CLOSED, None if finished else Failure("this farm was closed before its tasks were done"))
+            self.ledger.end(Phase.CLOSED, None if finished else Failure("this TaskMaster was closed before its tasks were done"))
             give_up_at = time.monotonic() + GOODBYE
             while finished and self.peers and time.monotonic() < give_up_at:
                 time.sleep(0.01)
@@ -1809,13 +1812,13 @@ class TaskMaster:
     def run(self, tasks: Iterable[Any]) -> Iterator[Record]:
         """Run tasks (any values that JSON has), read lazily; yields their records as they come, with ids from 0.
 
-        Waits for ever while there is no worker. A call that is left early ends the farm. Raises Failure when the job cannot
+        Waits for ever while there is no worker. A call that is left early ends it. Raises Failure when the job cannot
         go on, and TypeError or ValueError for a task that is not JSON, after the records of those before it.
         """
         if not self._server:
-            raise Failure("this farm is not open: use `with TaskMaster(...) as master:`, or call start()")
+            raise Failure("this TaskMaster is not open: use `with TaskMaster(...) as master:`, or call start()")
         if self._pid != os.getpid():
-            raise Failure("this farm was opened by the process that has forked this one: make the TaskMaster here")
+            raise Failure("this TaskMaster was opened by the process that has forked this one: make another one here")
         if self._running:
             raise Failure("a run is under way: let the loop over its records end first, or make another TaskMaster")
         self._running = True
@@ -1942,7 +1945,10 @@ class TaskMaster:
             problem = f"fails all its tasks ({explain_outcome([*last, *retried][-1])})"
             self._log(f"worker {peer.name} {problem}: it gets one now and then, while others do better or may come")
         for task in retried:
-            self._log(f"task {task.id} is retried: {explain_outcome(task)} on {peer.name}, attempt {task.attempts}")
+            kind = find_kind(explain_outcome(task), self._retried)
+            self._retried[kind] += 1
+            if self._retried[kind] <= KINDS_SHOWN:
+                self._log(f"task {task.id} is retried: {explain_outcome(task)} on {peer.name}, attempt {task.attempts}")
 
     def _take_result(self, peer: Peer, members: str) -> None:
         """Record what a plain client returned for the oldest task that it took."""
@@ -2002,15 +2008,14 @@ class TaskMaster:
     def _note_failure(self, task: Task) -> None:
         """Say what is the first of its kind, count the others, and end the job when there are too many."""
         text = explain_outcome(task)
-        kind = re.sub(r"'[^']*'|\"[^\"]*\"|[0-9]+", "...", text)[:200]
-        if kind not in self.failures and len(self.failures) >= KINDS_LIMIT:
-            kind = "others"
+        kind = find_kind(text, self.failures)
         count = self.failures.setdefault(kind, [0, f"{text} (task {task.id}: {task.text[:60]}, on {task.worker or 'no worker'})"])
         count[0] += 1
         if count[0] == 1:
             self._log(f"task {task.id} failed: {count[1]}, attempt {task.attempts}")
         if self._max_failures and self.ledger.failed - self._failed_before >= self._max_failures:
-            self.ledger.end(Phase.DRAINING, Failure(f"stopped, as --max-failures {self._max_failures} asks", 1))
+            problem = f"stopped, as --max-failures {self._max_failures} asks (--resume begins with what failed)"
+            self.ledger.end(Phase.DRAINING, Failure(problem, 1))
 
     def _log(self, text: str) -> None:
         """A line for the caller; what `log` raises ends the job."""
@@ -2045,6 +2050,12 @@ def explain_outcome(task: Task) -> str:
     return text if len(text) < 200 else f"{text[:80]} ... {text[-110:]}"  # the reason is often in the end
 
 
+def find_kind(text: str, known: dict[str, Any]) -> str:
+    """The kind of an error: its text without what differs from task to task; "others" when too many are known."""
+    kind = re.sub(r"'[^']*'|\"[^\"]*\"|[0-9]+", "...", text)[:200]
+    return kind if kind in known or len(known) < KINDS_LIMIT else "others"
+
+
 def count_characters(tasks: list[Task]) -> int:
     """The size of tasks with their outcomes."""
     return sum([len(task.text) + len(task.outcome) for task in tasks])
@@ -2052,12 +2063,11 @@ def count_characters(tasks: list[Task]) -> int:
 
 def encode_tasks(tasks: Iterable[Any]) -> Iterator[list[str]]:
     """Tasks as JSON texts: in batches if all of them are there, else singly as they come. Raises TypeError, ValueError."""
-    encode = json.JSONEncoder(allow_nan=False).encode
     texts: list[str] = []
     size = 1000 if isinstance(tasks, Sequence) else 1
     try:
         for task in tasks:
-            text = repr(task) if type(task) is int else encode(task)  # as the worker does, for time
+            text = repr(task) if type(task) is int else encode_json(task)  # as the worker does, for time
             check_size(len(text))
             texts.append(text)
             if len(texts) == size:
@@ -2105,13 +2115,13 @@ def check_argument(name: str, value: Any, kind: Callable[[str], Any]) -> Any:
     if value is None and name in ("timeout", "max_failures", *WORKER_OPTIONS):
         return None
     if name in ("function", "command") and not isinstance(value, str):
-        raise Failure(f"{name}: it takes a text, not {value!r}")
+        raise Failure(f"{name}: it takes a name or template as text, not {value!r}")
     try:
         read = kind(str(value))
     except argparse.ArgumentTypeError as error:
         raise Failure(f"{name}: {error}") from None
     if isinstance(value, bool) or not isinstance(value, (int, float) if isinstance(read, float) else type(read)):
-        raise Failure(f"{name}: it takes a {type(read).__name__}, {value!r} is none")
+        raise Failure(f"{name}: {value!r} is no {type(read).__name__}")
     return read
 
 
@@ -2243,6 +2253,7 @@ class Job:
         self._stopped_by = 0  # signal number
         self._drained = False  # because of it: it came before the job was over
         self._began_at = self._shown_at = self._looked_at = time.monotonic()
+        self._shown_done = -1  # how many tasks were done then: if there are no others, there is nothing to show
         limits = {name: getattr(options, name) for name in [*TYPES, "ssh", "tls", "quiet"]}
         self._master = TaskMaster(authkey=find_key(options.authkey_file), log=self._log, **limits)
         self._results: ResultsFile | None = None
@@ -2306,20 +2317,21 @@ class Job:
             yield tasks
 
     def _look(self) -> None:
+        ledger, now, quiet = self._master.ledger, time.monotonic(), self._options.quiet
         if self._stopped_by and not self._drained:
             self._drained = True
-            self._master.ledger.end(Phase.DRAINING)
+            ledger.end(Phase.DRAINING)
             say("draining: waiting for the tasks that run (once more to leave at once)")
         self._looked_at = time.monotonic()
         if self._results:
             try:
                 self._results.sync()
             except Failure as failure:
-                self._master.ledger.end(Phase.FAILED, failure)
-        if not self._options.quiet and console.is_terminal:
+                ledger.end(Phase.FAILED, failure)
+        if console.is_terminal and not quiet:
             console.show(self._describe_progress())
-        elif not self._options.quiet and time.monotonic() - self._shown_at >= PROGRESS_INTERVAL:
-            self._shown_at = time.monotonic()
+        elif now - self._shown_at >= PROGRESS_INTERVAL and ledger.submitted > self._shown_done and not quiet:
+            self._shown_at, self._shown_done = now, ledger.done
             say(", ".join(self._describe_progress()))
 
     def _describe_progress(self) -> list[str]:

@@ -378,7 +378,7 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **options: Any) -> None:
         formatter = functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=27)
         super().__init__(allow_abbrev=False, formatter_class=formatter, **options)
-        self.add_argument("--quiet", action="store_true", help="say only where a master listens, and what stops the program")
+        self.add_argument("--quiet", action="store_true", help="say only what stops the program (and where a master listens)")
         self.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
 
     def error(self, message: str) -> NoReturn:
@@ -519,8 +519,9 @@ def check_spec(spec: str) -> str:
     """A type for argparse: MODULE:NAME. Raises Failure."""
     module, _, name = spec.partition(":")
     if module.endswith(".py") or "/" in module or os.sep in module:
-        stem = re.sub(r"\.py$", "", os.path.basename(module))
-        raise Failure(f"--function {spec}: it takes the name of a module, not of a file: say {stem}:{name or 'NAME'}")
+        path = os.path.basename(module) if os.path.isabs(module) else os.path.normpath(module)
+        module = re.sub(r"\.py$", "", path).replace(os.sep, ".").strip(".")
+        raise Failure(f"--function {spec}: it takes the name of a module, not of a file: say {module}:{name or 'NAME'}")
     if not (module and name):
         raise Failure(f"--function {spec}: it takes MODULE:NAME, as in mailer:send")
     if module in ("__main__", "__mp_main__"):
@@ -668,16 +669,23 @@ def read_output(file: Any) -> str:
     return text if cut <= 0 else f"{text}\n[... {cut} bytes cut]"
 
 
+def convert_array(value: Any) -> Any:
+    """For JSON: what numpy, pandas and torch have, as lists and numbers. Raises TypeError for anything else."""
+    if not hasattr(type(value), "tolist"):
+        raise TypeError(f"a {type(value).__name__} is not JSON")
+    return value.tolist()
+
+
 # json.loads without what stands around it there, and json.dumps without NaN: a third of the time.
 scan_json = json.JSONDecoder().scan_once  # type: ignore[attr-defined]
-encode_json = json.JSONEncoder(allow_nan=False, default=lambda value: type(value).tolist(value)).encode  # numpy, pandas, torch
+encode_json = json.JSONEncoder(allow_nan=False, default=convert_array).encode
 
 
 def encode_result(value: Any) -> str:
     """A result as JSON text. Raises TypeError or ValueError, with the place in it that cannot be JSON."""
     try:
         text = encode_json(value)
-    except (TypeError, ValueError, AttributeError, RecursionError):  # a second look, slowly
+    except (TypeError, ValueError, RecursionError):  # a second look, slowly
         try:
             text = encode_json(make_plain(value, "result"))
         except RecursionError:
@@ -925,7 +933,8 @@ class ChildDied(Exception):
     """The child process has ended, with this exit status (negative: killed by a signal), `seconds` after a task's start."""
 
     def __init__(self, status: int, seconds: float) -> None:
-        super().__init__(f"the task's process ended: {explain_exit(status)}")
+        hint = " (out of memory?)" if status == -9 else ""
+        super().__init__(f"the task's process ended: {explain_exit(status)}{hint}")
         self.started_at, self.seconds = time.time() - seconds, seconds
 
 

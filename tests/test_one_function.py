@@ -198,6 +198,8 @@ def test_a_coroutine_function_is_run_to_its_end(farm: Farm, spec: str) -> None:
         ("./sweep.py:vdp", r"\bsweep:vdp"),
         ("sweep.py:vdp", r"\bsweep:vdp"),
         ("{folder}/sweep.py:vdp", r"\bsweep:vdp"),
+        ("lib/models/sweep.py:vdp", r"say lib\.models\.sweep:vdp"),
+        ("lib/sweep:vdp", r"say lib\.sweep:vdp"),
         ("__main__:f", "__main__:f.*(file|script)"),
         *[(f"{name}:f", f"{name}:f.*standard") for name in ("token", "queue", "json", "antigravity", "test")],
     ],

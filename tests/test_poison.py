@@ -167,7 +167,7 @@ FAILING = {
     "segfault": ("ProcessDied: .*SIGSEGV", lambda: ctypes.string_at(0)),
     "abort": ("ProcessDied", os.abort),
     "stack overflow": ("ProcessDied|RecursionError", crash_the_stack),  # which Python 3.14 and newer see in time
-    "SIGKILL": ("ProcessDied: .*SIGKILL", lambda: catch(signal.SIGKILL)),
+    "SIGKILL": (r"ProcessDied: .*SIGKILL\) \(out of memory\?\)", lambda: catch(signal.SIGKILL)),
     "SIGTERM": ("ProcessDied", lambda: catch(signal.SIGTERM, signal.SIG_DFL)),
     "SIGINT": ("KeyboardInterrupt", lambda: catch(signal.SIGINT, signal.default_int_handler)),
     "SIGKILL to the group": ("ProcessDied", lambda: os.kill(0, signal.SIGKILL)),

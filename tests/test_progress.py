@@ -11,6 +11,7 @@ import struct
 import subprocess
 import sys
 import threading
+import time
 from typing import Any
 
 import pytest
@@ -256,10 +257,10 @@ def test_quiet_shows_nothing_on_a_terminal(open_terminal: Any) -> None:
 # ---- elsewhere -----------------------------------------------------------------------------------------------------
 
 
-def run_patched(farm: Farm, *argv: object) -> Program:
+def run_patched(farm: Farm, *argv: object, **options: Any) -> Program:
     """A master for which the time between two lines is short."""
     farm.write("job.py", JOB)
-    return farm.run(make_patched(farm, PROGRESS_INTERVAL=0.3) / "task_master.py", "--port", 0, *FILE, *argv)
+    return farm.run(make_patched(farm, PROGRESS_INTERVAL=0.3) / "task_master.py", "--port", 0, *FILE, *argv, **options)
 
 
 def test_without_a_terminal_there_is_a_plain_line_now_and_then(farm: Farm) -> None:
@@ -269,6 +270,16 @@ def test_without_a_terminal_there_is_a_plain_line_now_and_then(farm: Farm) -> No
     assert len(lines) >= 2
     assert all(re.match(f"task_master: (waiting for the worker .*, )?{BAR}", line) for line in lines)
     assert not any("\r" in line or "\x1b" in line for line in master.stderr)
+
+
+def test_a_queue_that_has_nothing_to_do_is_silent(farm: Farm) -> None:
+    master = run_patched(farm, "--tasks", "-", "--workers", 1, stdin=subprocess.PIPE)
+    master.put("1\n")
+    master.wait_line("1 done, .* 1 process on 1 host")
+    time.sleep(1.5)  # since there is no event for what must not happen
+    assert len(master.said("1 done, .* 1 process on 1 host")) == 1
+    master.put("2\n")
+    master.wait_line("2 done, ")
 
 
 def test_the_time_left_is_known_when_a_task_is_done(farm: Farm) -> None:
@@ -355,6 +366,14 @@ def test_the_summary_has_ten_kinds_of_failures_at_most(farm: Farm) -> None:
     assert counts == [13, 12, 11, 10, 9, 8, 7, 6, 5, 4]
     assert master.said("and 6 of other kinds, see the records with an error$")
     assert last_line(master)[:2] == ("0", str(sum(range(14))))
+
+
+def test_of_the_retries_of_a_kind_the_first_are_said_and_all_are_counted(farm: Farm) -> None:
+    farm.write("job.py", JOB)
+    tasks = farm.write_tasks([[kind, number] for kind in (0, 1) for number in range(30)])
+    master = farm.run_job("--tasks", tasks, "--retries", 1, function="job:fail", status=1)
+    assert len(master.said("is retried: ValueError")) == len(master.said("is retried: OSError")) == 10
+    assert last_line(master)[:3] == ("0", "60", "60")
 
 
 def test_a_slow_job_has_a_rate_above_zero(farm: Farm) -> None:

@@ -107,6 +107,12 @@ def test_records_say_what_became_of_each_task(mine: Mine) -> None:
     assert all(record.worker.startswith(socket.gethostname() + "/") for record in records)
 
 
+def test_what_numpy_has_is_a_task_too(mine: Mine) -> None:
+    numpy = pytest.importorskip("numpy")
+    assert mine.results(numpy.arange(0, 6, 2)) == [0, 1, 2]
+    assert mine.results([numpy.array([1.5, 2])], function="builtins:list") == [[1.5, 2.0]]
+
+
 def test_any_json_value_is_a_task(mine: Mine) -> None:
     values = [None, True, 0, -1.5, "ü\n\ud800", [1, [2]], {"a": {"b": None}}, (1, 2)]
     with mine.start(function="builtins:repr") as master:
