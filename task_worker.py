@@ -50,6 +50,7 @@ if __name__ == "__main__":
 
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback for a Ctrl-C before `main` can take it
 
+import _thread
 import argparse
 import contextlib
 import errno
@@ -440,6 +441,7 @@ TASKS, RESULTS = "get_task_queue", "get_result_queue"  # what the tutorial calls
 LEASE_SECONDS = 0.4  # of work to lease at a time, when the master is near
 LEASE_GROWTH = 8  # times as many tasks as asked for last, at most; what turns out to be slow is released
 MAX_LEASE_SECONDS = 10.0  # of work, however far the master
+LEASE_SLACK = 3  # times as long as it should, at most, a lease is worked on; then what has not begun is released
 ROUND_TRIP_SHARE = 0.05  # at most this part of a slot's time should go to round trips
 LEASE_WAIT = 30.0  # seconds that a request for tasks may wait at the master
 ANSWER_LIMIT = 45.0  # seconds to wait for an answer, at least; a request for tasks is answered within LEASE_WAIT
@@ -539,6 +541,7 @@ split_template = re.compile(
     (?P<begin> (?<!<) << -? [ \t]* (?P<quote> ["'\\]? ) (?P<end> [\w.-]+ ) (?! [\w.-] | [ \t]*\)\) ) ["']? )  # a here-document,
     (?= (?P<rest> (?: \\. | '[^']*' | "(?:\\.|[^"\\])*" | [^\n] )* ) ) (?P=rest)  # the rest of its first line,
     (?P<body> \n (?: .*? \n )?? \t* (?P=end) $ )  # and its text
+    | (?<! [^\s;&|()] ) (?<! \\. ) \# [^\n]*  # a comment
     | \\. | '[^']*'? | "(?:\\.|[^"\\])*"?  # what is quoted
     | \$\{\w+\} | \{\w*\} | .  # a variable, braces, or a character
     """,
@@ -719,7 +722,7 @@ def run_child(pipe: Any, memory: Memory, folder: str | None, function: str | Non
     """The child's main: says whether the function could be loaded, and which text it has; then runs what it is fed."""
     leave_terminal()
     try:
-        threading.Thread(target=die_with_parent, daemon=True).start()
+        _thread.start_new_thread(die_with_parent, ())  # which gevent does not find, if the module patches threading
         if folder:
             os.chdir(folder)
         call: Callable[[Any], Any] = Command(command) if command else square
@@ -1264,6 +1267,7 @@ class Slot(threading.Thread):
         self._done = 0  # how many of those have an outcome
         self._outcomes: list[str] = []  # that are not acknowledged: a line of ids, and a line for each of them
         self._sent = False  # whether the first of these was sent, and no answer awaited
+        self._lease_until = 0.0  # when what has not begun is released
         self._busy_from = 0.0  # when the lease came, or something was reported last
 
     def run(self) -> None:
@@ -1293,7 +1297,7 @@ class Slot(threading.Thread):
         """
         linked, begun_at = self._link is not None, time.monotonic()
         before = self._digest if self._started_after == self._worker.finished else ""  # of the same job
-        for _ in range(START_ATTEMPTS):
+        for attempt in range(START_ATTEMPTS):
             self._started_after, self._left = self._worker.finished, self._worker.tasks_per_process
             self._child = child = Child(self._worker)
             try:
@@ -1309,10 +1313,15 @@ class Slot(threading.Thread):
                         self._stop_child()
                         raise EOFError("the connection was lost")
             except ChildDied as died:
-                death = died
+                problem = f"a process ended before it could run a task: {died}"
                 continue
             if answer[:1] == b"-":
-                raise Failure(answer[1:].decode())
+                problem = answer[1:].decode()
+                self._stop_child()
+                if not linked:
+                    break
+                self._worker.leaving.wait(2.0**attempt)  # what it needs may be back: it could be loaded before
+                continue
             if answer == b"!":
                 raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
             self._digest = answer[1:].decode()
@@ -1320,7 +1329,7 @@ class Slot(threading.Thread):
                 self._worker.edited = self._digest
                 say("the function's module was edited: a process that starts from now on runs the new text")
             return child
-        raise Failure(f"a process ended before it could run a task: {death}")
+        raise Failure(problem)
 
     def _stop_child(self) -> None:
         if self._child:
@@ -1361,8 +1370,8 @@ class Slot(threading.Thread):
         if link.run_id == self._worker.finished:
             self._worker.leaving.wait(random.uniform(0.5, 2.0))
             return False
-        if self._started_after != self._worker.finished:
-            self._stop_child()  # it was too late for the last job
+        if self._started_after != self._worker.finished or self._run_id not in ("", link.run_id):
+            self._stop_child()  # it was too late for the last job, or is of one whose master has gone
         if self._child is None:
             self._start_child()
         statement = {**self._worker.statement, "digest": self._digest, "id": WORKER_MARK}  # names repeat, as in containers
@@ -1463,12 +1472,14 @@ class Slot(threading.Thread):
 
     def _work(self, lines: list[str]) -> int:
         """Run a lease to its end. Returns how many tasks would be worth the next round trip."""
-        leased, begun_at = len(lines), time.monotonic()
-        self._busy_from = begun_at
+        finished, begun_at = 0, time.monotonic()
+        wanted = max(LEASE_SECONDS, min(MAX_LEASE_SECONDS, self._link.round_trip / ROUND_TRIP_SHARE) if self._link else 0.0)
+        self._busy_from, self._lease_until = begun_at, begun_at + LEASE_SLACK * wanted
         self._fed, self._done = lines, 0
         deaths = 0  # of children in a row that died before they began a task
         try:
             while self._done < len(self._fed) and self._link and not self._worker.leaving.is_set():
+                finished += self._done
                 self._fed, self._done = self._fed[self._done :], 0
                 if not self._child:
                     self._start_child()
@@ -1484,9 +1495,8 @@ class Slot(threading.Thread):
             self._release(self._done)
             if not self._link:  # a result is worth more than one attempt to report it
                 self._worker.served_at = time.monotonic()
-        spent = time.monotonic() - begun_at
-        wanted = max(LEASE_SECONDS, self._link.round_trip / ROUND_TRIP_SHARE if self._link else 0.0)
-        return max(1, int(min(MAX_LEASE_SECONDS, wanted) * leased / max(spent, 1e-6)))
+        finished += self._done
+        return max(1, int(wanted * finished / max(time.monotonic() - begun_at, 1e-6)))
 
     def _run(self, child: Child) -> None:
         """Feed tasks to the child until it is done with them. Raises ChildDied."""
@@ -1524,8 +1534,9 @@ class Slot(threading.Thread):
         self._outcomes.append(f"{join_ids(self._fed[before : self._done])}\n{outcomes}")
 
     def _shorten(self, child: Child) -> None:
-        """Release what stands behind a slow task, or behind any when the worker leaves or the master is lost."""
-        unwanted = child.running_for() > SLOW_TASK or self._worker.leaving.is_set() or self._link is None
+        """Release what stands behind a slow task, or any in a long lease, or when the worker leaves or the master is lost."""
+        slow = child.running_for() > SLOW_TASK or time.monotonic() > self._lease_until
+        unwanted = slow or self._worker.leaving.is_set() or self._link is None
         if unwanted and len(self._fed) - self._done > 1:
             self._release(max(self._done, child.revoke() + 1))
 
@@ -1572,6 +1583,7 @@ class Worker:
         self._slots_left = options.processes
         self.folder: str | None = None  # where the children load the function: None when it was deleted
         with contextlib.suppress(OSError):
+            os.chdir(os.curdir)  # as a child will: it may belong to another user
             self.folder = os.getcwd()
         os.chdir(os.path.abspath(os.sep))  # since a new Python looks for modules in the current folder first
 

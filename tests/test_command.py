@@ -91,6 +91,9 @@ def test_a_file_name_that_is_not_utf_8_finds_its_file(farm: Farm) -> None:
         ("echo a{1,2} {file name} {-} {}", None),
         ("cat {} - <<'E' 2>&1 | tail -1\nhere\nE\necho {}", "here\n/a/b c.tar.gz"),
         ('echo "$(echo "a")" {}', "a /a/b c.tar.gz"),
+        ("# don't {}\necho {} # it's $#{}", "/a/b c.tar.gz"),
+        ("echo a#'b' {}; echo $# ${#TASK} \\#'c'", "a#b /a/b c.tar.gz\n0 13 #c"),
+        ("echo \\ #'\n' {}", " #\n /a/b c.tar.gz"),
     ],
 )
 def test_the_braces_of_the_shell_and_of_awk_stay(farm: Farm, template: str, expected: str | None) -> None:

@@ -108,6 +108,21 @@ def test_connections_that_end_while_they_wait_for_tasks_cost_none_its_only_chanc
     assert {json.loads(line)["attempts"] for line in master.stdout} == {1}
 
 
+MOODY = """
+import os
+
+with open("loads", "a") as file:
+    file.write("x")
+if os.path.getsize("loads") == 2:
+    raise ConnectionError("the database has too many connections")
+
+def f(n):
+    if n == 3:
+        os._exit(1)
+    return n
+"""
+
+
 def test_a_child_killed_while_it_starts_does_not_end_its_worker(any_farm: Farm) -> None:
     any_farm.write(
         "slow.py",
@@ -122,6 +137,14 @@ def test_a_child_killed_while_it_starts_does_not_end_its_worker(any_farm: Farm) 
     worker.wait_line("worker exit", "stdout")
     assert master.wait() == 0
     check_once(any_farm.records(), 2)
+
+
+def test_a_module_that_cannot_be_loaded_for_a_moment_does_not_end_the_job(farm: Farm) -> None:
+    farm.write("moody.py", MOODY)
+    master = farm.run_job("--tasks", farm.write_tasks(range(20)), function="moody:f", status=1)
+    assert [record["id"] for record in farm.records() if "error" in record] == [3]
+    check_once(farm.records(), 20)
+    assert len((farm.folder / "loads").read_text()) == 3, master.stderr
 
 
 def test_an_outcome_of_another_run_is_refused(farm: Farm) -> None:

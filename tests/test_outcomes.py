@@ -102,6 +102,14 @@ def test_what_has_finished_is_recorded_while_each_of_several_slow_tasks_runs(far
     assert [task for task in tasks if "error" in records[task]] == ["more"]
 
 
+def test_a_row_of_tasks_that_are_longer_than_those_before_them_is_shared(farm: Farm) -> None:
+    farm.write("naps.py", "import os, time\ndef nap(seconds):\n    time.sleep(seconds)\n    return os.getpid()\n")
+    tasks = farm.write_tasks([*[0.001] * 1000, *[0.3] * 20, *[0.001] * 1000])
+    farm.run_job("--tasks", tasks, "--workers", 2, "--function", "naps:nap")
+    pids = [record["result"] for record in farm.records() if record["task"] == 0.3]
+    assert {pids.count(pid) > 4 for pid in pids} == {True} and len({*pids}) == 2, pids
+
+
 @pytest.mark.parametrize(
     ("last", "kind", "options", "retries"),
     [

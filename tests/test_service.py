@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import socket
+import subprocess
 import sys
 from pathlib import Path
 
@@ -102,6 +103,23 @@ def test_a_worker_that_waits_for_ever_serves_one_master_after_the_other_with_the
     kinds = [re.sub(".*(connected to|the job is over|draining).*", r"\1", line) for line in worker.stderr]
     assert kinds == [*["connected to", "the job is over"] * 3, "draining"]
     assert worker.stdout[-1] == "worker exit."
+
+
+def test_after_the_end_of_its_master_a_worker_runs_the_code_as_it_is_for_the_next_one(farm: Farm) -> None:
+    job = ("--tasks", "-", "--results", "results.jsonl", "--resume")
+    port = 0
+    for number, text in enumerate(["first", "second"]):
+        farm.write("edited.py", f"def f(n):\n    return '{text}'\n")
+        master = farm.run("task_master.py", "--port", port, *job, stdin=subprocess.PIPE)
+        port = master.port()
+        if not number:
+            worker = farm.worker(master, "--wait", 0, "--function", "edited:f")
+        master.put("1\n2\n"[: 2 * number + 2])
+        farm.wait_records(master, number + 1)
+        master.kill()
+    assert [record["result"] for record in farm.records()] == ["first", "second"]
+    worker.signal(signal.SIGTERM)
+    assert worker.wait() == 0
 
 
 LATE = """
