@@ -115,6 +115,7 @@ HANGING = 5.0  # seconds that a task must run, and longer than all the rest shou
 LOOK_INTERVAL = 0.2  # seconds between looks at signals and the clock
 GOODBYE = 2.0  # seconds for the workers to hear that the job is over
 WORKER_GRACE = 10.0  # seconds for a worker that we have started to leave by itself
+OUTPUT_GRACE = 5.0  # seconds for what it has printed to be read after its end
 RESTARTS = 5  # of a local worker that ends without having reported anything
 PACK_LIMIT = 20 << 20  # bytes of the module or package of --function that go to a host
 RETRY_PAUSE = 60.0  # seconds between attempts to reach a host, at most
@@ -310,7 +311,7 @@ class Ledger:
             if self.phase == Phase.FAILED and self.reason:
                 raise self.reason
             if self.phase != Phase.OVER:
-                raise Failure("this TaskMaster was closed, or a run of it was left early: make another one")
+                raise Failure("this TaskMaster was closed, or a run of it ended early: make another one")
             self.phase, self.reason = Phase.OPEN, None
 
     def end(self, phase: Phase, reason: BaseException | None = None) -> None:
@@ -332,7 +333,7 @@ class Ledger:
             return self._over.wait_for(self.is_over, timeout)
 
     def submit(self, tasks: Iterable[tuple[int, str]]) -> bool:
-        """Add tasks as (id, JSON text). Blocks while READY_LIMIT tasks wait. Returns False when no more are wanted."""
+        """Add tasks as (id, JSON text). Blocks while too many are READY. Returns False when no more are wanted."""
         new = {task_id: Task(task_id, text) for task_id, text in tasks}
         with self._lock:
             self._room.wait_for(lambda: self.phase > Phase.ENDED or self._has_room())
@@ -349,7 +350,6 @@ class Ledger:
         task.outcome = outcome
         with self._lock:
             self.submitted += 1
-            self.failed += 1
             self._tasks[task_id] = task
             self._move([task], LEASED, RECORDER)
         return task
@@ -366,7 +366,8 @@ class Ledger:
             standing = self._slots.get(holder)
             if standing and self._is_paused(standing, now):
                 # Not for `_leasable`: a signal for others would end here. At most 1 s, since nothing signals a drain.
-                return self._over.wait_for(lambda: self.phase > Phase.OVER, min(timeout, standing.resumes_at - now, 1.0))
+                pause = max(standing.resumes_at - now, len(self._slots) / IDLE_POLLS)
+                return self._over.wait_for(lambda: self.phase > Phase.OVER, min(timeout, pause, 1.0))
             self._queue_due(now)
             due_in = self._delayed[0][0] - now if self._delayed else timeout
             timeout = min(timeout, due_in, max(1.0, len(self._slots) / IDLE_POLLS))
@@ -429,9 +430,7 @@ class Ledger:
                     continue  # it is going to be run again anyway; or it came before, and its acknowledgement was lost
                 task.ok, task.outcome = ok, outcome
                 task.avoids = standing if again else None
-                if not ok:
-                    task.failures += 1
-                    self.failed += not again
+                task.failures += not ok
                 (retried if again else last).append(task)
             self.retried += len(retried)
             self._move(last, LEASED, RECORDER)
@@ -450,6 +449,7 @@ class Ledger:
             self._move(tasks, DONE)
             for task in tasks:
                 del self._tasks[task.id]
+                self.failed += not task.ok
             self.done += len(tasks)
             self._look_whether_over()
 
@@ -464,7 +464,6 @@ class Ledger:
             self._move(given_up, LEASED, RECORDER)
             self._move(again, READY)
             self._queue(again)  # wakes another, if the holder was woken and has died
-            self.failed += len(given_up)
             self.redelivered += len(again)
             self._held.pop(holder, None)
             if self._slots.pop(holder, None):
@@ -667,12 +666,13 @@ class TaskQueue:
         while True:
             tasks = self._lease(1, max(0.0, min(1.0, give_up_at - time.monotonic())))
             if tasks:
-                this_thread.peer.taken.append((tasks[0].id, time.monotonic()))
-                value = json.loads(tasks[0].text)
+                taken, value = (tasks[0].id, time.monotonic()), json.loads(tasks[0].text)
                 try:
                     pickle.dumps(value)
+                    this_thread.peer.taken.append(taken)
                     return value
                 except RecursionError as error:
+                    this_thread.peer.taken.appendleft(taken)
                     self._master._take_result(this_thread.peer, describe_error(error))
             elif tasks is None or time.monotonic() >= give_up_at:
                 raise queue.Empty
@@ -814,7 +814,7 @@ class RequestConnection(PlainConnection):
         try:
             request = load_plain(data) if self._pickles else read_call(data)
         except Exception as error:
-            self.problem = f"it sent something that is not plain data ({error!r})"
+            self.problem = f"it sent something that is not plain data ({type(error).__name__}: {error})"
             self.close()
             raise EOFError(self.problem) from None
         shape = [*map(type, request)] if isinstance(request, tuple) else []
@@ -1329,7 +1329,7 @@ class ResultsFile:
         path = self._new_path = f"{self.path}.{random.getrandbits(64):x}"
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o600)
         try:
-            with open(fd, "wb", buffering=1 << 20) as new, open(self.path, "rb", buffering=1 << 20) as old:
+            with open(fd, "wb", buffering=1 << 20) as new, open(self.path, "rb") as old:  # where seeks empty the buffer
                 new.writelines(self._choose_lines(old, ordered))
                 new.flush()
                 os.fsync(fd)
@@ -1429,7 +1429,8 @@ class Printer:
     def put(self, batches: Iterable[list[str]]) -> Iterator[list[str]]:
         """The tasks, each said before it can be leased."""
         for texts in batches:
-            print_text("".join([f"Put task {show_value(text)}...\n" for text in texts]), sys.stdout.encoding)
+            with self._lock:  # a full pipe takes a part of it
+                print_text("".join([f"Put task {show_value(text)}...\n" for text in texts]), sys.stdout.encoding)
             yield texts
         self.write([])
 
@@ -1460,6 +1461,7 @@ class LocalWorker:
         self.host = name or socket.gethostname()
         self.name = ""  # of the one that runs, as for its peers
         self.reason = "it has left"  # when it has ended: why it is not started again
+        self.status = 1  # and the master's exit status, if no other worker is left
         self.ended = threading.Event()
         self._master, self._arguments = master, arguments
         self._environment = {"TASK_AUTHKEY": os.fsdecode(master.authkey), "TASK_RUN": master.run_id, "TASK_HOST": name}
@@ -1503,11 +1505,19 @@ class LocalWorker:
         self.name = f"{self.host}/{process.pid}"
         if self._stopping.is_set():
             self.end()
-        while process.stdout and (line := process.stdout.readline(1 << 16)):
-            self._show(process, line)
-        with contextlib.suppress(OSError), process:  # closes its pipes
-            process.wait()
+        reader = threading.Thread(target=self._relay, args=(process,), daemon=True)
+        reader.start()
+        process.wait()
+        reader.join(OUTPUT_GRACE)  # another user's process, which the worker could not kill, may keep the pipe
+        with contextlib.suppress(OSError):
+            process.stdin.close()  # type: ignore[union-attr]
         return process.returncode
+
+    def _relay(self, process: subprocess.Popen[bytes]) -> None:
+        """Give each line that it prints to `_show`; blocks until nobody can write there."""
+        with process.stdout or contextlib.nullcontext():
+            while process.stdout and (line := process.stdout.readline(1 << 16)):
+                self._show(process, line)
 
     def _find_command(self, host: str, port: int) -> tuple[list[str], dict[str, str], int]:
         """The command line for a master at this address, the environment, and where output goes: not into the progress."""
@@ -1520,12 +1530,12 @@ class LocalWorker:
     def _may_go_on(self, status: int) -> bool:
         """Whether to start it again after this exit status; blocks for as long as one should wait before that."""
         self._master.restarts += 1
-        self.reason = f"the local worker ended with exit status {status}"
+        self.reason = f"the local worker ended with exit status {status}, see standard error"
+        self.status = 2 if status == 2 else 1
         if status in (2, 3) or self._master.restarts > RESTARTS:
-            self._master.ledger.end(Phase.FAILED, Failure(f"{self.reason}, see standard error", 2 if status == 2 else 1))
             return False
         self._master._log(f"{self.reason}: starting another")
-        return True
+        return not self._stopping.wait(1.0)
 
 
 SSH = "ssh -T -o BatchMode=yes -o ExitOnForwardFailure=yes -o ControlPath=none -o LogLevel=INFO -o ServerAliveInterval=15".split()
@@ -1722,6 +1732,7 @@ class TaskMaster:
     _running = False  # whether somebody takes the records of a run
     _pid = 0  # of the process that has opened it
     _server: QueueServer | None = None
+    _failures_left = 0  # that end the job when there are none left; below 0 there is no limit
 
     def __init__(
         self,
@@ -1767,7 +1778,7 @@ class TaskMaster:
         self._counting = threading.Lock()  # guards what is counted for the summary
         self.peers: set[Peer] = set()  # all that are connected
         self._sink: Sink = lambda tasks: None
-        self._next_id = self._failed_before = 0  # tasks of earlier runs, and how many of them failed
+        self._next_id = 0  # of the tasks to come
 
     def __enter__(self) -> TaskMaster:
         self.start()
@@ -1858,7 +1869,7 @@ class TaskMaster:
     def _begin(self, batches: Iterable[list[str]], sink: Sink) -> None:
         """Start reading tasks. `sink` gets those that have their last outcome; what it raises ends the job. Raises as `begin`."""
         self.ledger.begin()
-        self._sink, self._failed_before = sink, self.ledger.failed
+        self._sink, self._failures_left = sink, self._max_failures or 0
         threading.Thread(target=self._read, args=(batches,), daemon=True).start()
         self._look_for_workers()
 
@@ -1886,7 +1897,8 @@ class TaskMaster:
         """Stop the job as if drained when no started worker is left, and no other one is connected."""
         gone = [f"{worker.host}: {worker.reason}" for worker in self.started if worker.ended.is_set()]
         if gone and len(gone) == len(self.started) and not self.peers and self.ledger.phase < Phase.OVER:
-            self.ledger.end(Phase.DRAINING, Failure(f"no worker is left ({'; '.join(gone)})", 1))
+            status = max([worker.status for worker in self.started])
+            self.ledger.end(Phase.DRAINING, Failure(f"no worker is left ({'; '.join(gone)})", status))
 
     # Called by the server's threads
 
@@ -1921,11 +1933,12 @@ class TaskMaster:
 
     def _refuse(self, host: str, problem: str) -> None:
         """A connection was refused: say so once for a host and a reason."""
+        text = f"{host}: {problem[:1000]}"
         with self._counting:
-            self.refused[f"{host}: {problem}"] += 1
-            first = self.refused[f"{host}: {problem}"] == 1
+            self.refused[text] += 1
+            first = self.refused[text] == 1
         if first:
-            self._log(f"refused a connection from {host}: {problem}")
+            self._log(f"refused a connection from {text}")
 
     def _report(self, peer: Peer, outcomes: Outcomes, busy: float) -> None:
         """Record the outcomes that are a task's last. When this returns, they are acknowledged."""
@@ -2013,7 +2026,8 @@ class TaskMaster:
         count[0] += 1
         if count[0] == 1:
             self._log(f"task {task.id} failed: {count[1]}, attempt {task.attempts}")
-        if self._max_failures and self.ledger.failed - self._failed_before >= self._max_failures:
+        self._failures_left -= 1
+        if not self._failures_left:
             problem = f"stopped, as --max-failures {self._max_failures} asks (--resume begins with what failed)"
             self.ledger.end(Phase.DRAINING, Failure(problem, 1))
 
@@ -2416,9 +2430,9 @@ class Job:
             self._log(f"{count:7} x {example}")
         if more := sum([count for count, _ in kinds[KINDS_SHOWN:]]):
             self._log(f"        and {more} of other kinds, see the records with an error")
-        for text, count in master.refused.items():
+        for text, count in [*master.refused.items()]:  # a connection may still come
             self._log(f"refused {count_things(count, 'connection')} from {text}")
-        for name, host in master.hosts.items():
+        for name, host in [*master.hosts.items()]:
             self._log(f"host {name}: {host.describe()}")
         kept = f", {self._kept} kept from before" if self._kept else ""
         self._log(

@@ -168,6 +168,15 @@ for _ in range(20):
     assert len(re.findall(r'\]+, ("result": "list"|"error": )', text)) == 2
 
 
+def test_a_task_that_cannot_be_sent_does_not_shift_the_results_of_those_taken_before_it(farm: Farm) -> None:
+    farm.write("tasks", "\n".join(['"a"', "[" * 900 + "]" * 900, '"b"']))
+    master = farm.master("--tasks", "tasks", "--results", "results.jsonl")
+    client = start_client(farm, master, "taken = [tasks.get(), tasks.get()]\nfor task in taken:\n    results.put(task.upper())\n")
+    assert (client.wait(), master.wait()) == (0, 1), client.stderr
+    text = (farm.folder / "results.jsonl").read_text()
+    assert sorted(re.findall(r'"task": "(\w)", "result": "(\w+)"', text)) == [("a", "A"), ("b", "B")]
+
+
 def test_a_client_may_return_a_large_integer(farm: Farm) -> None:
     master = start_master(farm, 300)
     client = start_client(farm, master, "import math\nresults.put(math.factorial(tasks.get()))\n")

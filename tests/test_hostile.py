@@ -300,6 +300,16 @@ EVIL_SHAPES = {
 }
 
 
+def test_the_reason_for_a_refusal_is_short_however_long_the_message_is(beside: Beside) -> None:
+    first, second = beside.connect(), beside.peer().connection
+    first.send_bytes(b"\xff" * MEGABYTE)
+    assert is_refused(first)
+    statement = json.dumps({"function": "x" * MEGABYTE, "command": None})
+    second.send_bytes(f"get_task_queue join {PROTOCOL}\n{statement}".encode())
+    beside.master.wait_line("its job is for")
+    assert max(map(len, beside.master.stderr)) < 2000
+
+
 def test_data_nested_a_million_times_does_not_crash_the_master(beside: Beside) -> None:
     """A tuple in a tuple in a tuple: to take its hash overflows the C stack."""
     for shape, make in EVIL_SHAPES.items():

@@ -47,6 +47,14 @@ def moody(n):
     time.sleep(1)
     return n
 """
+KEEP = """
+import socket
+
+def give(n):
+    with socket.socket(socket.AF_UNIX) as client:
+        client.connect("keeper")
+        socket.send_fds(client, [b"1"], [1])
+"""
 # Makes standard input the terminal that Ctrl-C is pressed on, and goes on as another program
 TAKE_TERMINAL = "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.argv[1], sys.argv[1:])"
 BAR = r"\[#*-*\] +\d+ %  "
@@ -234,6 +242,20 @@ def test_a_total_that_is_not_known_is_not_shown(farm: Farm, open_terminal: Any) 
         terminal.wait_text(r"\r3 done, ")
         assert not re.search(" of | left|%", "".join(terminal.progress()))
     assert terminal.wait() == 0
+
+
+def test_what_a_worker_could_not_kill_does_not_keep_the_master(farm: Farm, open_terminal: Any) -> None:
+    """It may be another user's, and has the pipe through which the worker's output comes."""
+    farm.write("keep.py", KEEP)
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(farm.folder / "keeper"))
+        server.listen()
+        terminal = open_terminal(80, *FILE, "--workers", 1, "--function", "keep:give", 1)
+        with server.accept()[0] as giver:
+            _, (descriptor,), *_ = socket.recv_fds(giver, 1, 1)
+        assert terminal.wait() == 0
+        os.close(descriptor)
+    assert terminal.lines()[-2].startswith("task_master: 1 done, ")
 
 
 def test_ctrl_c_leaves_whole_lines(open_terminal: Any) -> None:

@@ -308,7 +308,7 @@ def test_a_farm_whose_run_was_left_early_says_that_it_runs_no_other(mine: Mine, 
         next(records)
         wait_until(lambda: master.ledger.is_over() or count > 2)
         records.close()
-        with pytest.raises(Failure, match="left early"):
+        with pytest.raises(Failure, match="ended early"):
             next(master.run([2, 4]))
 
 

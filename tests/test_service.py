@@ -200,6 +200,25 @@ def test_a_function_that_one_host_has_does_the_job_there_and_the_other_says_wher
     assert sorted(record["result"] for record in farm.records()) == [[n, os.path.realpath(complete)] for n in range(20)]
 
 
+WAITS = "import os, time; exec('while not os.path.exists(\"go\"): time.sleep(0.01)')"
+
+
+def test_a_master_whose_own_worker_cannot_load_the_function_goes_on_with_another(farm: Farm) -> None:
+    job = ("--function", "mailer:send", "--workers", 1, "1")
+    alone = farm.master(*job)
+    assert alone.wait() == 2
+    assert alone.said(r"no worker is left \(.*: the local worker ended with exit status 2, see standard error\)$")
+    complete = make_host(farm, "complete", mailer=f"def send(task):\n    {WAITS}")
+    farm.write("mailer.py", f"{WAITS}\nraise ImportError('no licence')\n")
+    master = farm.master(*job)
+    other = farm.worker(master, "--function", "mailer:send", "--processes", 1, cwd=complete, env=farm.env(PYTHONPATH=None))
+    master.wait_line("worker .* connected")
+    farm.let_go()
+    master.wait_line("cannot import it")
+    (complete / "go").touch()
+    assert (master.wait(), other.wait()) == (0, 0), master.stderr
+
+
 def test_a_function_that_fails_on_one_host_names_that_host_in_each_record(farm: Farm) -> None:
     broken = make_host(farm, "broken", mailer="def send(task):\n    import no_such_library\n")
     master = farm.master("--results", "results.jsonl", "1")
