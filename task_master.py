@@ -769,7 +769,7 @@ def check_outcome(outcome: str, scan: Callable[..., Any] = scan_roughly) -> tupl
             raise ValueError(f"it has more than {VALUE_LIMIT} strings, lists and objects: write it to a file")
         error = load_outcome(outcome, scan)[1]
     except ValueError as problem:
-        return False, False, format_outcome(format_error("ValueError", f"what the worker sent cannot be read: {problem}"))
+        return False, True, format_outcome(format_error("ValueError", f"what the worker sent cannot be read: {problem}"))
     final = bool(error and error.get("final"))
     return error is None, final, outcome.replace("\r", " ").replace(FINAL + "}", "}", final)  # once, if it is final
 
@@ -1192,7 +1192,7 @@ class ResultsFile:
                 if not resume:
                     raise Failure(f"the results file {path} is not empty: name another, or carry on with --resume")
                 self._load()
-        self.least = max((task_id + 1 for task_id, task in enumerate(self._tasks) if task & 1), default=0)  # tasks of the job
+        self.least = len(self._tasks)  # how many tasks the job has, at least
         self.kept = sum(task & 1 for task in self._tasks)  # how many tasks have a result
         self.repeated = len(self._tasks) - self._offsets.count(-1) - self.kept  # how many tasks failed, and run again
 
@@ -1258,7 +1258,8 @@ class ResultsFile:
                 text = b"".join(lines).decode("utf-8", "replace")
                 plain = find_plain_records(text)
                 ids = [int(task_id) for task_id, _, _ in plain]
-                if len(ids) == len(lines) == text.count('{"id": ') and max(ids, default=0) - len(self._offsets) < GAP_LIMIT:
+                whole = text.count('{"id": ') == text.count(RESULT) + text.count(ERROR) == len(lines) == len(ids)
+                if whole and max(ids, default=0) - len(self._offsets) < GAP_LIMIT:
                     self._note(ids, offsets, [hash(task) | 1 if result else hash(task) & -2 for _, task, result in plain])
                 else:
                     for position, line in enumerate(lines):
@@ -1378,12 +1379,13 @@ def read_record(line: str) -> tuple[int, str, bool]:
     if match and "\0" not in line:  # which a power cut may leave
         end = scan_strictly(line, match.end())[1]
         ok = line.startswith(f", {RESULT}", end)
-        if (ok or line.startswith(f", {ERROR}", end)) and line.rstrip().endswith("}") and line.count('{"id": ') == 1:
+        whole = line.count('{"id": ') == line.count(RESULT) + line.count(ERROR) == 1 and line.rstrip().endswith("}")
+        if whole and (ok or line.startswith(f", {ERROR}", end)):
             return int(match[1]), line[match.end() : end], ok
     record = json.loads(line)  # it was written by another program
     if not isinstance(record, dict) or type(record.get("id")) is not int or "task" not in record:
         raise ValueError("no record")
-    return record["id"], json.dumps(record["task"]), "result" in record
+    return record["id"], json.dumps(record["task"]), "result" in record and not record.get("error")
 
 
 def format_records(tasks: list[Task]) -> str:
@@ -1781,7 +1783,8 @@ class TaskMaster:
         self._next_id = 0  # of the tasks to come
 
     def __enter__(self) -> TaskMaster:
-        self.start()
+        if not self._server:
+            self.start()
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -2135,7 +2138,8 @@ def check_argument(name: str, value: Any, kind: Callable[[str], Any]) -> Any:
     except argparse.ArgumentTypeError as error:
         raise Failure(f"{name}: {error}") from None
     if isinstance(value, bool) or not isinstance(value, (int, float) if isinstance(read, float) else type(read)):
-        raise Failure(f"{name}: {value!r} is no {type(read).__name__}")
+        kind_name = type(read).__name__
+        raise Failure(f"{name}: it takes {'an' if kind_name == 'int' else 'a'} {kind_name}, not {value!r}")
     return read
 
 
@@ -2289,10 +2293,10 @@ class Job:
         if not options.results:
             printer = Printer()
             return printer.put(batches), printer.write
+        if (options.ordered or options.resume) and os.path.exists(options.results) and not os.path.isfile(options.results):
+            raise Failure(f"--ordered and --resume read the results file, and {options.results} is none: name a file")
         results = self._results = ResultsFile(options.results, options.resume)
         self._kept = results.kept
-        if (options.ordered or options.resume) and not results.regular:
-            raise Failure(f"--ordered and --resume read the results file, and {options.results} is none: name a file")
         if self._kept or results.repeated:
             told = f"{self._kept} done are kept, {results.repeated} failed are repeated"
             if options.task or (options.tasks != "-" and os.path.isfile(options.tasks)):  # a stream is compared on the way

@@ -383,8 +383,8 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
 
     def error(self, message: str) -> NoReturn:
-        is_task = re.search(r"arguments: -[0-9.]|-0/--null", message)
-        hint = "a TASK that begins with - goes behind --" if is_task else "--help tells more"
+        is_task = self.prog == "task_master" and re.search(r"arguments: (?!--\w)|-0/--null", message)
+        hint = "TASKs stand together, behind -- if one begins with -" if is_task else "--help tells more"
         self.exit(2, f"{self.prog}: {message} ({hint})\n")
 
 
@@ -491,7 +491,9 @@ STANDARD = getattr(sys, "stdlib_module_names", None) or {  # the names of the st
 
 def find_shadows(folder: str) -> set[str]:
     """Modules of the standard library, also of other systems, that a file in the folder could stand in for."""
-    return {name.partition(".")[0] for name in os.listdir(folder)} & STANDARD
+    with contextlib.suppress(PermissionError):  # one may only pass through it
+        return {name.partition(".")[0] for name in os.listdir(folder)} & STANDARD
+    return set()
 
 
 def load_function(spec: str) -> Callable[[Any], Any]:
@@ -708,11 +710,15 @@ def make_plain(value: Any, place: str) -> Any:
         return value
     if isinstance(value, (list, tuple)):
         return [make_plain(item, f"{place}[{index}]") for index, item in enumerate(value)]
-    strange = [key for key in value if not isinstance(key, (str, int, float, type(None)))] if isinstance(value, dict) else [value]
+    strange = [value]
+    if isinstance(value, dict):
+        strange = [
+            key for key in value if not (key is None or isinstance(key, (str, int, float)) or hasattr(type(key), "tolist"))
+        ]
     for item in strange:
         kind = f"{type(item).__module__}.{type(item).__qualname__}".replace("builtins.", "")
         raise TypeError(f"{place} {'has a key that ' if item is not value else ''}is a {kind}, which JSON does not have")
-    return {make_plain(key, place): make_plain(item, f"{place}[{json.dumps(key)}]") for key, item in value.items()}
+    return {make_plain(key, place): make_plain(item, f"{place}[{json.dumps(key, default=str)}]") for key, item in value.items()}
 
 
 # ---- child: the only process that runs the function ----------------------------------------------------------------
@@ -759,10 +765,9 @@ class Output(io.FileIO):
 def leave_terminal() -> None:
     """Streams and a session of its own: Ctrl-C in the terminal reaches the parent alone, and a kill takes the whole group."""
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # so that nothing a task starts waits for the terminal
-    at_once = os.isatty(1) or bool(os.environ.get("PYTHONUNBUFFERED"))
     for name, descriptor in (("stdout", 1), ("stderr", 2)):
         stream = io.BufferedWriter(Output(os.dup(descriptor), "w"))
-        setattr(sys, name, io.TextIOWrapper(stream, errors="backslashreplace", line_buffering=descriptor == 2 or at_once))
+        setattr(sys, name, io.TextIOWrapper(stream, errors="backslashreplace", line_buffering=True))
     if hasattr(os, "setsid"):
         os.setsid()
     for number in STOP_SIGNALS:
@@ -873,7 +878,7 @@ def run_task(function: Callable[[Any], Any], text: str) -> str:
     """Call the function with a task. Returns the member `"result"` or `"error"` of a record."""
     try:
         value = function(scan_json(text, 0)[0])
-        if type(value) is not int and hasattr(type(value), "__await__"):  # of an `async def`
+        if type(value) is not int and hasattr(type(value), "cr_await"):  # of an `async def`
             import asyncio
 
             value = asyncio.run(value)

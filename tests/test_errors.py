@@ -58,7 +58,9 @@ def check_error(program: Program, status: int, pattern: str, *, alone: bool = Tr
         ([MASTER, "--results", ""], "--results takes the name of a file"),
         ([MASTER, "--workers", "5000"], "--workers: 5000 .* 4096"),
         ([MASTER, "--nonsense"], "--nonsense"),
-        ([WORKER, "3"], "unrecognized arguments: 3"),
+        ([WORKER, "3"], "unrecognized arguments: 3 .--help"),
+        ([MASTER, "1", "--workers", "1", "2"], "unrecognized arguments: 2 .TASKs stand together"),
+        ([MASTER, "--text", "-x"], "unrecognized arguments: -x .* behind -- if"),
     ],
     ids=lambda value: " ".join(value).replace(".py", "") if isinstance(value, list) else "",
 )

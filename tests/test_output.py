@@ -84,6 +84,25 @@ def test_a_task_does_not_overrun_its_time_while_its_worker_waits_for_a_slow_disk
     assert sorted(json.loads(line)["id"] for line in lines) == list(range(80))
 
 
+def test_what_a_task_prints_is_seen_at_once_and_when_it_is_killed(farm: Farm) -> None:
+    body = ["print('epoch', n)", "functions.stay(n)", "print('last')", "os.abort()"]
+    farm.write("talk.py", "import functions, os\ndef f(n):\n    " + "\n    ".join(body))
+    master = farm.master(1)
+    worker = farm.worker(master, "--function", "talk:f", env=farm.env(PYTHONUNBUFFERED=None))
+    worker.wait_line("epoch 1", "stdout")
+    farm.let_go()
+    assert master.wait() == 1
+    assert worker.wait() == 0
+    assert "last" in worker.stdout
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="fifos are of POSIX")
+@pytest.mark.parametrize("option", ["--ordered", "--resume"])
+def test_a_results_file_that_cannot_be_read_is_refused_before_anybody_reads_it(farm: Farm, option: str) -> None:
+    os.mkfifo(farm.folder / "fifo")
+    check_said(farm.master("--results", "fifo", option, 1), 2, "--ordered and --resume read the results file, and fifo is none")
+
+
 @pytest.mark.parametrize("target", [">(cat >out)", "/dev/stdout | cat >out"])
 def test_a_results_file_that_is_a_pipe_is_written_like_one(farm: Farm, target: str) -> None:
     command = f"set -o pipefail; {sys.executable} {ROOT / 'task_master.py'} --port 0 --workers 1 3 4 --results {target}; s=$?"

@@ -107,6 +107,11 @@ def test_records_say_what_became_of_each_task(mine: Mine) -> None:
     assert all(record.worker.startswith(socket.gethostname() + "/") for record in records)
 
 
+def test_a_farm_that_was_started_is_not_started_again_by_its_block(mine: Mine) -> None:
+    with mine.start() as master, master as same:
+        assert [record.result for record in same.run([4])] == [2]
+
+
 def test_what_numpy_has_is_a_task_too(mine: Mine) -> None:
     numpy = pytest.importorskip("numpy")
     assert mine.results(numpy.arange(0, 6, 2)) == [0, 1, 2]

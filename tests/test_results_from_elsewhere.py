@@ -62,6 +62,12 @@ def test_resuming_without_the_tasks_is_refused(farm: Farm, workers: list[object]
     assert (farm.results.read_text() if farm.results.exists() else None) == text
 
 
+def fill(line: str, **options: Any) -> str:
+    """A record with all members that any has."""
+    names = ("id", "task", "result", "error", "started_at", "seconds", "worker", "attempts")
+    return json.dumps({name: json.loads(line).get(name) for name in names}, **options) + "\n"
+
+
 def shuffle(line: str) -> str:
     return json.dumps(dict(reversed(json.loads(line).items())))
 
@@ -69,6 +75,8 @@ def shuffle(line: str) -> str:
 DEEP = "[" * 5000 + "]" * 5000
 REWRITTEN = {
     "as jq -c does": lambda text: "".join(json.dumps(json.loads(t), separators=(",", ":")) + "\n" for t in text.splitlines()),
+    "as pandas does": lambda text: "".join(fill(line, separators=(",", ":")) for line in text.splitlines()),
+    "all members": lambda text: "".join(fill(line) for line in text.splitlines()),
     "other order": lambda text: "".join(shuffle(line) + "\n" for line in text.splitlines()),
     "more members": lambda text: text.replace('"id"', '"note": {"id": -1, "task": [1], "error": 1}, "id"'),
     "CRLF": lambda text: text.replace("\n", "\r\n"),
@@ -95,7 +103,7 @@ REWRITTEN = {
     "UTF-16": lambda text: text.encode("utf-16"),
     "gzip": lambda text: b"\x1f\x8b\x08\x00\x00\x00\x00\x00\x00\x03" + bytes(range(256)) * 10,
 }
-MUST_BE_RESUMED = list(REWRITTEN)[:6]
+MUST_BE_RESUMED = list(REWRITTEN)[:8]
 MUST_BE_REFUSED = list(REWRITTEN)[-7:]
 IDS: list[Any] = [10**18, 10**30, -1, True, None, 1.5, "1", [1], {}, 1e300, 2**31, 2**63]
 
@@ -140,6 +148,12 @@ def test_records_of_other_tasks_are_refused_before_anything_is_appended(farm: Fa
     assert master.said("belongs to other tasks: its task [01] is not 9")
     if tasks[:1] == b"9":
         assert farm.results.read_text() == before
+
+
+def test_a_task_that_failed_and_is_not_there_any_more_is_no_success(farm: Farm) -> None:
+    farm.results.write_text("".join(f"{record(n)}\n" for n in range(FAILED + 1)))
+    farm.write_tasks([*range(FAILED)])
+    check_one_line(resume(farm), f"belongs to other tasks: it has more than these {FAILED}")
 
 
 def test_the_last_record_of_an_id_counts(farm: Farm) -> None:

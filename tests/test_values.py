@@ -31,6 +31,9 @@ class Addict(dict):
 class Broken:
     def tolist(self): raise KeyError("broken")
 
+class Awaited:
+    def __await__(self): yield
+
 class Endless:
     def tolist(self): return self
 
@@ -102,6 +105,8 @@ NUMPY = {
     "np.float64('nan')": None,
     "{'mean': np.float32('inf'), 'rows': [np.arange(3), (np.int8(1), 'x')]}": {"mean": None, "rows": [[0, 1, 2], [1, "x"]]},
     "np.array([], dtype=float)": [],
+    "dict(zip(*np.unique(np.array([3, 1, 3]), return_counts=True)))": {"1": 1, "3": 2},
+    "{np.float64('nan'): math.nan, np.str_('a'): 1}": {"null": None, "a": 1},
 }
 REFUSED = {
     "day": ("result", "datetime.date"),
@@ -113,6 +118,8 @@ REFUSED = {
     "{'np': [0, np.array([1, day])]}": ('result["np"][1]', "datetime.date"),
     "np.datetime64('2025-01-02')": ("result", "datetime"),
     "np.array([1j])": ("result", "complex"),
+    "{np.datetime64('2025-01-02'): 1}": ("result", "datetime"),
+    "Awaited()": ("result is a values.Awaited",),
     "np.array([1], dtype=np.longdouble)": ("result[0]", "longdouble"),
 }
 
@@ -145,6 +152,12 @@ def test_a_result_that_has_no_end_or_cannot_be_read_fails_its_own_task_alone(far
     assert ["error" in record for record in records] == [False, True, False]
     assert records[1]["error"]["type"] != "ProcessDied"
     assert len({record["worker"] for record in records}) == 1
+
+
+def test_a_result_of_too_many_parts_is_not_computed_again(farm: Farm) -> None:
+    (record,), _ = run(farm, "value", ["['ab'] * 2_100_000"], "--retries", 1, status=1)
+    assert (record["attempts"], record["error"]["type"]) == (1, "ValueError")
+    assert "more than 2000000 strings" in record["error"]["message"]
 
 
 def check_started_at(records: list[dict[str, Any]], began_at: float) -> None:
