@@ -199,12 +199,12 @@ class Program:
 
 
 class Farm:
-    """Makes masters and workers that know the same key, in `folder`, where functions.py is."""
+    """Makes masters and workers that know the same key, in `folder`, where functions.py is, and the test file's mod.py."""
 
-    def __init__(self, folder: Path, tls: bool = False) -> None:
+    def __init__(self, folder: Path, module: str = "") -> None:
         self.folder = folder
-        self.tls = ["--tls"] if tls else []
-        self.python = tls_python() if tls else sys.executable
+        self.tls: list[str] = []
+        self.python = sys.executable
         self.results = folder / "results.jsonl"
         self.key = secrets.token_hex(16)
         self.home = folder / "home"
@@ -212,6 +212,13 @@ class Farm:
         self.programs: list[Program] = []
         self._things = contextlib.ExitStack()
         self.write("functions.py", FUNCTIONS)
+        if module:
+            self.write("mod.py", module)
+
+    def use_tls(self) -> Farm:
+        """From now on all programs use TLS; skips the test when no Python here can."""
+        self.tls, self.python = ["--tls"], tls_python()
+        return self
 
     def env(self, **more: str | None) -> dict[str, str]:
         """The environment of the programs, with the key and an empty home; what is None is left out."""

@@ -10,7 +10,7 @@ from lab import JOIN, TASKS, Farm, Program, check_once, make_outcome
 
 from task_worker import PROTOCOL
 
-FUNCTIONS = """
+MODULE = """
 import os, time
 
 def work(n):
@@ -23,9 +23,8 @@ def work(n):
 
 def start_farm(farm: Farm, tasks: list[int], *options: object, **hosts: bool) -> tuple[Program, list[Program]]:
     """A master, and a worker for each host, which may lack something; when all are there, so are the tasks."""
-    farm.write("holes.py", FUNCTIONS)
     master = farm.master("--tasks", "-", "--results", "results.jsonl", *options, stdin=subprocess.PIPE)
-    where = ("--port", master.port(), "--processes", 2, "--function", "holes:work")
+    where = ("--port", master.port(), "--processes", 2, "--function", "mod:work")
     workers = []
     for name, lacks in hosts.items():
         workers.append(farm.run("task_worker.py", *where, env=farm.env(TASK_HOST=name, LACKS="a mount" if lacks else None)))

@@ -35,7 +35,7 @@ pytestmark = pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason=
 
 MEMORY_LIMIT = 500 * MEGABYTE
 DOUBLE = ("--function", "functions:double")
-FUNCTIONS = """
+MODULE = """
 import sys
 from functions import stay
 
@@ -58,12 +58,6 @@ def many_files() -> None:
 
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-
-
-@pytest.fixture
-def farm(farm: Farm) -> Farm:
-    farm.write("bounds.py", FUNCTIONS)
-    return farm
 
 
 def start_attack(attack: Callable[[], object]) -> threading.Thread:
@@ -154,7 +148,7 @@ def test_a_large_message_that_does_not_come_to_its_end_does_not_stop_another(far
     master = farm.master("1", "2", "--results", "results.jsonl")
     evil = farm.peer(master, "evil/1")
     sender = start_attack(lambda: begin_message(evil))
-    worker = farm.worker(master, "--function", "bounds:large")
+    worker = farm.worker(master, "--function", "mod:large")
     assert (master.wait(), worker.wait()) == (0, 0)
     hang_up(evil)
     sender.join(PATIENCE)
@@ -243,7 +237,7 @@ def test_a_task_that_prints_without_a_line_end_does_not_fill_the_memory(farm: Fa
                 os.read(ours, MEGABYTE)
 
     reader = start_attack(read)
-    options = ("--port", 0, "--workers", 1, "--function", "bounds:flood", "--results", "results.jsonl", '"flood"', '"wait"')
+    options = ("--port", 0, "--workers", 1, "--function", "mod:flood", "--results", "results.jsonl", '"flood"', '"wait"')
     master = farm.run_after(f"os.dup2({theirs}, 2)", "task_master.py", *options, pass_fds=[theirs])
     farm.wait_records(master, 1)
     processes = [psutil.Process(master.pid), *psutil.Process(master.pid).children(recursive=True)]

@@ -43,7 +43,6 @@ class History:
     def __init__(self, farm: Farm, seed: int) -> None:
         self.farm, self.dice, self.port = farm, random.Random(seed), 0
         self.path, self.log = farm.folder / "results.jsonl", farm.folder / "started.log"
-        (farm.folder / "histories.py").write_text(MODULE)
         farm.write_tasks(TASKS)
 
     def start(self, *options: object) -> Program:
@@ -71,12 +70,12 @@ class History:
         before, size, function = self.kept(), self.size(), self.dice.choice("ab")
         self.log.write_text("")
         what = ["--tasks", "tasks.jsonl", *self.dice.choice([[], ["--ordered"]])]
-        local = ["--workers", self.dice.choice([1, 2]), "--function", f"histories:{function}"]
+        local = ["--workers", self.dice.choice([1, 2]), "--function", f"mod:{function}"]
         if how == "full disk":  # for the master alone
             master = self.start(*what)
             limit = size + self.dice.randrange(3000)
             resource.prlimit(master.pid, resource.RLIMIT_FSIZE, (limit, limit) if master.port() else ())
-            self.farm.worker(master, "--function", f"histories:{function}", "--wait", 0.1)
+            self.farm.worker(master, "--function", f"mod:{function}", "--wait", 0.1)
         else:
             master = self.start(*what, *local)
         if how in ("kill", "drain"):

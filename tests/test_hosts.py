@@ -27,7 +27,7 @@ PROMISE = 60  # seconds within which a silent peer is noticed
 LONG = 2 * PROMISE  # seconds after which it counts as unnoticed; generous, the machine is noisy
 CUT = 12  # seconds without a link that are survived
 
-HOSTS = r'''
+MODULE = r'''
 import ctypes, os
 from functions import note, stay
 
@@ -93,7 +93,6 @@ class Scene:
     def __init__(self, farm: Farm, *options: object, cable: Cable | None = None, **more: Any) -> None:
         self.farm, self._cable = farm, cable
         self._where = ("--no-tls", "--host", cable.address) if cable else ()
-        farm.write("hosts.py", HOSTS)
         self.master = self._start("near", "task_master.py", "--port", 0, "--results", "results.jsonl", *options, **more)
 
     def _start(self, host: str, file: str, *options: object, **more: Any) -> Program:
@@ -101,14 +100,14 @@ class Scene:
         command = [*place, sys.executable, str(ROOT / file), *map(str, [*self._where, *options])]
         return self.farm.start(command, env=self.farm.env(HOST=host), **more)
 
-    def worker(self, host: str, function: str = "hosts:work") -> Program:
+    def worker(self, host: str, function: str = "mod:work") -> Program:
         """One that is connected."""
         options = ("--port", self.master.port(), "--processes", 1, "--function", function)
         worker = self._start(host, "task_worker.py", *options)
         worker.wait_line("connected")
         return worker
 
-    def busy_worker(self, function: str = "hosts:work") -> Program:
+    def busy_worker(self, function: str = "mod:work") -> Program:
         """One on the far host, in the middle of the only task."""
         worker = self.worker("far", function)
         self.farm.wait_started(worker, "far")
@@ -184,6 +183,6 @@ def test_a_worker_that_stops_with_data_on_the_way_is_noticed_and_another_one_fin
 def test_a_task_that_lets_no_other_thread_run_does_not_cost_its_lease(farm: Farm) -> None:
     scene = Scene(farm, PROMISE + 2)
     for host in ("far", "near"):
-        scene.worker(host, "hosts:hold")
+        scene.worker(host, "mod:hold")
     scene.check_record(PROMISE + 2, attempts=1)
     assert farm.records()[0]["seconds"] > PROMISE

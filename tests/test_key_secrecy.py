@@ -18,7 +18,7 @@ from lab import PATIENCE, ROOT, Farm, Program, check_said, free_port
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="modes and owners are POSIX's")
 
-FUNCTIONS = """
+MODULE = """
 import multiprocessing, os, subprocess
 
 def look():
@@ -63,11 +63,10 @@ def check_refused(program: Program, *patterns: str) -> None:
 # ---- what a task sees ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("what", [("--function", "spies:spy"), ("--command", COMMAND)], ids=["function", "command"])
+@pytest.mark.parametrize("what", [("--function", "mod:spy"), ("--command", COMMAND)], ids=["function", "command"])
 @pytest.mark.parametrize("source", ["environment", "file"])
 @pytest.mark.parametrize("local", [True, False], ids=["local", "remote"])
 def test_no_task_sees_the_key(farm: Farm, what: tuple[str, str], source: str, local: bool) -> None:
-    farm.write("spies.py", FUNCTIONS)
     in_file, env = ("--authkey-file", write_key(farm)), farm.env(TASK_AUTHKEY=None)
     options, env = (in_file, env) if source == "file" else ((), farm.env())
     master = farm.master("1", "--results", "results.jsonl", *options, *(("--workers", 1, *what) if local else ()), env=env)

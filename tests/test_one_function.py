@@ -41,11 +41,6 @@ call = Box()
 """
 
 
-@pytest.fixture(autouse=True)
-def module(farm: Farm) -> None:
-    farm.write("mod.py", MODULE)
-
-
 def check_refused(farm: Farm, program: str, *options: object, says: str) -> None:
     """A master with a local worker, or a worker without a master, ends with one line that says why."""
     more = ("--results", "results.jsonl", "--workers", 1, "1") if program == "master" else ("--wait", 0.1)

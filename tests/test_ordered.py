@@ -8,7 +8,7 @@ import signal
 import pytest
 from lab import Farm, Program, check_doubled, make_outcome, ok, wait_until
 
-UNEVEN = """
+MODULE = """
 import os, time
 from functions import stay
 
@@ -38,15 +38,10 @@ def mixed(n):
 OPTIONS = ["--tasks", "tasks.jsonl", "--results", "results.jsonl", "--ordered"]
 
 
-@pytest.fixture(autouse=True)
-def uneven(farm: Farm) -> None:
-    farm.write("uneven.py", UNEVEN)
-
-
 def start(farm: Farm, count: int, function: str, *options: object) -> Program:
     """An ordered job with three local processes."""
     farm.write_tasks(range(count))
-    return farm.master(*OPTIONS, "--workers", 3, "--function", f"uneven:{function}", *options)
+    return farm.master(*OPTIONS, "--workers", 3, "--function", f"mod:{function}", *options)
 
 
 def ids(farm: Farm) -> list[int]:
@@ -87,9 +82,9 @@ def test_a_failed_task_gets_its_place_and_keeps_it_when_it_is_repeated(farm: Far
 def test_a_task_whose_worker_was_killed_gets_its_place(farm: Farm) -> None:
     farm.write_tasks(range(50))
     master = farm.master(*OPTIONS)
-    victim = farm.worker(master, "--function", "uneven:late")
+    victim = farm.worker(master, "--function", "mod:late")
     farm.wait_started(victim)
-    other = farm.worker(master, "--function", "uneven:late")
+    other = farm.worker(master, "--function", "mod:late")
     farm.wait_records(master, 49)
     victim.kill()
     master.wait_line("redelivered since")  # else it might still be reported

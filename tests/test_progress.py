@@ -22,7 +22,7 @@ pty = pytest.importorskip("pty", reason="terminals are of POSIX")
 fcntl = pytest.importorskip("fcntl")
 termios = pytest.importorskip("termios")
 
-JOB = """
+MODULE = """
 import time
 from functions import note, stay
 
@@ -127,13 +127,12 @@ class Terminal:
 @pytest.fixture
 def open_terminal(farm: Farm) -> Any:
     """Opens a Terminal that is closed with the farm."""
-    farm.write("job.py", JOB)
     return lambda columns, *argv, **options: farm.closing(Terminal(farm, columns, *argv, **options))
 
 
-JOB_OPTIONS = ["--workers", 2, "--function", "job:steps"]
+JOB_OPTIONS = ["--workers", 2, "--function", "mod:steps"]
 STEPS = list(range(20))
-STAY = ["--workers", 1, "--function", "job:stay", 1]
+STAY = ["--workers", 1, "--function", "mod:stay", 1]
 
 
 # ---- on a terminal -------------------------------------------------------------------------------------------------
@@ -258,7 +257,6 @@ def test_quiet_shows_nothing_on_a_terminal(open_terminal: Any) -> None:
 
 def run_patched(farm: Farm, *argv: object) -> Program:
     """A master for which the time between two lines is short."""
-    farm.write("job.py", JOB)
     return farm.run(make_patched(farm, PROGRESS_INTERVAL=0.3) / "task_master.py", "--port", 0, *FILE, *argv)
 
 
@@ -305,14 +303,13 @@ def last_line(master: Program) -> tuple[str, ...]:
 
 
 def test_the_summary_counts_what_happened_and_names_the_hosts(farm: Farm) -> None:
-    farm.write("job.py", JOB)
-    master = farm.master(*FILE, "--retries", 1, "--function", "job:moody", *range(4))
+    master = farm.master(*FILE, "--retries", 1, "--function", "mod:moody", *range(4))
     lost = farm.peer(master, "far/7")
-    assert lost.call("get_task_queue", "join", PROTOCOL, '{"function": "job:moody"}')["refused"] is None
+    assert lost.call("get_task_queue", "join", PROTOCOL, '{"function": "mod:moody"}')["refused"] is None
     assert lost.lease_ids() == [0]
     lost.close()
     master.wait_line(r"redelivered since far/7 was lost: task 0 \(attempt 1\)$")
-    worker = farm.worker(master, "--function", "job:moody", "--processes", 1)
+    worker = farm.worker(master, "--function", "mod:moody", "--processes", 1)
     assert (master.wait(), worker.wait()) == (1, 0)
     assert last_line(master)[:4] == ("3", "1", "2", "1")
     assert "task_master: host far: 1 process, 0 runs, 0 failed, 0 % busy" in master.stderr
@@ -324,9 +321,8 @@ def test_the_summary_counts_what_happened_and_names_the_hosts(farm: Farm) -> Non
 
 def run_failing(farm: Farm, kinds: dict[int, int]) -> Program:
     """A job with so many failures of each kind, the most frequent last."""
-    farm.write("job.py", JOB)
     farm.write_tasks([[kind, number] for kind, count in kinds.items() for number in range(count)])
-    return farm.run_job("--tasks", "tasks.jsonl", function="job:fail", status=1)
+    return farm.run_job("--tasks", "tasks.jsonl", function="mod:fail", status=1)
 
 
 def test_the_first_failure_of_each_kind_is_said_and_the_summary_counts_the_kinds(farm: Farm) -> None:

@@ -18,7 +18,7 @@ import task_worker
 resource = pytest.importorskip("resource")
 
 TASKS = 60
-FUNCTIONS = """
+MODULE = """
 import time
 from functions import stay
 
@@ -33,7 +33,6 @@ def wait(n):
 
 @pytest.fixture(autouse=True)
 def tasks(farm: Farm) -> None:
-    farm.write("scarce.py", FUNCTIONS)
     farm.write_tasks(range(TASKS))
 
 
@@ -78,7 +77,7 @@ LIMITS = {
 def test_a_worker_goes_on_with_the_processes_that_it_could_start(farm: Farm, limit: str, local: bool) -> None:
     name, value, processes, pattern = LIMITS[limit]
     preparation = f"resource.setrlimit(resource.{name}, ({value}, {value}))"
-    what = ("--function", "scarce:work")
+    what = ("--function", "mod:work")
     if local:
         options = ("--port", 0, "--tasks", "tasks.jsonl", "--results", "results.jsonl", "--redeliveries", 0)
         worker = master = farm.run_after(preparation, "task_master.py", *options, "--workers", processes, *what)
@@ -98,7 +97,7 @@ def test_a_worker_whose_user_may_have_no_more_processes_goes_on_with_what_it_has
     master = start_master(farm)
     rights = [f"--{kind}=-all,+dac_override" for kind in ("inh-caps", "ambient-caps", "bounding-set")]  # to read what root has
     place = ["setpriv", f"--reuid={50_000 + os.getpid() % 10_000}", "--clear-groups", *rights, "prlimit", "--nproc=26"]
-    options = ("--port", master.port(), "--processes", 12, "--function", "scarce:work")
+    options = ("--port", master.port(), "--processes", 12, "--function", "mod:work")
     worker = run_in_shell(farm, place, ":", "task_worker.py", *options)
     assert (master.wait(), worker.wait()) == (0, 0)
     check_all_done(farm)
@@ -108,14 +107,14 @@ def test_a_worker_whose_user_may_have_no_more_processes_goes_on_with_what_it_has
 def test_a_worker_that_runs_out_of_files_later_loses_no_task(farm: Farm) -> None:
     """Its processes cannot be replaced any more; another worker does the rest."""
     master = start_master(farm)
-    worker = farm.worker(master, "--processes", 2, "--tasks-per-process", 1, "--function", "scarce:wait")
+    worker = farm.worker(master, "--processes", 2, "--tasks-per-process", 1, "--function", "mod:wait")
     worker.wait_line("it runs", "stdout", count=2)
     for process in [worker, *descendants_of(worker.pid)]:
         with contextlib.suppress(ProcessLookupError):
             resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (8, 8))
     farm.let_go()
     worker.wait_line(LIMITS["files"][3])
-    other = farm.worker(master, "--function", "scarce:wait")
+    other = farm.worker(master, "--function", "mod:wait")
     assert (master.wait(), other.wait()) == (0, 0)
     check_all_done(farm)
     assert worker.wait() in (0, 2, 3)
@@ -126,7 +125,7 @@ def test_a_master_with_few_files_serves_as_many_workers_as_it_can(farm: Farm) ->
     preparation = "resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40))"
     options = ("--port", 0, "--tasks", "tasks.jsonl", "--results", "results.jsonl", "--redeliveries", 0)
     master = farm.run_after(preparation, "task_master.py", *options)
-    worker = farm.worker(master, "--processes", 60, "--function", "scarce:work")
+    worker = farm.worker(master, "--processes", 60, "--function", "mod:work")
     assert (master.wait(), worker.wait()) == (0, 0)
     check_all_done(farm)
     check_silence(master, worker)
@@ -166,7 +165,7 @@ def test_a_job_needs_no_shared_memory_of_the_system(farm: Farm, place: str) -> N
     if not may_mount():
         pytest.skip("no mount namespaces here")
     options = ("--port", 0, "--tasks", "tasks.jsonl", "--results", "results.jsonl", "--workers", 2)
-    command = ("task_master.py", *options, "--redeliveries", 0, "--function", "scarce:work")
+    command = ("task_master.py", *options, "--redeliveries", 0, "--function", "mod:work")
     master = run_in_shell(farm, ["unshare", "--mount"], PLACES[place], *command)
     assert master.wait() == 0, master.stderr
     check_all_done(farm)

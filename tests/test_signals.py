@@ -26,7 +26,7 @@ from lab import (
     wait_until,
 )
 
-WAIT = """
+MODULE = """
 import time
 from functions import note, stay
 
@@ -42,14 +42,8 @@ SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
 each_signal = pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
 
 
-@pytest.fixture
-def farm(farm: Farm) -> Farm:
-    farm.write("signals.py", WAIT)
-    return farm
-
-
 def start_worker(farm: Farm, master: Program, *argv: object, **options: Any) -> Program:
-    return farm.worker(master, "--function", "signals:wait", *argv, **options)
+    return farm.worker(master, "--function", "mod:wait", *argv, **options)
 
 
 def start_job(farm: Farm, *options: object) -> tuple[Program, Program]:
@@ -253,7 +247,7 @@ def test_a_signal_that_comes_when_the_job_is_over_does_not_say_that_it_was_stopp
 
 def test_a_drained_master_with_local_workers_waits_for_what_they_run(farm: Farm) -> None:
     tasks = farm.write_tasks(range(TASKS))
-    master = farm.master("--tasks", tasks, *RESULTS, "--workers", 2, "--function", "signals:wait")
+    master = farm.master("--tasks", tasks, *RESULTS, "--workers", 2, "--function", "mod:wait")
     farm.wait_started(master, 3)
     local = descendants_of(master.pid)
     os.killpg(master.pid, signal.SIGINT)  # what a terminal does

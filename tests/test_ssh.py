@@ -36,7 +36,6 @@ from lab import (
     make_patched,
     make_script,
     needs_sshd,
-    tls_python,
     wait_until,
 )
 
@@ -128,8 +127,7 @@ def test_the_key_is_in_no_argument_and_no_file_and_nothing_is_left_when_the_mast
 
 
 def test_options_for_workers_reach_the_host_and_tls_goes_through_the_tunnel(farm: Farm) -> None:
-    farm.python, farm.tls = tls_python(), ["--tls"]
-    net = SshNet(farm)
+    net = SshNet(farm.use_tls())
     net.host("host1", python=farm.python)
     options = ("--command", 'echo {} "$PPID"', "--tasks-per-process", 1, "--quiet", "--results", "results.jsonl")
     master = net.master(*on("1/host1"), *options, 1, 2)

@@ -31,9 +31,9 @@ STANDSTILL = float(os.environ.get("SUSPENDED_SECONDS", "80"))
 LARGE = 30_000_000  # characters of a result that does not fit into the buffers of the network
 RESULTS = ("--results", "results.jsonl")
 STAY = ("--function", "functions:stay")
-WORK = ("--function", "suspended:work")
+WORK = ("--function", "mod:work")
 
-FUNCTIONS = f"""
+MODULE = f"""
 import os, subprocess, time
 from functions import note
 
@@ -83,10 +83,8 @@ class Standstill:
     """A stopped master with workers of all sorts, and masters whose standard output nobody reads, one of large results."""
 
     def __init__(self, folder: Path) -> None:
-        self.farms = [Farm(folder / name) for name in ("stopped", "unread", "large")]
+        self.farms = [Farm(folder / name, MODULE) for name in ("stopped", "unread", "large")]
         self.farm, self.unread_farm, large_farm = self.farms
-        for farm in self.farms:
-            farm.write("suspended.py", FUNCTIONS)
         self.master = self.farm.master("--tasks", "-", *RESULTS, "--workers", 1, *WORK, stdin=subprocess.PIPE)
         self.workers = []
         for task in ("meanwhile", "large", "go"):  # the local worker gets the first of them
@@ -163,10 +161,9 @@ def test_a_terminal_that_goes_away_drains_the_job_and_leaves_nothing(farm: Farm)
     assert 1 in [record["result"] for record in farm.records()]
 
 
-@pytest.mark.parametrize("what", [("--command", "exit {}"), ("--function", "suspended:count")], ids=["command", "function"])
+@pytest.mark.parametrize("what", [("--command", "exit {}"), ("--function", "mod:count")], ids=["command", "function"])
 @pytest.mark.parametrize("whom", ["master", "worker"])
 def test_an_exit_status_counts_though_the_parent_ignores_the_end_of_children(farm: Farm, whom: str, what: Any) -> None:
-    farm.write("suspended.py", FUNCTIONS)
     ignore = "signal.signal(signal.SIGCHLD, signal.SIG_IGN)"
     local = ("--workers", 1, *what) if whom == "master" else ()
     master = farm.run_after(ignore, "task_master.py", "--port", 0, *RESULTS, *local, "0", "3")

@@ -62,15 +62,10 @@ def once(n):
 """
 
 
-@pytest.fixture(autouse=True)
-def module(farm: Farm) -> None:
-    (farm.folder / "values.py").write_text(MODULE)
-
-
 def run(farm: Farm, function: str, tasks: list[Any], *options: object, status: int = 0) -> tuple[list[dict[str, Any]], Program]:
     """Run a job of one local process; returns the records in the order of the tasks, and the master, which has ended."""
     tasks_file = farm.write_tasks(tasks)
-    master = farm.run_job("--tasks", tasks_file, *options, function=f"values:{function}", status=status)
+    master = farm.run_job("--tasks", tasks_file, *options, function=f"mod:{function}", status=status)
     return farm.in_order(), master
 
 
@@ -183,7 +178,7 @@ def test_a_clock_that_is_set_or_has_slept_counts_from_the_next_task(monkeypatch:
 def test_from_python_a_record_says_the_same(farm: Farm, monkeypatch: pytest.MonkeyPatch) -> None:
     began_at = time.time()
     monkeypatch.chdir(farm.folder)
-    with TaskMaster(port=0, authkey=farm.key.encode(), workers=1, function="values:value") as master:
+    with TaskMaster(port=0, authkey=farm.key.encode(), workers=1, function="mod:value") as master:
         (record,) = master.run(["[math.nan, Listed(1)]"])
     assert (record.ok, record.result) == (True, [None, 1])
     assert began_at - 0.002 <= record.started_at <= time.time() + 0.002
