@@ -92,9 +92,6 @@ def hang_up(peer: Peer) -> None:
         sock.shutdown(socket.SHUT_RDWR)  # the connection stays, since a thread may still be sending there
 
 
-# ---- a peer that has the key, and the memory -------------------------------------------------------------------------
-
-
 @pytest.mark.timeout(300)
 def test_four_attacks_at_once_leave_the_master_small_and_the_others_served(farm: Farm) -> None:
     where = ("--tasks", "-", "--results", "results.jsonl", "--redeliveries", 1000)
@@ -155,9 +152,6 @@ def test_a_large_message_that_does_not_come_to_its_end_does_not_stop_another(far
     assert len(farm.records()) == 2
 
 
-# ---- silent peers at a door with TLS ---------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("said", [b"", b"\x16\x03\x01\x02\x00\x01"], ids=["silent", "half a hello"])
 def test_silent_connections_do_not_use_up_a_master_with_tls(tls_farm: Farm, said: bytes) -> None:
     few_files = "resource.setrlimit(resource.RLIMIT_NOFILE, (512, 512))"
@@ -175,8 +169,6 @@ def test_silent_connections_do_not_use_up_a_master_with_tls(tls_farm: Farm, said
     check_once(tls_farm.records(), 50)
     check_silence(master)
 
-
-# ---- no assert guards anything, and no docstring is needed -----------------------------------------------------------
 
 WITHOUT = "sys.argv.insert(1, '-OO')"
 
@@ -200,8 +192,6 @@ def test_help_needs_no_docstrings(farm: Farm, program: str) -> None:
     assert shown.wait() == 0
     assert "--authkey-file" in "\n".join(shown.stdout)
 
-
-# ---- a plain client that stops, and a task that prints without an end ------------------------------------------------
 
 STOPPING = (
     PLAIN_CLIENT

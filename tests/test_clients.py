@@ -65,9 +65,6 @@ def results(farm: Farm) -> list[object]:
     return [record.get("result") for record in farm.in_order()]
 
 
-# ---- the tutorial's client -----------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("version", PYTHONS)
 def test_a_client_of_a_dozen_lines_drains_the_master(farm: Farm, version: str) -> None:
     master = farm.master(*range(10))
@@ -139,9 +136,6 @@ for task in taken:
     assert results(farm) == ["A", "B", "C"]
 
 
-# ---- tasks and results that are refused ----------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("depth", [100, 450, 600, 900])
 def test_a_task_that_cannot_be_sent_does_not_shift_the_results_of_the_others(farm: Farm, depth: int) -> None:
     deep = "[" * depth + "]" * depth
@@ -194,9 +188,6 @@ for value in ["first", {result}]:
     assert master.wait() == 1, master.stderr
     assert results(farm) == ["first", None, "last"]
     assert farm.in_order()[1]["error"]["message"]
-
-
-# ---- different Pythons ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.skipif(len(PYTHONS) < 2, reason=f"only one Python from 3.9 on was found: {', '.join(PYTHONS)}")

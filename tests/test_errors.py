@@ -23,9 +23,6 @@ def check_error(program: Program, status: int, pattern: str, *, alone: bool = Tr
     assert not alone or len([line for line in program.stderr if not line.startswith(("usage: ", " "))]) == 1, program.stderr
 
 
-# ---- options -------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("argv", "pattern"),
     [
@@ -77,9 +74,6 @@ def test_a_wrong_option_is_named_with_what_it_takes(
     assert line.startswith(program.replace(".py", ": "))
 
 
-# ---- addresses -----------------------------------------------------------------------------------------------------
-
-
 def test_a_port_in_use_is_named(farm: Farm) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
@@ -109,9 +103,6 @@ def test_options_that_are_of_no_use_are_named(farm: Farm) -> None:
     farm.worker(master)
     assert master.wait() == 0
     assert master.said("--retry-delay is not used") and master.said("--tasks-per-process is not used.*task_worker")
-
-
-# ---- files ---------------------------------------------------------------------------------------------------------
 
 
 def test_what_is_no_tasks_file_is_named(farm: Farm) -> None:
@@ -172,8 +163,6 @@ def test_streams_that_are_closed_are_missed_by_nobody(farm: Farm, closed: list[i
 def test_a_closed_stream_that_is_wanted_is_missed(farm: Farm, closed: int, options: list[str], pattern: str) -> None:
     check_error(start_closed(farm, [closed], *options), 2, pattern, alone=False)
 
-
-# ---- the function --------------------------------------------------------------------------------------------------
 
 MODULES = {
     "awkward.py": "number = 3\n",

@@ -138,9 +138,6 @@ def wait_spread(program: Program, count: int = 1) -> dict[str, Any]:
     return said
 
 
-# ---- while the worker lives on ---------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("task", ["stay", "hold", "stop", "exit", "kill", "crash"])
 def test_what_an_attempt_has_started_is_gone_before_the_next_one_begins(scene: Scene, task: str) -> None:
     limit = ("--timeout", 8) if task in ("stay", "hold", "stop") else ()
@@ -257,9 +254,6 @@ def test_a_command_that_overruns_its_time_is_ended_with_all_that_it_started(scen
     scene.wait_none_left()
 
 
-# ---- the ends of workers and masters ---------------------------------------------------------------------------------
-
-
 def find_proper(worker: Program, task_pid: int) -> psutil.Process:
     """The worker proper: the child of the process that was started from which the one that runs the task descends."""
     process = psutil.Process(task_pid)
@@ -338,9 +332,6 @@ def test_a_remote_worker_whose_master_was_killed_finishes_what_runs_and_leaves(s
     assert (scene.farm.folder / "finished").exists()
     worker.wait_line("lost the master|cannot reach the master")
     scene.wait_none_left()
-
-
-# ---- random ends -----------------------------------------------------------------------------------------------------
 
 
 def act_at_random(dice: random.Random, scene: Scene, numbers: list[int]) -> int:

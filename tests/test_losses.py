@@ -49,9 +49,6 @@ def test_the_time_to_look_for_a_lost_master_begins_when_it_is_lost(farm: Farm) -
         server.accept()[0].close()
 
 
-# ---- a killed worker -------------------------------------------------------------------------------------------------
-
-
 def test_the_redelivery_of_a_task_is_said_with_task_worker_attempt_and_reason_and_its_processes_end(any_farm: Farm) -> None:
     master = any_farm.master("1000", "--results", "results.jsonl")
     victim = any_farm.worker(master, "--function", "functions:nap")
@@ -136,9 +133,6 @@ def test_an_outcome_of_another_run_is_refused(farm: Farm) -> None:
     assert [record["result"] for record in farm.records()] == ["7 * 7 = 49"]
 
 
-# ---- a connection that is cut ------------------------------------------------------------------------------------------
-
-
 def test_a_worker_whose_connection_was_cut_reports_what_it_finished_meanwhile(farm: Farm) -> None:
     master = farm.master('"any"', *RESULTS)
     relay = farm.closing(Relay(master.port()))
@@ -165,9 +159,6 @@ def test_a_worker_that_meets_another_run_drops_what_it_finished(farm: Farm) -> N
     assert again.wait() == 0
     assert farm.started() == ["any", "any"]
     assert len(farm.records()) == 1
-
-
-# ---- a master that does not acknowledge --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("answered", ["nothing", "an error"])

@@ -123,9 +123,6 @@ def test_resuming_puts_a_job_in_order_that_was_not_and_alters_no_record(farm: Fa
     assert farm.results.read_text().splitlines()[:4] == lines[::-1]
 
 
-# ---- the end comes early -------------------------------------------------------------------------------------------
-
-
 def check_stopped(master: Program, count: int) -> None:
     """It has ended since so many tasks failed, and says so once."""
     assert master.wait() == 1

@@ -231,9 +231,6 @@ GOOD = 12  # good tasks behind each bad one
 TIME_LIMIT = 8  # seconds; no good task takes as long, however busy the machine is
 
 
-# ---- one job in which all of them stand among good tasks ---------------------------------------------------------------
-
-
 class Job:
     """What became of it."""
 
@@ -299,9 +296,6 @@ def test_failures_that_are_alike_are_said_once_and_counted_in_the_end(job: Job) 
     first, counted = job.master.said("TimeoutError")
     text = first.partition(" failed: ")[2].rpartition(", attempt")[0]
     assert counted.split(" x ") == [f"task_master: {count:7}", text]
-
-
-# ---- jobs of their own -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("way", NAMES["SPOILING"])

@@ -135,9 +135,6 @@ STEPS = list(range(20))
 STAY = ["--workers", 1, "--function", "mod:stay", 1]
 
 
-# ---- on a terminal -------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("columns", "results", "stdout"),
     [(100, FILE, None), (45, [], None), (45, ["--results", "-"], subprocess.DEVNULL), (30, FILE, None)],
@@ -252,9 +249,6 @@ def test_quiet_shows_nothing_on_a_terminal(open_terminal: Any) -> None:
     assert [line for line in terminal.rows() if line and "listening" not in line] == []
 
 
-# ---- elsewhere -----------------------------------------------------------------------------------------------------
-
-
 def run_patched(farm: Farm, *argv: object) -> Program:
     """A master for which the time between two lines is short."""
     return farm.run(make_patched(farm, PROGRESS_INTERVAL=0.3) / "task_master.py", "--port", 0, *FILE, *argv)
@@ -289,8 +283,6 @@ def test_quiet_leaves_the_lines_on_standard_output_and_a_quiet_worker_says_nothi
     assert master.stdout == ["Put task 3...", "Try get results...", "Result: 3 * 3 = 9"]
     assert worker.stderr == []
 
-
-# ---- failures, and the summary -------------------------------------------------------------------------------------
 
 LAST = r"task_master: (\d+) done, (\d+) failed, (\d+) retried, (\d+) redelivered, (\d+:\d\d), ([\d.]+) tasks/s$"
 

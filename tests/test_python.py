@@ -90,9 +90,6 @@ def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Mine]:
     mine.check()
 
 
-# ---- records -------------------------------------------------------------------------------------------------------
-
-
 def test_records_say_what_became_of_each_task(mine: Mine) -> None:
     with mine.start(workers=2) as master:
         records = sorted(master.run([4, 7, 10]))
@@ -188,9 +185,6 @@ def test_a_farm_may_be_run_by_any_thread(mine: Mine) -> None:
     assert results == [1, 2]
 
 
-# ---- tasks that are read lazily ------------------------------------------------------------------------------------
-
-
 def test_the_next_task_is_asked_for_before_there_is_one_and_meanwhile_no_other_run_begins(mine: Mine) -> None:
     tasks: queue.SimpleQueue[int | None] = queue.SimpleQueue()
     with mine.start() as master:
@@ -225,9 +219,6 @@ def test_an_endless_iterable_is_read_while_there_is_room_and_ends_with_the_inter
                 time.sleep(1)
             break
         assert closed.wait(PATIENCE)
-
-
-# ---- tasks that cannot be read -------------------------------------------------------------------------------------
 
 
 class OfMyOwn(BaseException):
@@ -268,9 +259,6 @@ def test_what_the_iterable_raises_or_has_that_is_no_json_is_raised_after_the_rec
         assert [record.result for record in master.run([4])] == [2]
     assert sorted(seen) == [1, 2]
     assert raised.type is error
-
-
-# ---- blocks that end early: what is left is looked for behind each test ------------------------------------------------
 
 
 @pytest.mark.parametrize("at", ["the start", "a record", "the end", "no time"])
@@ -329,8 +317,6 @@ def test_failures_are_counted_for_each_run_and_the_last_task_counts(mine: Mine) 
         with pytest.raises(Failure, match="max-failures 2"):
             list(master.run([1, 3]))
 
-
-# ---- a farm that cannot start --------------------------------------------------------------------------------------
 
 WRONG: list[tuple[str, Any]] = [
     *[("port", value) for value in (70000, -1, "5000", "http", None, 1.5, b"80")],
@@ -410,9 +396,6 @@ def test_a_farm_belongs_to_the_process_that_has_opened_it(farm: Farm) -> None:
     script = farm.run(farm.write("forked.py", FORKED), env=farm.env(PYTHONPATH=str(ROOT)))
     assert script.wait() == 0, script.stderr
     assert "has forked this one" in script.stdout[0] and script.stdout[1] == "[2]"
-
-
-# ---- scripts -------------------------------------------------------------------------------------------------------
 
 
 def test_the_module_offers_three_names() -> None:

@@ -123,9 +123,6 @@ def port_5000() -> None:
             time.sleep(0.2)
 
 
-# ---- the first two minutes -----------------------------------------------------------------------------------------
-
-
 def read_transcript(start: str) -> tuple[str, list[str]]:
     """The command of a transcript, and the lines that it prints, without their figures."""
     command, *lines = find_block(start).splitlines()
@@ -162,9 +159,6 @@ def test_one_command_does_it_too(newcomer: Newcomer) -> None:
     assert "worker exit." in master.stderr
     starts = ("task_master: ", "task_worker: ", "Connect ", "run task ", "worker exit.")
     assert all(line.startswith(starts) for line in master.stderr)
-
-
-# ---- your own function ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.usefixtures("port_5000")
@@ -244,9 +238,6 @@ def test_a_module_is_loaded_once_in_each_process_and_again_after_a_crash_or_afte
     assert len((newcomer.folder / "loads").read_text().splitlines()) == 3
 
 
-# ---- any command ---------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.usefixtures("port_5000")
 @needs(not shutil.which("sha256sum"), reason="no sha256sum here")
 def test_a_command_runs_for_every_file(newcomer: Newcomer) -> None:
@@ -267,9 +258,6 @@ def test_a_command_gets_the_members_of_a_task(newcomer: Newcomer) -> None:
     newcomer.run(find_block("members"))
     (record,) = newcomer.records("small.jsonl")
     assert record["result"]["stdout"].splitlines() == ["a picture.jpg", "-resize", "200", "small-0.jpg"]
-
-
-# ---- from Python ---------------------------------------------------------------------------------------------------
 
 
 def test_the_farm_in_python_prints_results_and_errors(newcomer: Newcomer) -> None:
@@ -297,9 +285,6 @@ def test_the_tables_have_the_arguments_of_the_master_and_the_members_of_a_record
     assert sorted(names_in("| `Record` |")) == sorted([*task_master.Record._fields, "ok"])
 
 
-# ---- plain clients -------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.usefixtures("port_5000")
 def test_a_plain_client_takes_part(newcomer: Newcomer) -> None:
     newcomer.write("client.py")
@@ -308,9 +293,6 @@ def test_a_plain_client_takes_part(newcomer: Newcomer) -> None:
     assert newcomer.run("python3 client.py").stdout == ["no more tasks"]
     assert master.wait() == 0
     assert sorted(master.stdout[-2:]) == ["Result: 3 * 3 = 9", "Result: 4 * 4 = 16"]
-
-
-# ---- looking at the results ----------------------------------------------------------------------------------------
 
 
 @pytest.fixture(params=[0, 2], ids=["all well", "two failed"])
@@ -384,8 +366,6 @@ def test_a_picture_of_nothing_is_refused_in_one_line(newcomer: Newcomer) -> None
     assert newcomer.run("python3 look.py results.jsonl picture.png", 1).stderr == ["results.jsonl has no task that was started"]
 
 
-# ---- dask ----------------------------------------------------------------------------------------------------------
-
 CUBE = """
 import os, time
 
@@ -425,9 +405,6 @@ def test_a_job_that_was_killed_is_carried_on_with_dask_or_without(newcomer: Newc
     assert len({tuple(record) for record in records}) == 2  # the same members from both
 
 
-# ---- as a service --------------------------------------------------------------------------------------------------
-
-
 @needs(not shutil.which("systemd-analyze"), reason="no systemd-analyze here")
 def test_systemd_finds_nothing_wrong_with_the_service(newcomer: Newcomer) -> None:
     text = find_block("service").replace("/usr/bin/python3", sys.executable)
@@ -457,9 +434,6 @@ def test_a_service_whose_key_or_module_is_wrong_exits_at_once(newcomer: Newcomer
     assert "refused the key" in newcomer.run(command, status=3).stderr[-1]
 
 
-# ---- what a task can put out of reach ------------------------------------------------------------------------------
-
-
 @needs(not os.path.exists("/proc/self/environ") or not shutil.which("setsid"), reason="looks into /proc, and needs setsid")
 def test_what_has_cleared_its_environment_lives_until_the_worker_ends(farm: Farm) -> None:
     command = ["sleep", f"{os.getpid()}66"]
@@ -475,9 +449,6 @@ def test_what_has_cleared_its_environment_lives_until_the_worker_ends(farm: Farm
     worker.signal(signal.SIGTERM)
     assert worker.wait() == 0
     assert not find_sleepers()
-
-
-# ---- the mail queue ------------------------------------------------------------------------------------------------
 
 
 class Post:
@@ -548,9 +519,6 @@ def test_every_mail_is_sent_once_through_the_mail_queue_however_often_that_is_re
     assert {record["result"] for record in records} == {"sent"}
 
 
-# ---- workers over SSH ----------------------------------------------------------------------------------------------
-
-
 @needs_sshd
 @pytest.mark.usefixtures("port_5000")
 def test_one_command_starts_workers_on_two_hosts_and_leaves_nothing_there(newcomer: Newcomer, farm: Farm) -> None:
@@ -594,9 +562,6 @@ def test_a_worker_on_another_host_is_started_with_two_commands(newcomer: Newcome
     assert sorted(master.stdout[-2:]) == ["Result: 2 * 2 = 4", "Result: 3 * 3 = 9"]
     assert commands.stdout == [f"Connect to server {socket.gethostname()}...", *commands.stdout[1:3], "worker exit."]
     assert not master.said("without TLS")
-
-
-# ---- what is stated ------------------------------------------------------------------------------------------------
 
 
 def options_in(text: str) -> set[str]:

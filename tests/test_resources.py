@@ -64,8 +64,6 @@ def check_lines(program: Program, pattern: str) -> None:
         check_silence(program)
 
 
-# ---- limits ----------------------------------------------------------------------------------------------------------
-
 LIMITS = {
     "files": ("RLIMIT_NOFILE", 64, 30, r"(open files|descriptors|ulimit -n).*(ulimit -n|--processes)"),
     "address space": ("RLIMIT_AS", 700 << 20, 100, r"(memory|threads?|ulimit).*(ulimit -|--processes|memory)"),
@@ -130,8 +128,6 @@ def test_a_master_with_few_files_serves_as_many_workers_as_it_can(farm: Farm) ->
     check_all_done(farm)
     check_silence(master, worker)
 
-
-# ---- shared memory, and the current directory ------------------------------------------------------------------------
 
 PLACES = {
     "read-only": "mount -t tmpfs -o ro none /dev/shm",

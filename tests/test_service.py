@@ -12,8 +12,6 @@ from pathlib import Path
 import pytest
 from lab import FalseServer, Farm, check_silence, free_port, make_patched, name_of, wait_until
 
-# ---- connecting, waiting, losing each other ------------------------------------------------------------------------
-
 
 def test_both_sides_say_in_one_line_that_they_are_connected_and_with_whom(farm: Farm) -> None:
     master = farm.master("--results", "results.jsonl", "1", "2", "3", "4")
@@ -79,9 +77,6 @@ def test_a_worker_that_was_started_first_waits_for_its_master(farm: Farm) -> Non
     assert sorted(master.stdout[-2:]) == ["Result: 3 * 3 = 9", "Result: 4 * 4 = 16"]
 
 
-# ---- one worker, several jobs --------------------------------------------------------------------------------------
-
-
 def test_a_worker_that_waits_for_ever_serves_one_master_after_the_other_with_the_code_as_it_is_then(farm: Farm) -> None:
     port = 0
     for number, text in enumerate(["first", "second", "third"]):
@@ -133,9 +128,6 @@ def test_a_process_that_was_too_late_for_a_job_does_not_run_the_code_of_then_in_
     assert [record["result"] for record in farm.records("second.jsonl")] == ["newer", "newer"]
 
 
-# ---- another version -----------------------------------------------------------------------------------------------
-
-
 def test_a_worker_of_another_version_takes_no_task_and_its_master_says_so_too(farm: Farm) -> None:
     master = farm.master("--results", "results.jsonl", "--redeliveries", 0, "3")
     other = farm.run(make_patched(farm, PROTOCOL=99) / "task_worker.py", "--port", master.port(), "--processes", 3)
@@ -155,9 +147,6 @@ def test_a_master_of_another_version_and_its_worker_both_say_so(farm: Farm) -> N
     assert len(worker.said(r"speaks protocol 99, this worker \d+: copy ")) == 1
     master.wait_line(r"refused a connection from \S+: it speaks protocol \d+, this master 99: copy task_worker\.py")
     assert master.is_running()
-
-
-# ---- a function that is not everywhere -----------------------------------------------------------------------------
 
 
 def make_host(farm: Farm, name: str, mailer: str = "") -> Path:

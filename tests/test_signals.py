@@ -79,9 +79,6 @@ def recorded(farm: Farm) -> list[int]:
     return sorted(record["id"] for record in farm.records())
 
 
-# ---- terminals, and the start ------------------------------------------------------------------------------------------
-
-
 def test_a_draining_worker_begins_no_task_that_comes_meanwhile(farm: Farm) -> None:
     master = farm.master("--tasks", "-", *RESULTS, stdin=subprocess.PIPE)
     worker = start_worker(farm, master)
@@ -124,9 +121,6 @@ def test_a_signal_during_the_start_makes_no_traceback(farm: Farm, name: str) -> 
     program.signal(signal.SIGINT)
     assert program.wait() in (-signal.SIGINT, 130, 0)  # 0: a worker that had begun to look for its master
     check_silence(program)
-
-
-# ---- the master --------------------------------------------------------------------------------------------------------
 
 
 @each_signal
@@ -268,9 +262,6 @@ def test_a_signal_that_comes_with_the_listening_line_drains(farm: Farm) -> None:
         check_silence(master)
 
 
-# ---- the worker --------------------------------------------------------------------------------------------------------
-
-
 @each_signal
 def test_the_first_signal_drains_the_worker_and_another_finishes_the_job(farm: Farm, number: int) -> None:
     master, first = start_job(farm, *RESULTS)
@@ -320,9 +311,6 @@ def test_a_signal_ends_a_worker_that_waits(farm: Farm, number: int, missing: str
     worker.signal(number)
     assert worker.wait() in ((0, 128 + number, -number) if missing == "key" else (0,))  # nothing is lost yet
     check_silence(worker)
-
-
-# ---- both --------------------------------------------------------------------------------------------------------------
 
 
 @each_signal

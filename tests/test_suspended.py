@@ -76,9 +76,6 @@ class Pipe:
             return reader.read()
 
 
-# ---- what stands still -----------------------------------------------------------------------------------------------
-
-
 class Standstill:
     """A stopped master with workers of all sorts, and masters whose standard output nobody reads, one of large results."""
 
@@ -121,9 +118,6 @@ def standstill(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Standstill]
     yield standstill
     for farm in standstill.farms:
         farm.close()
-
-
-# ---- a dropped session, and what the parent has ignored --------------------------------------------------------------
 
 
 def test_a_hangup_that_was_ignored_stays_so(farm: Farm) -> None:
@@ -176,9 +170,6 @@ def test_an_exit_status_counts_though_the_parent_ignores_the_end_of_children(far
     assert failed or (first["result"], second["result"]) == (0, 3)
 
 
-# ---- blocked output --------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("descriptor", [1, 2], ids=["standard output", "standard error"])
 @pytest.mark.parametrize("program", ["task_master.py", "task_worker.py"])
 def test_the_second_signal_ends_a_program_whose_output_is_blocked_without_a_traceback(
@@ -198,9 +189,6 @@ def test_the_second_signal_ends_a_program_whose_output_is_blocked_without_a_trac
     assert blocked.wait() in (0, 130, 143)  # at the latest with the second one
     assert b"Traceback" not in pipe.read()
     check_silence(blocked)
-
-
-# ---- what stood still goes on ----------------------------------------------------------------------------------------
 
 
 def test_a_worker_comes_and_goes_while_nobody_reads_the_records(standstill: Standstill) -> None:

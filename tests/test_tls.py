@@ -99,8 +99,6 @@ def test_silence_is_noticed_with_tls(tls_farm: Farm, stopped: str) -> None:
         worker.wait_line("(lost|cannot reach) the master")
 
 
-# ---- every pair of Pythons, choices and addresses --------------------------------------------------------------------
-
 CHOICES = ["--tls", "--no-tls", ""]
 LOOPBACK, BEYOND = "loopback", "beyond"
 
