@@ -17,8 +17,7 @@ from lab import Farm
 
 settings.register_profile("patient", deadline=None)  # the machine may be busy
 settings.load_profile("patient")
-if hasattr(signal, "SIGHUP"):
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the programs would heed it if the tests were started with nohup
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the programs would heed it if the tests were started with nohup
 
 
 def make_farm(request: pytest.FixtureRequest, folder: Path) -> Farm:

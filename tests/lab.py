@@ -1,4 +1,7 @@
-"""What several test files need: the real programs in a farm of their own, the wire by hand, relays, hosts, the README."""
+"""What several test files need: the real programs in a farm of their own, the wire by hand, relays, hosts, the README.
+
+It needs a POSIX system, and so do the tests.
+"""
 
 from __future__ import annotations
 

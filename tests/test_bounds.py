@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import os
 import pickle
+import pty
 import re
+import resource
 import select
 import signal
 import socket
@@ -54,8 +56,6 @@ def flood(task):
 @pytest.fixture(scope="module", autouse=True)
 def many_files() -> None:
     """As many open files for ourselves as there may be: the tests hold a thousand connections."""
-    import resource  # not on every system
-
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
@@ -92,7 +92,6 @@ def hang_up(peer: Peer) -> None:
         sock.shutdown(socket.SHUT_RDWR)  # the connection stays, since a thread may still be sending there
 
 
-@pytest.mark.timeout(300)
 def test_four_attacks_at_once_leave_the_master_small_and_the_others_served(farm: Farm) -> None:
     where = ("--tasks", "-", "--results", "results.jsonl", "--redeliveries", 1000)
     master = farm.master(*where, stdin=subprocess.PIPE)
@@ -216,8 +215,6 @@ def test_the_time_limit_holds_for_a_plain_client_that_has_stopped(farm: Farm) ->
 
 def test_a_task_that_prints_without_a_line_end_does_not_fill_the_memory(farm: Farm) -> None:
     """Its output comes through the master when that is on a terminal."""
-    import pty  # not on every system
-
     ours, theirs = pty.openpty()
     stop = threading.Event()
 

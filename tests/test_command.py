@@ -8,15 +8,12 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from lab import MEGABYTE, ROOT, Farm, Program, check_said
-
-pytestmark = pytest.mark.skipif(os.name != "posix" or not shutil.which("sh"), reason="the commands are for a POSIX shell")
 
 CODE = "$(touch stolen) `touch stolen`; touch stolen & touch stolen | touch stolen\n\"; touch stolen; '; touch stolen; \\"
 WORDS = [

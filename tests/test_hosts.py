@@ -9,7 +9,6 @@ import contextlib
 import itertools
 import os
 import shutil
-import signal
 import subprocess
 import sys
 from typing import Any
@@ -17,11 +16,7 @@ from typing import Any
 import pytest
 from lab import LEASE, ROOT, TASKS, Farm, Program, name_of, wait_until
 
-pytestmark = [
-    pytest.mark.early,
-    pytest.mark.timeout(300),
-    pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="processes cannot be stopped here"),
-]
+pytestmark = pytest.mark.early
 
 PROMISE = 60  # seconds within which a silent peer is noticed
 LONG = 2 * PROMISE  # seconds after which it counts as unnoticed; generous, the machine is noisy

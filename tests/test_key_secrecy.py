@@ -16,8 +16,6 @@ import psutil
 import pytest
 from lab import PATIENCE, ROOT, Farm, Program, check_said, free_port
 
-pytestmark = pytest.mark.skipif(os.name != "posix", reason="modes and owners are POSIX's")
-
 MODULE = """
 import multiprocessing, os, subprocess
 

@@ -154,7 +154,6 @@ def test_lines_that_are_no_tasks_get_records_that_no_large_outcome_tears(farm: F
     assert [record["id"] % 2 for record in records] == ["error" in record for record in records]
 
 
-@pytest.mark.skipif("not hasattr(__import__('os'), 'fork')", reason="there is no fork")
 @pytest.mark.parametrize("way", ["by_c", "and_raise", "and_return_later", "and_return_much"])
 def test_a_forked_copy_that_comes_back_adds_nothing(farm: Farm, way: str) -> None:
     tasks = [*range(100)]

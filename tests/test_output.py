@@ -105,7 +105,6 @@ def cut(path: Path) -> None:
     path.write_text("")
 
 
-@pytest.mark.skipif(os.name != "posix", reason="an open file cannot be removed on Windows")
 @pytest.mark.parametrize("touch", [os.unlink, replace, move_away, cut])
 @pytest.mark.parametrize("when", ["while it runs", "at the end"])
 def test_a_results_file_that_is_no_longer_there_is_said_and_no_success(farm: Farm, touch: Any, when: str) -> None:
@@ -126,7 +125,6 @@ def test_a_results_file_that_grows_while_it_is_looked_at_is_not_cut(farm: Farm) 
     assert farm.altered_master(code, *options, *range(50)).wait() == 0
 
 
-@pytest.mark.skipif(os.name != "posix", reason="flock is of POSIX")
 @pytest.mark.parametrize("name", ["ENOSYS", "ENOLCK", "EOPNOTSUPP", "EINVAL"])
 def test_a_file_system_without_locks_is_no_other_master(farm: Farm, name: str) -> None:
     code = f"def flock(*_): raise OSError(errno.{name}, os.strerror(errno.{name}))\nfcntl.flock = flock"

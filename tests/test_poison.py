@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import re
 import subprocess
 from collections.abc import Iterator
@@ -385,7 +384,6 @@ def run(task):
 """
 
 
-@pytest.mark.skipif(not hasattr(os, "set_blocking"), reason="needs pipes that do not block")
 def test_what_a_task_prints_is_out_at_once_if_wanted_and_a_pipe_that_does_not_block_hurts_nobody(farm: Farm) -> None:
     farm.write("mod.py", PRINTING)
     master = farm.master("--results", "results.jsonl", "--timeout", 5, *range(5))

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
+import pty
 import re
 import shlex
 import socket
 import struct
 import subprocess
 import sys
+import termios
 import threading
 from typing import Any
 
@@ -17,10 +20,6 @@ import pytest
 from lab import PATIENCE, ROOT, Farm, Program, make_patched, wait_until
 
 from task_worker import PROTOCOL
-
-pty = pytest.importorskip("pty", reason="terminals are of POSIX")
-fcntl = pytest.importorskip("fcntl")
-termios = pytest.importorskip("termios")
 
 MODULE = """
 import time

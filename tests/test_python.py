@@ -389,7 +389,6 @@ with TaskMaster(port=0, workers=1, function="mine:halve") as master:
 """
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="nothing forks here")
 def test_a_farm_belongs_to_the_process_that_has_opened_it(farm: Farm) -> None:
     """A fork, as of a web server that loads the program before it forks, can neither use nor close it."""
     farm.write("mine.py", MINE)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -14,8 +15,6 @@ import pytest
 from lab import ROOT, Farm, Program, check_doubled, check_once, check_silence, descendants_of
 
 import task_worker
-
-resource = pytest.importorskip("resource")
 
 TASKS = 60
 MODULE = """

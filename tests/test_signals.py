@@ -89,7 +89,6 @@ def test_a_draining_worker_begins_no_task_that_comes_meanwhile(farm: Farm) -> No
     assert farm.started() == []
 
 
-@pytest.mark.skipif(not hasattr(os, "openpty"), reason="needs a terminal")
 @pytest.mark.parametrize("which", [0, 1], ids=["master", "worker"])
 def test_a_terminal_that_is_closed_is_one_signal_though_shell_and_system_both_say_so(farm: Farm, which: int) -> None:
     ours, theirs = os.openpty()

@@ -313,7 +313,6 @@ def test_a_connection_that_was_cut_comes_back(farm: Farm) -> None:
 
 
 @pytest.mark.early
-@pytest.mark.timeout(300)
 def test_a_host_that_falls_asleep_is_noticed_and_comes_back(farm: Farm) -> None:
     silence = "SSH_SILENCE" in os.environ
     net = SshNet(farm, *[] if silence else ["-o ServerAliveInterval=5"])

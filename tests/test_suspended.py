@@ -22,10 +22,7 @@ import psutil
 import pytest
 from lab import Farm, Program, check_ended, check_once, check_silence, descendants_of, wait_until
 
-pytestmark = [
-    pytest.mark.skipif(not hasattr(fcntl, "F_SETPIPE_SZ"), reason="needs pipes whose size can be set"),
-    pytest.mark.timeout(300),
-]
+pytestmark = pytest.mark.skipif(not hasattr(fcntl, "F_SETPIPE_SZ"), reason="needs pipes whose size can be set")
 
 STANDSTILL = float(os.environ.get("SUSPENDED_SECONDS", "80"))
 LARGE = 30_000_000  # characters of a result that does not fit into the buffers of the network
