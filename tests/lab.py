@@ -175,6 +175,11 @@ class Program:
         self.process.stdin.write(text.encode())
         self.process.stdin.flush()
 
+    def give(self, lines: Iterable[object]) -> None:
+        """Write lines to its standard input, and end it."""
+        self.put("".join(f"{line}\n" for line in lines))
+        self.end_input()
+
     def end_input(self) -> None:
         if self.process.stdin:
             with contextlib.suppress(BrokenPipeError):

@@ -29,8 +29,7 @@ def start_farm(farm: Farm, tasks: list[int], *options: object, **hosts: bool) ->
     for name, lacks in hosts.items():
         workers.append(farm.run("task_worker.py", *where, env=farm.env(TASK_HOST=name, LACKS="a mount" if lacks else None)))
         master.wait_line(f"worker {name}/.* connected")
-    master.put("".join(f"{task}\n" for task in tasks))
-    master.end_input()
+    master.give(tasks)
     return master, workers
 
 

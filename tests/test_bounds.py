@@ -162,8 +162,7 @@ def test_silent_connections_do_not_use_up_a_master_with_tls(tls_farm: Farm, said
             with contextlib.suppress(OSError):
                 sock.sendall(said)
         worker = tls_farm.worker(master, *DOUBLE)
-        master.put("".join(f"{n}\n" for n in range(50)))
-        master.end_input()
+        master.give(range(50))
         assert (master.wait(), worker.wait()) == (0, 0), master.stderr
     check_once(tls_farm.records(), 50)
     check_silence(master)

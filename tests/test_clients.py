@@ -202,8 +202,7 @@ def test_a_master_with_a_local_worker_and_workers_of_other_python_versions_under
     others = [python for other, python in PYTHONS.items() if other != version]
     workers = [farm.worker(master, "--function", "meet:meet", python=python) for python in others]
     master.wait_line(r"worker \S+/\d+ connected", count=len(PYTHONS))
-    master.put("".join(f"{n}\n" for n in range(len(PYTHONS))))
-    master.end_input()
+    master.give(range(len(PYTHONS)))
     assert [worker.wait() for worker in workers] == [0] * len(others)
     assert master.wait() == 0
     pids = {int(record["worker"].split("/")[1]) for record in farm.records()}

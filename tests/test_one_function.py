@@ -83,13 +83,11 @@ def test_a_worker_with_another_function_than_the_jobs_is_refused_naming_both(far
     stranger = farm.worker(master, *OTHERS[other])
     if by == "worker":  # with nothing to do the stranger would stay
         stranger.wait_line(f"connected|{other}")
-        master.put("1\n2\n")
-        master.end_input()
+        master.give([1, 2])
     check_said(stranger, 3, job, other)
     if by == "option":
         workers.append(farm.worker(master, *KINDS[job]))
-        master.put("1\n2\n")
-        master.end_input()
+        master.give([1, 2])
     assert ([worker.wait() for worker in workers], master.wait()) == ([0], 0)
     assert {record["worker"].split("/")[1] for record in farm.records()} == {str(workers[0].pid)}
 
@@ -124,8 +122,7 @@ def test_a_worker_whose_module_has_another_text_is_taken_and_said(farm: Farm, sa
     master = farm.master("--results", "results.jsonl", "--tasks", "-", stdin=subprocess.PIPE)
     workers = [farm.worker(master, "--function", "mod:old", cwd=cwd) for cwd in (farm.folder, folder)]
     master.wait_line("worker .* connected", count=2)
-    master.put("".join(f"{n}\n" for n in range(40)))
-    master.end_input()
+    master.give(range(40))
     assert ([worker.wait() for worker in workers], master.wait()) == ([0, 0], 0)
     said = [line for program in (master, *workers) for line in program.said(r"(?i)\bmod\b.*(text|differ|SHA)")]
     assert bool(said) != same, said
@@ -138,8 +135,7 @@ def test_a_process_that_loads_an_edited_module_in_the_midst_of_a_job_says_so(far
     master.put("1\n2\n")
     wait_until(lambda: len(farm.records()) == 2)
     farm.write("mod.py", MODULE.replace("old {n}", "edited {n}"))
-    master.put("3\n4\n5\n")
-    master.end_input()
+    master.give([3, 4, 5])
     assert (worker.wait(), master.wait()) == (0, 0)
     assert results(farm)[-1] == "edited 5"
     assert len(worker.said("module was edited")) == 1

@@ -341,8 +341,7 @@ def test_a_process_that_cannot_load_its_function_again_holds_no_tasks(farm: Farm
     master = farm.master("--tasks", "-", "--results", "results.jsonl", "--timeout", 20, stdin=subprocess.PIPE)
     workers = [farm.worker(master, "--function", "fragile_setup:run") for _ in range(2)]
     master.wait_line("worker .* connected", count=2)
-    master.put("".join(f"{n}\n" for n in range(100)))
-    master.end_input()
+    master.give(range(100))
     assert master.wait() == 1
     assert [worker.wait() for worker in workers] == [0, 0], "also the one that still loads hears that the job is over"
     assert [record["id"] for record in farm.in_order() if "error" in record] == [5]

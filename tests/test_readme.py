@@ -526,8 +526,7 @@ def test_one_command_starts_workers_on_two_hosts_and_leaves_nothing_there(newcom
     hosts = [net.host(name) for name in ("host1", "host2")]
     master = newcomer.bash(f"exec {find_block('hosts').strip()} --tasks -", stdin=subprocess.PIPE)
     master.wait_line(r"worker host[12]/\d+ connected", count=2)
-    master.put("2\n3\n")
-    master.end_input()
+    master.give([2, 3])
     assert master.wait() == 0, master.lines
     assert sorted(master.stdout[-2:]) == ["Result: 2 * 2 = 4", "Result: 3 * 3 = 9"]
     assert master.said("host host2: [1-4] process")  # the last ones may have come too late
@@ -556,8 +555,7 @@ def test_a_worker_on_another_host_is_started_with_two_commands(newcomer: Newcome
     text = find_block("scp task_worker.py ~/.task_authkey otherhost:")
     commands = newcomer.bash(text.replace("thishost", socket.gethostname()))
     master.wait_line(r"worker \S+ connected")
-    master.put("2\n3\n")
-    master.end_input()
+    master.give([2, 3])
     assert (master.wait(), commands.wait()) == (0, 0), (master.lines, commands.lines)
     assert sorted(master.stdout[-2:]) == ["Result: 2 * 2 = 4", "Result: 3 * 3 = 9"]
     assert commands.stdout == [f"Connect to server {socket.gethostname()}...", *commands.stdout[1:3], "worker exit."]

@@ -66,8 +66,7 @@ def start_long_tasks(net: SshNet, *argv: object, program: Any = "task_master.py"
 
 def give(master: Program, tasks: Iterable[int]) -> None:
     """Put tasks into its standard input, and let it run them to the end."""
-    master.put("".join(f"{task}\n" for task in tasks))
-    master.end_input()
+    master.give(tasks)
     assert master.wait() == 0, master.stderr
 
 

@@ -128,8 +128,7 @@ def test_a_hangup_that_was_ignored_stays_so(farm: Farm) -> None:
         with contextlib.suppress(psutil.NoSuchProcess):
             os.kill(process.pid, signal.SIGHUP)
     farm.let_go()
-    master.put("3\n")
-    master.end_input()
+    master.give([3])
     assert (master.wait(), worker.wait()) == (0, 0)
     assert [record["attempts"] for record in farm.records()] == [1, 1, 1]
     assert not master.said("draining") + worker.said("draining")
@@ -220,8 +219,7 @@ def test_a_master_that_was_stopped_goes_on_with_all_its_workers(standstill: Stan
     master.signal(signal.SIGCONT)
     farm.let_go()
     farm.wait_records(master, 4)
-    master.put("".join(f"{n}\n" for n in range(20)))
-    master.end_input()
+    master.give(range(20))
     assert [program.wait() for program in [master, *workers]] == [0] * 4
     check_once(farm.records(), 24)
     assert all(record["result"] == ("x" * LARGE if record["task"] == "large" else record["task"]) for record in farm.records())
