@@ -382,6 +382,13 @@ def check_said(program: Program, status: int, *patterns: str) -> str:
     return lines[0]
 
 
+def check_one_line(program: Program, status: int, *patterns: str) -> None:
+    """It ends with this status, and the one line that it says, the usage aside, names the program and has all of these."""
+    line = check_said(program, status, *patterns)
+    assert [other for other in program.stderr if not other.startswith(("usage: ", " "))] == [line], program.stderr
+    assert re.match("task_(master|worker): ", line) and len(line) < 400, line
+
+
 def name_of(worker: Program) -> str:
     """What a worker is called in records and messages."""
     return f"{socket.gethostname()}/{worker.pid}"

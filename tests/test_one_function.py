@@ -41,12 +41,6 @@ call = Box()
 """
 
 
-def check_refused(farm: Farm, program: str, *options: object, says: str) -> None:
-    """A master with a local worker, or a worker without a master, ends with one line that says why."""
-    more = ("--results", "results.jsonl", "--workers", 1, "1") if program == "master" else ("--wait", 0.1)
-    check_said(farm.run(f"task_{program}.py", "--port", 1, *options, *more), 2, says)
-
-
 def results(farm: Farm) -> list[Any]:
     """The results by task id; None for a task that failed."""
     return [record.get("result") for record in farm.in_order()]
@@ -198,7 +192,9 @@ def test_a_path_or_main_or_the_name_of_a_standard_module_is_refused_and_the_erro
     farm: Farm, program: str, spec: str, says: str
 ) -> None:
     farm.write(spec.partition(":")[0].rpartition("/")[2].replace(".py", "") + ".py", "def vdp(n):\n    return n\n\nf = vdp\n")
-    check_refused(farm, program, "--function", spec.format(folder=farm.folder), says=f"--function.*{says}")
+    more = ("--results", "results.jsonl", "--workers", 1, "1") if program == "master" else ("--wait", 0.1)
+    refused = farm.run(f"task_{program}.py", "--port", 1, "--function", spec.format(folder=farm.folder), *more)
+    check_said(refused, 2, f"--function.*{says}")
 
 
 def test_the_demonstration_that_is_given_no_number_says_that_it_squares_numbers(farm: Farm) -> None:

@@ -8,7 +8,7 @@ import subprocess
 from typing import Any
 
 import pytest
-from lab import Farm, Program, check_said, check_silence
+from lab import Farm, Program, check_one_line, check_silence
 
 COUNT = 10
 FAILED = 7
@@ -35,12 +35,6 @@ def resume(farm: Farm, *options: object, **more: Any) -> Program:
     return farm.run_after(LIMITED, "task_master.py", *where, *options, **more)
 
 
-def check_one_line(master: Program, *patterns: str) -> None:
-    """Refused, in one line that says all of these, before any task was started."""
-    check_said(master, 2, *patterns)
-    assert len([line for line in master.stderr if not line.startswith(("usage:", " "))]) == 1
-
-
 def check_complete(farm: Farm, kept: set[int], may_be_kept: frozenset[int] = frozenset()) -> None:
     """Each task has one record, the right one; none of `kept` was started."""
     lines = farm.results.read_text().replace(DEEP, "0").splitlines()
@@ -58,7 +52,7 @@ def test_resuming_without_the_tasks_is_refused(farm: Farm, workers: list[object]
     text = "".join(record(n) + "\n" for n in range(5)) if content else content
     if text is not None:
         farm.results.write_text(text)
-    check_one_line(farm.master(*FILE, "--resume", *workers), "--resume", "task")
+    check_one_line(farm.master(*FILE, "--resume", *workers), 2, "--resume", "task")
     assert (farm.results.read_text() if farm.results.exists() else None) == text
 
 
@@ -108,7 +102,7 @@ def test_a_file_that_was_rewritten_is_resumed_rightly_or_refused_with_a_remedy(f
     farm.mend()
     master = resume(farm)
     if kind in MUST_BE_REFUSED or (master.wait() == 2 and kind not in MUST_BE_RESUMED):
-        check_one_line(master, r"results\.jsonl", "[:;(,]")
+        check_one_line(master, 2, r"results\.jsonl", "[:;(,]")
         assert farm.results.read_bytes() == before
         assert farm.started() == []
     else:
@@ -123,7 +117,7 @@ ZEROS = record(1).replace('"started_at": 1', '"started_at": ' + "\0" * 20)  # as
 def test_a_line_that_is_no_record_is_refused_and_named_and_costs_no_memory(farm: Farm, line: str) -> None:
     before = "".join(f"{text}\n" for text in (record(0), line, record(1)))
     farm.results.write_text(before)
-    check_one_line(resume(farm), r"results\.jsonl, line 2: .*mend or remove")
+    check_one_line(resume(farm), 2, r"results\.jsonl, line 2: .*mend or remove")
     assert farm.results.read_text() == before
     assert farm.started() == []
 

@@ -13,7 +13,7 @@ import subprocess
 from typing import Any, NamedTuple
 
 import pytest
-from lab import ROOT, Farm, Program, Relay, check_said, check_silence, find_pythons, has_psk, make_patched
+from lab import ROOT, Farm, Program, Relay, check_one_line, check_said, check_silence, find_pythons, has_psk, make_patched
 
 
 def test_results_are_the_same_with_and_without_tls(any_farm: Farm) -> None:
@@ -130,10 +130,7 @@ def find_mode(age: str, choice: str, place: str) -> str:
 
 def check_refused(program: Program, choice: str) -> None:
     """One line that names the Python that is needed, and the ways out."""
-    assert program.wait() == 2
-    (line,) = program.stderr
-    for word in ["3.13", "--ssh", *([] if choice else ["--no-tls"])]:
-        assert word in line
+    check_one_line(program, 2, "3.13", "--ssh", *([] if choice else ["--no-tls"]))
 
 
 def check_warned(program: Program, mode: str, place: str) -> None:
