@@ -130,6 +130,24 @@ class Program:
             for line in stream:
                 lines.append(line.decode("utf-8", "replace").rstrip("\n"))
 
+    def name(self) -> str:
+        """What this worker is called in records and messages."""
+        return f"{socket.gethostname()}/{self.pid}"
+
+    def descendants(self) -> list[psutil.Process]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            return psutil.Process(self.pid).children(recursive=True)
+        return []
+
+    def children(self) -> list[psutil.Process]:
+        """The processes of this worker that run the function."""
+        found = []
+        for process in self.descendants():
+            with contextlib.suppress(psutil.Error):
+                if "spawn_main" in " ".join(process.cmdline()):
+                    found.append(process)
+        return found
+
     def said(self, pattern: str) -> list[str]:
         """The lines on standard error so far that match."""
         return [line for line in self.stderr if re.search(pattern, line)]
@@ -190,13 +208,13 @@ class Program:
 
     def suspend(self) -> None:
         """SIGSTOP, for the process and all that it has started."""
-        for process in [psutil.Process(self.pid), *descendants_of(self.pid)]:
+        for process in [psutil.Process(self.pid), *self.descendants()]:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.suspend()
 
     def resume(self) -> None:
         """SIGCONT, for the process and all that it has started."""
-        for process in [self.process, *descendants_of(self.pid)]:
+        for process in [self.process, *self.descendants()]:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.send_signal(signal.SIGCONT)
 
@@ -319,6 +337,33 @@ class Farm:
         """Let the tasks that wait for the file `go` end."""
         (self.folder / "go").touch()
 
+    def check_once(self, count: int, name: str = "results.jsonl") -> None:
+        """Each of so many tasks has one record."""
+        check_once(self.records(name), count)
+
+    def check_doubled(self, count: int) -> None:
+        """Each of so many tasks, which are their ids, has one record, and the result of `double`."""
+        self.check_once(count)
+        assert all(record["task"] == record["id"] and record["result"] == 2 * record["id"] for record in self.records())
+
+    def make_patched(self, **constants: object) -> Path:
+        """A folder with copies of both files in which some constants have other values."""
+        folder = self.folder / "patched"
+        folder.mkdir()
+        replaced = 0
+        for name in ("task_master.py", "task_worker.py"):
+            text = (ROOT / name).read_text()
+            for constant, value in constants.items():
+                text, count = re.subn(rf"^{constant} = \S+", f"{constant} = {value}", text, flags=re.MULTILINE)
+                replaced += count
+            (folder / name).write_text(text)
+        assert replaced >= len(constants)
+        return folder
+
+    def false_master(self, reply: Callable[[str, list[str]], bytes]) -> FalseServer:
+        """A `false_master` that is served, and closed with the farm."""
+        return self.closing(FalseServer(false_master(self, reply)))
+
     def close(self) -> None:
         for program in self.programs:
             program.resume()
@@ -327,21 +372,6 @@ class Farm:
             program.wait()
             program.end_input()
         self._things.close()
-
-
-def make_patched(farm: Farm, **constants: object) -> Path:
-    """A folder with copies of both files in which some constants have other values."""
-    folder = farm.folder / "patched"
-    folder.mkdir()
-    replaced = 0
-    for name in ("task_master.py", "task_worker.py"):
-        text = (ROOT / name).read_text()
-        for constant, value in constants.items():
-            text, count = re.subn(rf"^{constant} = \S+", f"{constant} = {value}", text, flags=re.MULTILINE)
-            replaced += count
-        (folder / name).write_text(text)
-    assert replaced >= len(constants)
-    return folder
 
 
 def wait_until(condition: Callable[[], Result | None], *programs: Program, patience: float = PATIENCE) -> Result:
@@ -359,12 +389,6 @@ def wait_until(condition: Callable[[], Result | None], *programs: Program, patie
 def check_once(records: list[dict[str, Any]], count: int) -> None:
     """Each of so many tasks has one record."""
     assert sorted(record["id"] for record in records) == list(range(count))
-
-
-def check_doubled(records: list[dict[str, Any]], count: int) -> None:
-    """Each of so many tasks, which are their ids, has one record, and the result of `double`."""
-    check_once(records, count)
-    assert all(record["task"] == record["id"] and record["result"] == 2 * record["id"] for record in records)
 
 
 def check_silence(*programs: Program) -> None:
@@ -389,28 +413,7 @@ def check_one_line(program: Program, status: int, *patterns: str) -> None:
     assert re.match("task_(master|worker): ", line) and len(line) < 400, line
 
 
-def name_of(worker: Program) -> str:
-    """What a worker is called in records and messages."""
-    return f"{socket.gethostname()}/{worker.pid}"
-
-
 # ---- processes -----------------------------------------------------------------------------------------------------
-
-
-def descendants_of(pid: int) -> list[psutil.Process]:
-    with contextlib.suppress(psutil.NoSuchProcess):
-        return psutil.Process(pid).children(recursive=True)
-    return []
-
-
-def children_of(pid: int) -> list[int]:
-    """The processes of a worker that run the function."""
-    found = []
-    for process in descendants_of(pid):
-        with contextlib.suppress(psutil.Error):
-            if "spawn_main" in " ".join(process.cmdline()):
-                found.append(process.pid)
-    return found
 
 
 def is_alive(process: psutil.Process) -> bool:
@@ -746,7 +749,7 @@ class SshHost:
     def sessions(self) -> list[psutil.Process]:
         """The sshd processes of the connections."""
         found = []
-        for process in descendants_of(self.server.pid):
+        for process in self.server.descendants():
             with contextlib.suppress(psutil.NoSuchProcess):
                 found += [process] if process.name().startswith("sshd") else []
         return found

@@ -6,7 +6,7 @@ import json
 import subprocess
 
 import pytest
-from lab import JOIN, TASKS, Farm, Program, check_once, make_outcome
+from lab import JOIN, TASKS, Farm, Program, make_outcome
 
 from task_worker import PROTOCOL
 
@@ -35,7 +35,7 @@ def start_farm(farm: Farm, tasks: list[int], *options: object, **hosts: bool) ->
 
 def count_failed(farm: Farm, count: int) -> int:
     """How many of so many records tell of an error."""
-    check_once(farm.records(), count)
+    farm.check_once(count)
     return len([record for record in farm.records() if "error" in record])
 
 

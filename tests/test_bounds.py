@@ -18,20 +18,7 @@ from collections.abc import Callable
 
 import psutil
 import pytest
-from lab import (
-    MEGABYTE,
-    PATIENCE,
-    PLAIN_CLIENT,
-    Farm,
-    Peer,
-    check_once,
-    check_silence,
-    connect,
-    make_outcome,
-    ok,
-    peak_memory,
-    wait_until,
-)
+from lab import MEGABYTE, PATIENCE, PLAIN_CLIENT, Farm, Peer, check_silence, connect, make_outcome, ok, peak_memory, wait_until
 
 pytestmark = pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="looks into /proc")
 
@@ -164,7 +151,7 @@ def test_silent_connections_do_not_use_up_a_master_with_tls(tls_farm: Farm, said
         worker = tls_farm.worker(master, *DOUBLE)
         master.give(range(50))
         assert (master.wait(), worker.wait()) == (0, 0), master.stderr
-    check_once(tls_farm.records(), 50)
+    tls_farm.check_once(50)
     check_silence(master)
 
 

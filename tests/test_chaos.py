@@ -13,7 +13,7 @@ import subprocess
 
 import psutil
 import pytest
-from lab import Farm, Program, Relay, check_silence, children_of, wait_until
+from lab import Farm, Program, Relay, check_silence, wait_until
 
 SEEDS = range(int(os.environ.get("CHAOS_SEEDS", 1)))
 ROUNDS = int(os.environ.get("CHAOS_ROUNDS", 1))  # how often each of these happens:
@@ -87,7 +87,7 @@ class Storm:
 
     def loaded(self, worker: Program) -> list[int]:
         """The children that have loaded the function: a worker gives up when one is killed again and again before it has."""
-        return [pid for pid in children_of(worker.pid) if (self.farm.folder / f"loaded-{pid}").exists()]
+        return [child.pid for child in worker.children() if (self.farm.folder / f"loaded-{child.pid}").exists()]
 
     def check(self) -> collections.Counter[str]:
         """Every task has exactly one record, which is right."""

@@ -14,7 +14,7 @@ import sys
 from typing import Any
 
 import pytest
-from lab import LEASE, ROOT, TASKS, Farm, Program, name_of, wait_until
+from lab import LEASE, ROOT, TASKS, Farm, Program, wait_until
 
 pytestmark = pytest.mark.early
 
@@ -121,7 +121,7 @@ def test_a_link_that_goes_down_while_all_is_quiet_is_noticed_by_both_ends_and_an
         far = scene.busy_worker()
         scene.worker("near")
         cable.cut()
-        scene.master.wait_line(f"redelivered since {name_of(far)} was lost", timeout=LONG)
+        scene.master.wait_line(f"redelivered since {far.name()} was lost", timeout=LONG)
         scene.check_record("near", attempts=2)
         far.wait_line("lost the master", timeout=LONG)
 
@@ -134,7 +134,7 @@ def test_a_link_that_goes_down_with_data_on_the_way_is_noticed_by_both_ends_and_
         cable.cut()
         scene.master.put("1\n")
         scene.worker("near")
-        scene.master.wait_line(f"{name_of(far)} (was lost|disconnected)", timeout=LONG)
+        scene.master.wait_line(f"{far.name()} (was lost|disconnected)", timeout=LONG)
         far.wait_line("lost the master", timeout=LONG)
         scene.master.end_input()
         scene.check_record("near", attempts=1 + bool(scene.master.said("redelivered since")))

@@ -11,28 +11,7 @@ import subprocess
 
 import psutil
 import pytest
-from lab import (
-    JOIN,
-    LEASE,
-    PATIENCE,
-    REPORT,
-    SETTINGS,
-    TASKS,
-    FalseServer,
-    Farm,
-    Relay,
-    answer,
-    check_ended,
-    check_once,
-    children_of,
-    descendants_of,
-    false_master,
-    good_answer,
-    make_patched,
-    name_of,
-    ok,
-    wait_until,
-)  # fmt: skip
+from lab import JOIN, LEASE, PATIENCE, REPORT, SETTINGS, TASKS, Farm, Relay, answer, check_ended, good_answer, ok, wait_until
 
 RESULTS = ("--results", "results.jsonl")
 
@@ -53,10 +32,10 @@ def test_the_redelivery_of_a_task_is_said_with_task_worker_attempt_and_reason_an
     master = any_farm.master("1000", "--results", "results.jsonl")
     victim = any_farm.worker(master, "--function", "functions:nap")
     any_farm.wait_started(victim)
-    children = [psutil.Process(pid) for pid in children_of(victim.pid)]
+    children = victim.children()
     victim.kill()
     line = master.wait_line("redelivered since").string
-    assert all(text in line for text in (name_of(victim), "lost", "task 0", "attempt 1"))
+    assert all(text in line for text in (victim.name(), "lost", "task 0", "attempt 1"))
     check_ended(children)
 
 
@@ -64,7 +43,7 @@ def test_the_redelivery_of_a_task_is_said_with_task_worker_attempt_and_reason_an
 def test_a_task_whose_workers_are_lost_too_often_is_recorded_as_failed(farm: Farm, redeliveries: int) -> None:
     tasks = farm.write_tasks([*range(30), "guilty", *range(31, 60)])
     farm.run_job("--redeliveries", redeliveries, "--tasks", tasks, function="functions:kill_worker", status=1)
-    check_once(farm.records(), 60)
+    farm.check_once(60)
     (failed,) = [record for record in farm.records() if "error" in record]
     assert (failed["id"], failed["error"]["type"], failed["attempts"]) == (30, "WorkerLost", redeliveries + 1)
     assert farm.started() == ["guilty"] * (redeliveries + 1)
@@ -74,7 +53,7 @@ def test_a_worker_killed_while_idle_costs_no_task_its_only_chance(any_farm: Farm
     master = any_farm.master("--tasks", "-", "--results", "-", "--redeliveries", 0, stdin=subprocess.PIPE)
     idle = any_farm.worker(master)
     master.wait_line("worker .* connected")
-    processes = descendants_of(idle.pid)
+    processes = idle.descendants()
     idle.kill()
     check_ended(processes)
     wait_until(lambda: not [1 for conn in psutil.Process(master.pid).net_connections() if conn.status == "ESTABLISHED"])
@@ -118,7 +97,7 @@ def test_a_child_killed_while_it_starts_does_not_end_its_worker(any_farm: Farm) 
     os.kill(child, signal.SIGKILL)
     worker.wait_line("worker exit", "stdout")
     assert master.wait() == 0
-    check_once(any_farm.records(), 2)
+    any_farm.check_once(2)
 
 
 def test_an_outcome_of_another_run_is_refused(farm: Farm) -> None:
@@ -174,7 +153,7 @@ def test_an_outcome_that_was_not_acknowledged_is_reported_again(farm: Farm, answ
             raise EOFError
         return answer("no", "#ERROR")
 
-    farm.worker(farm.closing(FalseServer(false_master(farm, reply))).port)
+    farm.worker(farm.false_master(reply).port)
     seen = [reports.get(timeout=PATIENCE) for _ in range(4)]
     assert {run for run, *_ in seen} == {"r"}
     (ids, outcome), *others = [outcomes.split("\n") for *_, outcomes in seen]
@@ -192,8 +171,8 @@ def test_a_large_report_and_a_large_task_do_not_wait_for_each_other(farm: Farm) 
         reported.extend(arguments[-1].split("\n")[:1] if method == REPORT else [])
         return answer(next(leases)) if method == LEASE else good_answer(method)
 
-    master = farm.closing(FalseServer(false_master(farm, reply)))
-    patched = make_patched(farm, REPORT_INTERVAL=60.0) / "task_worker.py"  # so that a report goes with the next lease
+    master = farm.false_master(reply)
+    patched = farm.make_patched(REPORT_INTERVAL=60.0) / "task_worker.py"  # so that a report goes with the next lease
     worker = farm.run(patched, "--port", master.port, "--processes", 1, "--function", "large:work")
     assert worker.wait() == 0
     assert (reported, master.served) == (["0", "1"], 1)
@@ -214,7 +193,7 @@ def test_the_time_limit_holds_while_the_master_records(farm: Farm) -> None:
             return answer({**SETTINGS, "timeout": 0.5})
         return answer(next(leases)) if method == LEASE else good_answer(method)
 
-    master = farm.closing(FalseServer(false_master(farm, reply)))
+    master = farm.false_master(reply)
     worker = farm.worker(master.port, "--processes", 1, "--function", "endless:work")
     assert worker.wait() == 0
     assert reports.get().startswith('0\n"result"')
@@ -229,7 +208,7 @@ def test_a_worker_that_is_thrown_out_again_and_again_takes_its_time(farm: Farm) 
             raise EOFError
         return good_answer(method)
 
-    master = farm.closing(FalseServer(false_master(farm, reply)))
+    master = farm.false_master(reply)
     worker = farm.worker(master.port)
     wait_until(lambda: master.served, worker)
     worker.pause(1.5)

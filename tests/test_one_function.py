@@ -10,7 +10,7 @@ import zipfile
 from typing import Any
 
 import pytest
-from lab import ROOT, Farm, check_ended, check_said, descendants_of, wait_until
+from lab import ROOT, Farm, check_ended, check_said, wait_until
 
 MODULE = """
 import os, time
@@ -50,7 +50,7 @@ def test_a_killed_masters_workers_end_and_do_not_serve_one_that_waits_for_worker
     first = farm.master("--results", "first.jsonl", "--workers", 2, "--function", "mod:old", *range(500))
     path = farm.folder / "first.jsonl"
     wait_until(lambda: path.exists() and path.read_bytes(), first)
-    processes = descendants_of(first.pid)
+    processes = first.descendants()
     assert len(processes) >= 3
     first.kill()
     master = farm.run("task_master.py", "--port", first.port(), "--results", "results.jsonl", "1", "2")

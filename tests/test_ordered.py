@@ -6,7 +6,7 @@ import json
 import signal
 
 import pytest
-from lab import Farm, Program, check_doubled, make_outcome, ok, wait_until
+from lab import Farm, Program, make_outcome, ok, wait_until
 
 MODULE = """
 import os, time
@@ -51,7 +51,7 @@ def ids(farm: Farm) -> list[int]:
 def check_in_order(farm: Farm, count: int) -> None:
     """Each task has its result, and stands in its place."""
     assert ids(farm) == list(range(count))
-    check_doubled(farm.records(), count)
+    farm.check_doubled(count)
 
 
 def test_records_are_written_as_they_come_and_put_in_order_at_the_end(farm: Farm) -> None:

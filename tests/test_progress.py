@@ -17,7 +17,7 @@ import threading
 from typing import Any
 
 import pytest
-from lab import PATIENCE, ROOT, Farm, Program, make_patched, wait_until
+from lab import PATIENCE, ROOT, Farm, Program, wait_until
 
 from task_worker import PROTOCOL
 
@@ -250,7 +250,7 @@ def test_quiet_shows_nothing_on_a_terminal(open_terminal: Any) -> None:
 
 def run_patched(farm: Farm, *argv: object) -> Program:
     """A master for which the time between two lines is short."""
-    return farm.run(make_patched(farm, PROGRESS_INTERVAL=0.3) / "task_master.py", "--port", 0, *FILE, *argv)
+    return farm.run(farm.make_patched(PROGRESS_INTERVAL=0.3) / "task_master.py", "--port", 0, *FILE, *argv)
 
 
 def test_without_a_terminal_there_is_a_plain_line_now_and_then(farm: Farm) -> None:

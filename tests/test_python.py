@@ -19,7 +19,7 @@ from typing import Any
 
 import psutil
 import pytest
-from lab import PATIENCE, ROOT, Farm, is_alive, name_of, wait_until
+from lab import PATIENCE, ROOT, Farm, is_alive, wait_until
 
 import task_master
 from task_master import Failure, TaskMaster
@@ -173,8 +173,8 @@ def test_a_worker_from_elsewhere_may_do_the_work(farm: Farm, mine: Mine) -> None
         worker = farm.worker(master.address[1], "--function", "functions:double")
         records = list(master.run(["ab"]))
     assert worker.wait() == 0
-    assert [(record.result, record.worker) for record in records] == [("abab", name_of(worker))]
-    assert said.count(f"worker {name_of(worker)} connected") == 1
+    assert [(record.result, record.worker) for record in records] == [("abab", worker.name())]
+    assert said.count(f"worker {worker.name()} connected") == 1
 
 
 def test_a_farm_may_be_run_by_any_thread(mine: Mine) -> None:

@@ -23,23 +23,7 @@ from typing import Any
 
 import psutil
 import pytest
-from lab import (
-    BLOCKS,
-    PATIENCE,
-    README,
-    ROOT,
-    Farm,
-    Program,
-    SshNet,
-    check_once,
-    descendants_of,
-    find_block,
-    free_port,
-    make_script,
-    needs_sshd,
-    tls_python,
-    wait_until,
-)
+from lab import BLOCKS, PATIENCE, README, ROOT, Farm, Program, SshNet, find_block, free_port, make_script, needs_sshd, wait_until
 
 import task_master
 import task_worker
@@ -397,7 +381,7 @@ def test_a_job_that_was_killed_is_carried_on_with_dask_or_without(newcomer: Newc
     second = newcomer.bash(commands[1])
     assert second.wait() == (0 if "on_dask" in commands[1] else 1), second.lines
     records = newcomer.records()
-    check_once(records, 701)
+    assert sorted(record["id"] for record in records) == [*range(701)]
     assert 50 < begun < 700
     (failed,) = [record for record in records if "error" in record]
     assert (failed["task"], failed["error"]["type"]) == ("a string", "TypeError")
@@ -487,7 +471,7 @@ def test_every_mail_is_sent_once_through_the_mail_queue_however_often_that_is_re
 
     def stop(program: Program) -> None:
         """SIGTERM for the master, as a service would be stopped; `tail` ends since nobody listens."""
-        (master,) = [process for process in descendants_of(program.pid) if "task_master.py" in str(process.cmdline()[1:2])]
+        (master,) = [process for process in program.descendants() if "task_master.py" in str(process.cmdline()[1:2])]
         master.send_signal(signal.SIGTERM)
         program.wait_line("stopped; to carry on:")
         with contextlib.suppress(ProcessLookupError):
@@ -515,7 +499,7 @@ def test_every_mail_is_sent_once_through_the_mail_queue_however_often_that_is_re
         stop(mails)
     assert post.subjects.empty()
     records = newcomer.records("sent.jsonl")
-    check_once(records, 6)
+    assert sorted(record["id"] for record in records) == [*range(6)]
     assert {record["result"] for record in records} == {"sent"}
 
 
@@ -537,7 +521,7 @@ def test_one_command_starts_workers_on_two_hosts_and_leaves_nothing_there(newcom
 
 @needs_sshd
 @pytest.mark.usefixtures("port_5000")
-def test_a_worker_on_another_host_is_started_with_two_commands(newcomer: Newcomer, farm: Farm) -> None:
+def test_a_worker_on_another_host_is_started_with_two_commands(newcomer: Newcomer, tls_farm: Farm) -> None:
     """All hosts are this machine, the master's too."""
     folders = ["/usr/lib/openssh", "/usr/libexec/openssh", "/usr/libexec", "/usr/lib/ssh"]
     sftp = shutil.which("sftp-server", path=os.pathsep.join(folders)) or pytest.skip("no sftp-server here, as scp wants it")
@@ -545,9 +529,9 @@ def test_a_worker_on_another_host_is_started_with_two_commands(newcomer: Newcome
         socket.getaddrinfo(socket.gethostname(), 5000)
     except OSError:
         pytest.skip("the name of this host has no address")
-    newcomer.use_python(tls_python())
-    net = SshNet(farm)
-    net.host("otherhost", more=f"Subsystem sftp {sftp}", python=tls_python())
+    newcomer.use_python(tls_farm.python)
+    net = SshNet(tls_farm)
+    net.host("otherhost", more=f"Subsystem sftp {sftp}", python=tls_farm.python)
     make_script(newcomer.bin / "scp", f'exec {shutil.which("scp")} -F {net.folder}/config "$@"')
     command = find_block("python3 task_master.py --host 0.0.0.0").strip()
     master = newcomer.bash(f"exec {command} --tasks -", stdin=subprocess.PIPE)

@@ -12,7 +12,7 @@ import sys
 from typing import Any
 
 import pytest
-from lab import ROOT, Farm, Program, check_doubled, check_once, check_silence, descendants_of
+from lab import ROOT, Farm, Program, check_silence
 
 import task_worker
 
@@ -49,7 +49,7 @@ def start_master(farm: Farm, *options: object) -> Program:
 
 def check_all_done(farm: Farm) -> None:
     """Each task was run once, and well."""
-    check_doubled(farm.records(), TASKS)
+    farm.check_doubled(TASKS)
     assert {record["attempts"] for record in farm.records()} == {1}
 
 
@@ -106,7 +106,7 @@ def test_a_worker_that_runs_out_of_files_later_loses_no_task(farm: Farm) -> None
     master = start_master(farm)
     worker = farm.worker(master, "--processes", 2, "--tasks-per-process", 1, "--function", "mod:wait")
     worker.wait_line("it runs", "stdout", count=2)
-    for process in [worker, *descendants_of(worker.pid)]:
+    for process in [worker, *worker.descendants()]:
         with contextlib.suppress(ProcessLookupError):
             resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (8, 8))
     farm.let_go()
@@ -184,7 +184,7 @@ def test_a_worker_whose_current_directory_was_deleted_loses_no_task(farm: Farm, 
         assert farm.worker(master, "--processes", 2, *what).wait() == 0
     assert master.wait() == 0
     check_silence(worker)
-    check_once(farm.records(), TASKS)
+    farm.check_once(TASKS)
     assert {record["attempts"] for record in farm.records()} == {1}
 
 

@@ -13,7 +13,7 @@ import tracemalloc
 from typing import Any
 
 import pytest
-from lab import REPORT, RESULTS, Farm, Program, check_doubled, check_once, check_said, check_silence, join_outcomes, ok
+from lab import REPORT, RESULTS, Farm, Program, check_said, check_silence, join_outcomes, ok
 
 from task_master import ResultsFile
 
@@ -81,7 +81,7 @@ def test_resuming_runs_only_what_failed_and_says_so(farm: Farm, kind: str) -> No
     master = resume(farm, *WORK, *options, **more)
     assert master.wait() == 0
     assert started(farm) == BAD
-    check_doubled(farm.records(), COUNT)
+    farm.check_doubled(COUNT)
     to_do = "" if kind == "stream" else ", 20 to do"  # a stream is compared as it comes
     assert f"task_master: resuming results.jsonl: 180 done are kept, 20 failed are repeated{to_do}" in master.stderr
     assert "200 done, 0 failed" in master.stderr[-1] and "180 kept from before" in master.stderr[-1]
@@ -103,7 +103,7 @@ def test_resuming_a_finished_job_runs_nothing_but_what_is_new_and_leaves_the_fil
     master = run(farm, "--resume")
     assert master.wait() == 0
     assert started(farm) == list(range(COUNT, COUNT + 25))
-    check_doubled(farm.records(), COUNT + 25)
+    farm.check_doubled(COUNT + 25)
     assert master.said("resuming results.jsonl: 200 done are kept, 0 failed are repeated, 25 to do$")
 
 
@@ -137,8 +137,8 @@ def test_a_last_record_without_a_line_end_is_kept(farm: Farm) -> None:
     master = run(farm, "--resume", "--ordered")
     assert master.wait() == 0, master.stderr
     assert master.said("200 done are kept, 0 failed are repeated, 1 to do$")
+    farm.check_doubled(COUNT + 1)
     records = farm.records()
-    check_doubled(records, COUNT + 1)
     assert [record for record in before if record not in records] == []
 
 
@@ -185,7 +185,7 @@ def test_a_second_master_on_the_same_file_is_refused_and_the_first_goes_on(farm:
     farm.mend()
     farm.worker(first, *WORK[2:])
     assert first.wait() == 0
-    check_doubled(farm.records(), COUNT)
+    farm.check_doubled(COUNT)
 
 
 def test_a_killed_master_loses_no_record_that_it_acknowledged(farm: Farm) -> None:
@@ -205,7 +205,7 @@ def test_a_killed_master_loses_no_record_that_it_acknowledged(farm: Farm) -> Non
     farm.mend()
     assert run(farm, "--resume").wait() == 0
     assert not acknowledged & set(started(farm))
-    check_doubled(farm.records(), COUNT)
+    farm.check_doubled(COUNT)
 
 
 # ---- only appended to while the job runs, and put right at the end ---------------------------------------------------
@@ -242,7 +242,7 @@ def test_a_resumed_job_only_appends_and_drops_superseded_lines_at_its_end(farm: 
         peer.report(run_id, ok(n, 2 * n))
     assert master.wait() == 0
     assert farm.results.read_bytes().splitlines()[: len(kept)] == kept
-    check_doubled(farm.records(), COUNT)
+    farm.check_doubled(COUNT)
     assert [path.name for path in farm.folder.glob("results*")] == ["results.jsonl"]
     (line,) = master.stdout
     assert re.search(r"results\.jsonl\.[0-9a-f]{8,} is new and private$", line)
@@ -259,14 +259,14 @@ def test_the_last_records_count_of_a_job_that_was_drained_or_killed(farm: Farm, 
     master.signal(end)
     assert master.wait() == (143 if end == signal.SIGTERM else -end)
     if end == signal.SIGTERM:
-        check_once(farm.records(), COUNT)
+        farm.check_once(COUNT)
         assert sorted(record["id"] for record in farm.records() if "error" in record) == BAD[1:]
     else:
         assert farm.results.read_bytes().startswith(before)
         assert len(farm.records()) == COUNT + 1
     assert run(farm, "--resume").wait() == 0
     assert started(farm) == BAD[1:]
-    check_doubled(farm.records(), COUNT)
+    farm.check_doubled(COUNT)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file to somebody else")
@@ -285,7 +285,7 @@ def test_a_file_that_was_put_right_has_its_mode_and_owner_and_stays_behind_its_l
     assert (after.st_uid, after.st_gid, stat.S_IMODE(after.st_mode)) == (12345, 23456, 0o664)
     assert farm.results.is_symlink() and (farm.folder / "treasure").read_text() == "precious"
     assert sorted(os.listdir(farm.folder / "elsewhere")) == ["real.jsonl", "real.jsonl.new"]
-    check_doubled(farm.records(), COUNT)
+    farm.check_doubled(COUNT)
 
 
 @pytest.mark.parametrize("function", ["chmod", "replace"])
@@ -303,7 +303,7 @@ def test_a_file_that_cannot_be_put_right_is_one_line_and_the_status_is_as_withou
     assert [path.name for path in farm.folder.glob("results*")] == ["results.jsonl"]
     farm.mend()
     assert run(farm, "--resume").wait() == 0
-    check_doubled(farm.records(), COUNT)
+    farm.check_doubled(COUNT)
 
 
 # ---- disks that fail -----------------------------------------------------------------------------------------------
@@ -365,7 +365,7 @@ def test_a_file_that_may_not_grow_is_resumed_when_it_may_and_repeats_no_record(f
         assert farm.results.stat().st_size <= limit
     started(farm)
     assert run(farm, *options, "--resume", "--function", "functions:work").wait() == 0
-    check_doubled(farm.records(), COUNT)
+    farm.check_doubled(COUNT)
     assert len(started(farm)) == COUNT - len(lines)
 
 
@@ -383,7 +383,7 @@ def test_a_master_whose_messages_nobody_reads_any_more_does_its_job(farm: Farm) 
     alone = "ours, theirs = os.pipe()\nos.close(ours)\nos.dup2(theirs, 2)"
     master = farm.run_after(alone, "task_master.py", "--port", 0, *JOB, *WORK)
     assert master.wait() == 0
-    check_doubled(farm.records(), COUNT)
+    farm.check_doubled(COUNT)
 
 
 def test_memory_for_a_resumed_job_is_at_most_twenty_four_bytes_a_record(farm: Farm) -> None:

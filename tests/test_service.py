@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from lab import FalseServer, Farm, check_silence, free_port, make_patched, name_of, wait_until
+from lab import FalseServer, Farm, check_silence, free_port, wait_until
 
 
 def test_both_sides_say_in_one_line_that_they_are_connected_and_with_whom(farm: Farm) -> None:
@@ -21,7 +21,7 @@ def test_both_sides_say_in_one_line_that_they_are_connected_and_with_whom(farm: 
     worker.wait_line("draining")
     farm.let_go()
     assert worker.wait() == 0
-    name = re.escape(name_of(worker))
+    name = re.escape(worker.name())
     master.wait_line(rf"^task_master: worker {name} disconnected$")
     assert (farm.worker(master, "--function", "functions:stay").wait(), master.wait()) == (0, 0)
     assert len(master.said(rf"^task_master: worker {name} connected$")) == 1
@@ -35,7 +35,7 @@ def test_a_lost_worker_is_one_line_that_names_it(farm: Farm) -> None:
     worker.wait_line("it runs", "stdout", count=2)
     worker.kill()
     master.wait_line("disconnected|lost$")
-    name = re.escape(name_of(worker))
+    name = re.escape(worker.name())
     assert len(master.said(rf"worker {name} (disconnected|lost)")) == 1
     assert len(master.said(rf"redelivered since {name} was lost")) in (1, 2)  # a line for each connection
 
@@ -43,7 +43,7 @@ def test_a_lost_worker_is_one_line_that_names_it(farm: Farm) -> None:
 def test_a_lost_master_is_one_line_while_the_tasks_run_and_so_is_its_return(farm: Farm) -> None:
     master = farm.master("--results", "results.jsonl", "1", "2")
     options = ("--port", master.port(), "--processes", 2, "--function", "functions:stay")
-    worker = farm.run(make_patched(farm, BEAT_INTERVAL=0.2) / "task_worker.py", *options)
+    worker = farm.run(farm.make_patched(BEAT_INTERVAL=0.2) / "task_worker.py", *options)
     worker.wait_line("it runs", "stdout", count=2)
     master.kill()
     worker.wait_line(rf"^task_worker: lost the master at 127\.0\.0\.1:{master.port()} \(.+\)$")
@@ -90,7 +90,7 @@ def test_a_worker_that_waits_for_ever_serves_one_master_after_the_other_with_the
         assert master.wait() == 0, master.stderr
         (farm.folder / "go").unlink()
         found = [(record["result"], record["worker"]) for record in farm.records(f"{text}.jsonl")]
-        assert found == [(text, name_of(worker))] * 2
+        assert found == [(text, worker.name())] * 2
         worker.wait_line("the job is over; waiting for the next master", count=number + 1)
     worker.signal(signal.SIGTERM)
     assert worker.wait() == 0
@@ -130,7 +130,7 @@ def test_a_process_that_was_too_late_for_a_job_does_not_run_the_code_of_then_in_
 
 def test_a_worker_of_another_version_takes_no_task_and_its_master_says_so_too(farm: Farm) -> None:
     master = farm.master("--results", "results.jsonl", "--redeliveries", 0, "3")
-    other = farm.run(make_patched(farm, PROTOCOL=99) / "task_worker.py", "--port", master.port(), "--processes", 3)
+    other = farm.run(farm.make_patched(PROTOCOL=99) / "task_worker.py", "--port", master.port(), "--processes", 3)
     assert other.wait() == 3
     assert len(other.said(rf"the master at 127\.0\.0\.1:{master.port()} speaks protocol \d+, this worker 99: copy ")) == 1
     assert (farm.worker(master).wait(), master.wait()) == (0, 0)  # it goes on with those of its own version
@@ -141,7 +141,7 @@ def test_a_worker_of_another_version_takes_no_task_and_its_master_says_so_too(fa
 
 
 def test_a_master_of_another_version_and_its_worker_both_say_so(farm: Farm) -> None:
-    master = farm.run(make_patched(farm, PROTOCOL=99) / "task_master.py", "--port", 0, "3")
+    master = farm.run(farm.make_patched(PROTOCOL=99) / "task_master.py", "--port", 0, "3")
     worker = farm.worker(master)
     assert worker.wait() == 3
     assert len(worker.said(r"speaks protocol 99, this worker \d+: copy ")) == 1
@@ -177,6 +177,6 @@ def test_a_function_that_fails_on_one_host_names_that_host_in_each_record(farm: 
     worker = farm.worker(master, "--function", "mailer:send", cwd=broken)
     assert (worker.wait(), master.wait()) == (0, 1)
     (record,) = farm.records()
-    assert (record["error"]["type"], record["worker"]) == ("ModuleNotFoundError", name_of(worker))
+    assert (record["error"]["type"], record["worker"]) == ("ModuleNotFoundError", worker.name())
     assert str(broken) in record["error"]["traceback"]
-    master.wait_line(rf"task 0 failed: ModuleNotFoundError: .*no_such_library.* on {re.escape(name_of(worker))}")
+    master.wait_line(rf"task 0 failed: ModuleNotFoundError: .*no_such_library.* on {re.escape(worker.name())}")

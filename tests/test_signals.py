@@ -12,19 +12,7 @@ from typing import Any
 
 import psutil
 import pytest
-from lab import (
-    ROOT,
-    Farm,
-    Program,
-    check_doubled,
-    check_ended,
-    check_silence,
-    children_of,
-    descendants_of,
-    free_port,
-    ok,
-    wait_until,
-)
+from lab import ROOT, Farm, Program, check_ended, check_silence, free_port, ok, wait_until
 
 MODULE = """
 import time
@@ -72,7 +60,7 @@ def finish(farm: Farm, master: Program) -> None:
     """Give a master a worker; the job comes to its end."""
     start_worker(farm, master, "--processes", 2)
     assert master.wait() == 0
-    check_doubled(farm.records(), TASKS)
+    farm.check_doubled(TASKS)
 
 
 def recorded(farm: Farm) -> list[int]:
@@ -242,7 +230,7 @@ def test_a_drained_master_with_local_workers_waits_for_what_they_run(farm: Farm)
     tasks = farm.write_tasks(range(TASKS))
     master = farm.master("--tasks", tasks, *RESULTS, "--workers", 2, "--function", "mod:wait")
     farm.wait_started(master, 3)
-    local = descendants_of(master.pid)
+    local = master.descendants()
     os.killpg(master.pid, signal.SIGINT)  # what a terminal does
     master.wait_line("draining")
     farm.let_go()
@@ -272,7 +260,7 @@ def test_the_first_signal_drains_the_worker_and_another_finishes_the_job(farm: F
     farm.let_go()
     assert [program.wait() for program in (first, second, master)] == [0, 0, 0]
     assert first.stdout[-1] == "worker exit."
-    check_doubled(farm.records(), TASKS)
+    farm.check_doubled(TASKS)
     assert len(farm.started()) == TASKS, "each was run once"
     assert master.said("0 redelivered")
     check_silence(first, second, master)
@@ -281,7 +269,7 @@ def test_the_first_signal_drains_the_worker_and_another_finishes_the_job(farm: F
 @each_signal
 def test_the_second_signal_makes_the_worker_leave_at_once(farm: Farm, number: int) -> None:
     master, worker = start_job(farm, *RESULTS)
-    children = [psutil.Process(pid) for pid in children_of(worker.pid)]
+    children = worker.children()
     drain(worker, number)
     worker.signal(number)
     worker.wait_line("leaving at once")

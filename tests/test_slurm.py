@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import psutil
 import pytest
-from lab import ROOT, Farm, check_once, find_block, free_port, is_alive, wait_until
+from lab import ROOT, Farm, find_block, free_port, is_alive, wait_until
 
 PATH = os.pathsep.join([os.environ["PATH"], "/usr/sbin", "/usr/local/sbin"])
 MODULE = "import functions\ndef count(n):\n    return (functions.note if n < 20 else functions.stay)(n)\n"
@@ -111,7 +111,7 @@ def test_a_job_runs_to_its_end(any_farm: Farm) -> None:
     cluster = Cluster(any_farm)
     any_farm.let_go()
     cluster.wait_job(cluster.submit(), "JobState=COMPLETED", "ExitCode=0:0")
-    check_once(any_farm.records("counts.jsonl"), 100)
+    any_farm.check_once(100, "counts.jsonl")
 
 
 @pytest.mark.parametrize("options", [[], ["--time=1", "--signal=TERM@60"]], ids=["scancel", "time limit"])
@@ -127,7 +127,7 @@ def test_a_job_that_must_leave_drains_and_is_carried_on_from_the_queue(farm: Far
     assert 20 < len(farm.records("counts.jsonl")) == len(farm.started()) < 100
     cluster.call("scontrol", "update", f"job={job}", "StartTime=now")
     cluster.wait_job(job, "JobState=COMPLETED", "ExitCode=0:0", "Restarts=1")
-    check_once(farm.records("counts.jsonl"), 100)
+    farm.check_once(100, "counts.jsonl")
     assert sorted(map(int, farm.started())) == [*range(100)]
 
 
@@ -139,7 +139,7 @@ def test_a_job_that_was_cancelled_is_carried_on_when_it_is_submitted_again(farm:
     cluster.wait_job(job, "JobState=CANCELLED")
     farm.let_go()
     cluster.wait_job(cluster.submit(), "JobState=COMPLETED", "ExitCode=0:0")
-    check_once(farm.records("counts.jsonl"), 100)
+    farm.check_once(100, "counts.jsonl")
     assert [farm.started().count(str(n)) for n in range(20)] == [1] * 20
 
 

@@ -22,22 +22,7 @@ from typing import Any
 
 import psutil
 import pytest
-from lab import (
-    Farm,
-    Program,
-    SshHost,
-    SshNet,
-    check_doubled,
-    check_ended,
-    check_silence,
-    descendants_of,
-    find_pythons,
-    is_alive,
-    make_patched,
-    make_script,
-    needs_sshd,
-    wait_until,
-)
+from lab import Farm, Program, SshHost, SshNet, check_ended, check_silence, find_pythons, make_script, needs_sshd, wait_until
 
 import task_master
 from task_master import Failure, TaskMaster
@@ -108,18 +93,18 @@ def test_what_stands_in_the_home_there_is_not_used_and_a_python_below_it_can_be_
     master = net.master(*on("1/host1:~/venv/python", "1/host1:venv/python"), *options, stdin=subprocess.PIPE)
     master.wait_line("worker host1/.* connected", count=2)
     give(master, range(100))
-    check_doubled(net.farm.records(), 100)
+    net.farm.check_doubled(100)
 
 
 def test_the_key_is_in_no_argument_and_no_file_and_nothing_is_left_when_the_master_is_killed(net: SshNet) -> None:
     host, master = start_long_tasks(net)
-    words = str([process.cmdline() for process in [*host.processes(), *descendants_of(master.pid)]])
+    words = str([process.cmdline() for process in [*host.processes(), *master.descendants()]])
     assert "task_worker.py" in words
     assert net.farm.key not in words
     (folder,) = host.tmp.iterdir()
     assert folder.stat().st_mode & 0o777 == 0o700
     assert not [path for path in folder.rglob("*") if path.is_file() and net.farm.key.encode() in path.read_bytes()]
-    ssh = descendants_of(master.pid)
+    ssh = master.descendants()
     master.kill()
     host.check_clean()
     check_ended(ssh)
@@ -217,7 +202,7 @@ def test_hosts_that_cannot_work_are_given_up_with_the_reason(net: SshNet) -> Non
     if other:
         assert master.said("^needy: task_worker: --function needy:double: .* ModuleNotFoundError: No module named 'nosuch'")
     give(master, range(10))
-    check_doubled(farm.records(), 10)
+    farm.check_doubled(10)
     for host in (*hosts.values(), good):
         host.check_clean()
     for name in names:
@@ -304,7 +289,7 @@ def test_a_connection_that_was_cut_comes_back(farm: Farm) -> None:
     master.wait_line(r"host1: the connection was lost; trying again")
     check_ended(before)
     master.wait_line("host1: it runs", count=4)
-    for ssh in descendants_of(master.pid):
+    for ssh in master.descendants():
         ssh.kill()
     master.wait_line(r"host1: the connection was lost; trying again", count=2)
     master.wait_line("host1: it runs", count=6)
@@ -322,7 +307,7 @@ def test_a_host_that_falls_asleep_is_noticed_and_comes_back(farm: Farm) -> None:
     master.wait_line(r"host1: the connection was lost; trying again", timeout=100)
     master.wait_line("host1: it runs", count=4)
     if silence:
-        wait_until(lambda: not any(map(is_alive, before)), patience=100)
+        check_ended(before)
     for session in asleep:
         session.resume()
     check_ended(before)
@@ -334,11 +319,11 @@ def test_a_host_that_falls_asleep_is_noticed_and_comes_back(farm: Farm) -> None:
 
 @pytest.mark.early
 def test_a_worker_that_hears_nothing_of_its_master_leaves_and_is_started_again(farm: Farm) -> None:
-    patched = make_patched(farm, SILENCE_LIMIT=8.0, BEAT_INTERVAL=1.0) / "task_master.py"
+    patched = farm.make_patched(SILENCE_LIMIT=8.0, BEAT_INTERVAL=1.0) / "task_master.py"
     host, master = start_long_tasks(SshNet(farm), program=patched)
     before = host.processes()
     master.pause(9)
-    assert all(map(is_alive, before))
+    assert all(process.is_running() for process in before)
     master.signal(signal.SIGSTOP)
     host.check_clean()
     master.signal(signal.SIGCONT)
@@ -383,7 +368,7 @@ def test_the_second_ctrl_c_leaves_nothing_and_does_not_wait_for_a_host_that_is_d
     with socket.create_server(("127.0.0.1", 0)) as silent:  # takes connections and says nothing
         net.configure("silent", f"Port {silent.getsockname()[1]}")
         host, master = start_long_tasks(net, *on("silent"))
-        processes = descendants_of(master.pid)
+        processes = master.descendants()
         assert len(processes) == 2
         master.signal(signal.SIGINT)
         master.wait_line("draining")
@@ -397,8 +382,8 @@ def test_a_jump_host_that_hangs_keeps_no_master_from_its_end(net: SshNet) -> Non
     net.configure("beyond", "ProxyCommand sleep 1000")  # which has the standard error of ssh
     master = net.master("--workers", 1, *on("beyond"), "--function", "functions:stay", 1)
     master.wait_line("worker .* connected")
-    wait_until(lambda: any(process.name() == "sleep" for process in descendants_of(master.pid)))
-    processes = descendants_of(master.pid)
+    wait_until(lambda: any(process.name() == "sleep" for process in master.descendants()))
+    processes = master.descendants()
     net.farm.let_go()
     assert master.wait() == 0
     check_ended(processes)

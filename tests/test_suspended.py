@@ -20,7 +20,7 @@ from typing import Any
 
 import psutil
 import pytest
-from lab import Farm, Program, check_ended, check_once, check_silence, descendants_of, wait_until
+from lab import Farm, Program, check_ended, check_once, check_silence, wait_until
 
 pytestmark = pytest.mark.skipif(not hasattr(fcntl, "F_SETPIPE_SZ"), reason="needs pipes whose size can be set")
 
@@ -124,7 +124,7 @@ def test_a_hangup_that_was_ignored_stays_so(farm: Farm) -> None:
     worker = farm.run_after(ignore, "task_worker.py", "--port", master.port(), "--processes", 1, *STAY)
     master.put("1\n2\n")
     wait_until(lambda: len(farm.started()) == 2, master, worker)
-    for process in [*descendants_of(master.pid), *descendants_of(worker.pid), worker, master]:
+    for process in [*master.descendants(), *worker.descendants(), worker, master]:
         with contextlib.suppress(psutil.NoSuchProcess):
             os.kill(process.pid, signal.SIGHUP)
     farm.let_go()
@@ -141,7 +141,7 @@ def test_a_terminal_that_goes_away_drains_the_job_and_leaves_nothing(farm: Farm)
     master = farm.run_after(take, "task_master.py", "--port", 0, *RESULTS, "--workers", 1, *STAY, 1, 2, 3, pass_fds=[theirs])
     os.close(theirs)
     farm.wait_started(master)
-    processes = descendants_of(master.pid)
+    processes = master.descendants()
     os.close(ours)
     with contextlib.suppress(subprocess.TimeoutExpired):
         master.process.wait(1)
@@ -221,6 +221,6 @@ def test_a_master_that_was_stopped_goes_on_with_all_its_workers(standstill: Stan
     farm.wait_records(master, 4)
     master.give(range(20))
     assert [program.wait() for program in [master, *workers]] == [0] * 4
-    check_once(farm.records(), 24)
+    farm.check_once(24)
     assert all(record["result"] == ("x" * LARGE if record["task"] == "large" else record["task"]) for record in farm.records())
     check_silence(master)

@@ -13,7 +13,7 @@ import subprocess
 from typing import Any, NamedTuple
 
 import pytest
-from lab import ROOT, Farm, Program, Relay, check_one_line, check_said, check_silence, find_pythons, has_psk, make_patched
+from lab import ROOT, Farm, Program, Relay, check_one_line, check_said, check_silence, find_pythons, has_psk
 
 
 def test_results_are_the_same_with_and_without_tls(any_farm: Farm) -> None:
@@ -86,7 +86,7 @@ def test_a_flipped_byte_costs_a_connection_and_not_the_job(tls_farm: Farm) -> No
 @pytest.mark.parametrize("stopped", ["worker", "master"])
 def test_silence_is_noticed_with_tls(tls_farm: Farm, stopped: str) -> None:
     """With a tenth of the product's patience."""
-    patched = make_patched(tls_farm, SILENCE_LIMIT=6.0, ANSWER_LIMIT=4.4, BEAT_INTERVAL=1.5)
+    patched = tls_farm.make_patched(SILENCE_LIMIT=6.0, ANSWER_LIMIT=4.4, BEAT_INTERVAL=1.5)
     master = tls_farm.run(patched / "task_master.py", "--tls", "--port", 0, 300)
     options: Any = ("--port", master.port(), "--tls", "--processes", 1, "--function", "functions:nap", "--wait", 1)
     worker = tls_farm.run(patched / "task_worker.py", *options)
@@ -163,7 +163,7 @@ def test_a_pair(farm: Farm, pythons: dict[str, str], addresses: dict[str, str], 
     if {listens.age, connects.age} - set(pythons) or listens.place not in addresses:
         pytest.skip(f"here are only {pythons} and {addresses}")
     silent = (listens.mode, connects.mode) == ("tls", "plain")
-    patched = make_patched(farm, HANDSHAKE_LIMIT=2.0) if silent else ROOT
+    patched = farm.make_patched(HANDSHAKE_LIMIT=2.0) if silent else ROOT
 
     def start(end: End, program: str, *options: object) -> Program:
         where = ("--host", addresses[end.place], *end.choice.split())
