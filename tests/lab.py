@@ -548,9 +548,10 @@ class Peer:
             return ""
         return next((kind for kind in ("#RETURN", "#ERROR", "#TRACEBACK") if kind.encode() in data[:40]), "")
 
-    def join(self) -> str:
-        """Become a slot; returns the id of the master's run."""
-        return str(self.call(TASKS, JOIN, PROTOCOL)["run"])
+    def join(self, *statement: str) -> Peer:
+        """Become a slot, of a worker that states this about itself."""
+        self.run_id = str(self.call(TASKS, JOIN, PROTOCOL, *statement)["run"])
+        return self
 
     def lease(self, limit: int = 1, wait: float = 20.0) -> list[str]:
         """Tasks, each as `ID TEXT`; [] when there is none in time."""
@@ -563,9 +564,9 @@ class Peer:
     def qsize(self) -> int:
         return int(self.call(TASKS, "qsize"))
 
-    def report(self, run_id: str, *outcomes: str) -> None:
+    def report(self, *outcomes: str) -> None:
         """Report outcomes, each as `ID MEMBERS`."""
-        self.call(RESULTS, REPORT, run_id, 0.0, join_outcomes(*outcomes))
+        self.call(RESULTS, REPORT, self.run_id, 0.0, join_outcomes(*outcomes))
 
     def release(self, task_ids: list[int]) -> None:
         self.call(TASKS, RELEASE, " ".join(map(str, task_ids)))

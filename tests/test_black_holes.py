@@ -6,9 +6,7 @@ import json
 import subprocess
 
 import pytest
-from lab import JOIN, TASKS, Farm, Program, make_outcome
-
-from task_worker import PROTOCOL
+from lab import Farm, Program, make_outcome
 
 MODULE = """
 import os, time
@@ -56,12 +54,11 @@ def test_workers_that_have_one_name_are_told_apart(farm: Farm) -> None:
     master = farm.master("--tasks", farm.write_tasks(range(200)), "--results", "results.jsonl")
     bad, good = farm.peer(master), farm.peer(master)
     for peer in (bad, good):
-        statement = json.dumps({"function": None, "command": None, "id": str(id(peer))})
-        run_id = peer.call(TASKS, JOIN, PROTOCOL, statement)["run"]
+        peer.join(json.dumps({"function": None, "command": None, "id": str(id(peer))}))
     error = make_outcome('{"type": "OSError", "message": "no mount", "traceback": ""}', "error")
     for peer, outcomes in ((bad, [error] * 10), (good, [make_outcome("1")])):
         for outcome in outcomes:
-            peer.report(run_id, f"{peer.lease_ids()[0]} {outcome}")
+            peer.report(f"{peer.lease_ids()[0]} {outcome}")
     assert [len(peer.lease(5)) for peer in (bad, good)] == [1, 5]
 
 

@@ -165,8 +165,7 @@ def test_a_worker_that_stops_is_noticed_and_another_one_finishes_its_task(farm: 
 def test_a_worker_that_stops_with_data_on_the_way_is_noticed_and_another_one_finishes_its_task(farm: Farm) -> None:
     """A slot asks for a task that fills its buffers, and reads none of it."""
     scene = Scene(farm, "--tasks", farm.write_tasks(["x" * 20_000_000]))
-    peer = farm.peer(scene.master)
-    peer.join()
+    peer = farm.peer(scene.master).join()
     wait_until(peer.qsize, scene.master)  # it takes a while to read
     peer.ask(TASKS, LEASE, 1, 20.0)
     assert peer.connection.poll(LONG)

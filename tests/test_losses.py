@@ -66,18 +66,16 @@ def test_a_worker_killed_while_idle_costs_no_task_its_only_chance(any_farm: Farm
 
 def test_connections_that_end_while_they_wait_for_tasks_cost_none_its_only_chance(farm: Farm) -> None:
     master = farm.master("--tasks", "-", "--results", "-", "--redeliveries", 0, stdin=subprocess.PIPE)
-    good = farm.peer(master)
-    run = good.join()
+    good = farm.peer(master).join()
     for n in range(8):
-        peers = [farm.peer(master, f"host/{n}") for _ in range(3)]
+        peers = [farm.peer(master, f"host/{n}").join() for _ in range(3)]
         for peer in peers:
-            peer.join()
             peer.ask(TASKS, LEASE, 1, 20.0)
         for peer in peers:
             peer.close()
         master.put(f"{n}\n")
         assert wait_until(good.lease, master) == [f"{n} {n}"]
-        good.report(run, ok(n, n))
+        good.report(ok(n, n))
     good.close()
     master.end_input()
     assert master.wait() == 0
@@ -102,9 +100,9 @@ def test_a_child_killed_while_it_starts_does_not_end_its_worker(any_farm: Farm) 
 
 def test_an_outcome_of_another_run_is_refused(farm: Farm) -> None:
     master = farm.master("7", *RESULTS)
-    peer = farm.peer(master)
-    peer.join()
-    peer.report("another", ok(0, "alien"))
+    peer = farm.peer(master).join()
+    peer.run_id = "another"
+    peer.report(ok(0, "alien"))
     assert peer.lease() == ["0 7"]
     peer.close()
     farm.worker(master)

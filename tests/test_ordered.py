@@ -98,15 +98,14 @@ def test_a_task_whose_worker_was_killed_gets_its_place(farm: Farm) -> None:
 def test_a_job_that_was_stopped_is_in_order_after_a_drain_and_after_it_was_resumed(farm: Farm, end: int) -> None:
     farm.write_tasks(range(30))
     master = farm.master(*OPTIONS)
-    peer = farm.peer(master)
-    run_id = peer.join()
+    peer = farm.peer(master).join()
     assert [peer.lease_ids() for _ in range(6)] == [[n] for n in range(6)]
     for n in (4, 1, 5):
-        peer.report(run_id, ok(n, 2 * n))
+        peer.report(ok(n, 2 * n))
     master.signal(end)
     if end == signal.SIGTERM:
         master.wait_line("draining")
-        peer.report(run_id, ok(0, 0))
+        peer.report(ok(0, 0))
     peer.close()
     assert master.wait() == (143 if end == signal.SIGTERM else -end)
     assert ids(farm) == ([0, 1, 4, 5] if end == signal.SIGTERM else [4, 1, 5])
@@ -153,11 +152,10 @@ def test_the_job_ends_at_the_last_failure_that_is_allowed_and_says_how_to_resume
 
 def test_what_runs_when_the_last_failure_comes_is_finished(farm: Farm) -> None:
     master = farm.master(*OPTIONS[2:], "--max-failures", 1, 0, 1, 2)
-    peers = [farm.peer(master), farm.peer(master)]
-    run_id, _ = [peer.join() for peer in peers]
+    peers = [farm.peer(master).join() for _ in range(2)]
     assert [peer.lease_ids() for peer in peers] == [[0], [1]]
-    peers[1].report(run_id, "1 " + make_outcome('{"type": "E", "message": "m", "traceback": ""}', "error"))
+    peers[1].report("1 " + make_outcome('{"type": "E", "message": "m", "traceback": ""}', "error"))
     assert peers[1].call("get_task_queue", "lease", 1, 20.0) is None
-    peers[0].report(run_id, ok(0, 0))
+    peers[0].report(ok(0, 0))
     check_stopped(master, 1)
     assert [("error" in record, record["id"]) for record in farm.records()] == [(False, 0), (True, 1)]

@@ -193,12 +193,11 @@ def test_a_killed_master_loses_no_record_that_it_acknowledged(farm: Farm) -> Non
     acknowledged: set[int] = set()
     for _ in range(4):
         master = farm.master(*JOB, "--resume")  # which begins a file where there is none
-        peer = farm.peer(master)
-        run_id = peer.join()
+        peer = farm.peer(master).join()
         for _ in range(dice.randrange(1, 20)):
             ids = peer.lease_ids(dice.randrange(1, 6))
             assert not acknowledged & set(ids)
-            peer.report(run_id, *[ok(n, 2 * n) for n in ids])
+            peer.report(*[ok(n, 2 * n) for n in ids])
             acknowledged |= set(ids)
         master.kill()
         assert {record["id"] for record in farm.records()} == acknowledged
@@ -234,12 +233,11 @@ os.open = tell
 def test_a_resumed_job_only_appends_and_drops_superseded_lines_at_its_end(farm: Farm) -> None:
     master, before = start_repeating(farm, TELL)
     kept = [line for line in before.splitlines() if b'"error"' not in line]
-    peer = farm.peer(master)
-    run_id = peer.join()
+    peer = farm.peer(master).join()
     for n in BAD:
         assert peer.lease_ids() == [n]
         assert farm.results.read_bytes().startswith(before)
-        peer.report(run_id, ok(n, 2 * n))
+        peer.report(ok(n, 2 * n))
     assert master.wait() == 0
     assert farm.results.read_bytes().splitlines()[: len(kept)] == kept
     farm.check_doubled(COUNT)
@@ -252,10 +250,9 @@ def test_a_resumed_job_only_appends_and_drops_superseded_lines_at_its_end(farm: 
 def test_the_last_records_count_of_a_job_that_was_drained_or_killed(farm: Farm, end: int) -> None:
     """A drain leaves them alone in the file; a kill leaves the file as it was, and they stand behind that."""
     master, before = start_repeating(farm)
-    peer = farm.peer(master)
-    run_id = peer.join()
+    peer = farm.peer(master).join()
     assert peer.lease_ids() == [BAD[0]]
-    peer.report(run_id, ok(BAD[0], 2 * BAD[0]))
+    peer.report(ok(BAD[0], 2 * BAD[0]))
     master.signal(end)
     assert master.wait() == (143 if end == signal.SIGTERM else -end)
     if end == signal.SIGTERM:
@@ -323,11 +320,9 @@ os.write = tear
 def test_nothing_is_written_behind_a_torn_line(farm: Farm) -> None:
     """As when a disk is full for a moment, and then a worker is lost: the record of that would spoil the file."""
     master = farm.altered_master(TEAR, *JOB, "--redeliveries", 0)
-    reporting, lost = farm.peer(master), farm.peer(master)
-    run_id = reporting.join()
-    lost.join()
+    reporting, lost = farm.peer(master).join(), farm.peer(master).join()
     assert [peer.lease_ids() for peer in (reporting, lost)] == [[0], [1]]
-    assert reporting.try_call(RESULTS, REPORT, run_id, 0.0, join_outcomes(ok(0, 0))) != "#RETURN"
+    assert reporting.try_call(RESULTS, REPORT, reporting.run_id, 0.0, join_outcomes(ok(0, 0))) != "#RETURN"
     lost.close()
     assert master.wait() == 1
     *lines, _ = farm.results.read_bytes().split(b"\n")
@@ -338,11 +333,10 @@ def test_nothing_is_written_behind_a_torn_line(farm: Farm) -> None:
 @pytest.mark.parametrize("how", ["report", "loss"])
 def test_a_full_disk_ends_the_job_without_acknowledging_what_is_not_written(farm: Farm, how: str) -> None:
     master = farm.master("1", "2", "--results", "/dev/full", "--redeliveries", 0)
-    peer = farm.peer(master)
-    run_id = peer.join()
+    peer = farm.peer(master).join()
     assert peer.lease_ids() == [0]
     if how == "report":
-        assert peer.try_call(RESULTS, REPORT, run_id, 0.0, join_outcomes(ok(0, 0))) != "#RETURN"
+        assert peer.try_call(RESULTS, REPORT, peer.run_id, 0.0, join_outcomes(ok(0, 0))) != "#RETURN"
     peer.close()
     line = check_said(master, 1, "^task_master: ", "/dev/full", "writ.*no space left on device")
     assert line == master.stderr[-1] and len(line) < 300

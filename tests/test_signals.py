@@ -216,10 +216,9 @@ def test_the_second_signal_makes_the_master_leave_at_once(farm: Farm, number: in
 
 def test_a_signal_that_comes_when_the_job_is_over_does_not_say_that_it_was_stopped(farm: Farm) -> None:
     master = farm.master("3", *RESULTS)
-    peer = farm.peer(master)  # which stays, so that the master waits a while for it to leave
-    run_id = peer.join()
+    peer = farm.peer(master).join()  # which stays, so that the master waits a while for it to leave
     (task_id,) = peer.lease_ids()
-    peer.report(run_id, ok(task_id, 9))
+    peer.report(ok(task_id, 9))
     master.signal(signal.SIGTERM)
     assert master.wait() == 0, master.stderr
     assert not master.said("stopped|draining")
