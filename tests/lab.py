@@ -32,6 +32,9 @@ import pytest
 from task_worker import PROTOCOL
 
 ROOT = Path(__file__).resolve().parent.parent
+RIGHTS = [f"--{kind}=-all,+dac_override" for kind in ("inh-caps", "ambient-caps", "bounding-set")]  # to read what root has
+ANOTHER_USER = ["setpriv", f"--reuid={50_000 + os.getpid() % 10_000}", "--clear-groups", *RIGHTS]  # who has nothing else
+needs_setpriv = pytest.mark.skipif(not shutil.which("setpriv") or os.geteuid() != 0, reason="needs setpriv, and root")
 PATIENCE = 150.0  # seconds after which a line or an end that is waited for counts as missing; generous, the machine is noisy
 MEGABYTE = 1 << 20
 Result = TypeVar("Result")

@@ -14,7 +14,6 @@ import json
 import os
 import random
 import secrets
-import shutil
 import signal
 import subprocess
 import sys
@@ -23,7 +22,7 @@ from typing import Any, Callable
 
 import psutil
 import pytest
-from lab import ROOT, Farm, Program, wait_until
+from lab import ANOTHER_USER, ROOT, Farm, Program, needs_setpriv, wait_until
 
 pytestmark = pytest.mark.skipif(not os.path.exists("/proc/self/environ"), reason="looks into /proc")
 
@@ -229,16 +228,14 @@ def test_a_task_is_recorded_before_its_process_has_ended(farm: Farm) -> None:
     assert master.wait() == 0
 
 
-@pytest.mark.skipif(not shutil.which("setpriv") or os.geteuid() != 0, reason="needs setpriv and root, for a user of its own")
+@needs_setpriv
 def test_what_hides_its_environment_is_gone_with_the_worker(scene: Scene) -> None:
     """As ssh-agent does: then only its descent shows whose it is."""
     hidden = "import ctypes, time; ctypes.CDLL(None).prctl(4, 0, 0, 0, 0); print(flush=True); time.sleep(421)"  # PR_SET_DUMPABLE
     command = f"setsid {sys.executable} -c '{hidden}' >ready & until [ -s ready ]; do sleep 0.02; done; : {{}}"
     master = scene.master('"a"')
-    rights = [f"--{kind}=-all,+dac_override" for kind in ("inh-caps", "ambient-caps", "bounding-set")]  # to read what root has
-    place = ["setpriv", f"--reuid={50_000 + os.getpid() % 10_000}", "--clear-groups", *rights]
     argv = [sys.executable, str(ROOT / "task_worker.py"), "--port", str(master.port()), "--processes", "1", "--command", command]
-    worker = scene.farm.start([*place, *argv])
+    worker = scene.farm.start([*ANOTHER_USER, *argv])
     assert (master.wait(), worker.wait()) == (0, 0), worker.stderr
     scene.wait_none_left()
 

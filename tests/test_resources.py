@@ -5,14 +5,13 @@ from __future__ import annotations
 import contextlib
 import os
 import resource
-import shutil
 import signal
 import subprocess
 import sys
 from typing import Any
 
 import pytest
-from lab import ROOT, Farm, Program, check_silence
+from lab import ANOTHER_USER, ROOT, Farm, Program, check_silence, needs_setpriv
 
 import task_worker
 
@@ -89,13 +88,11 @@ def test_a_worker_goes_on_with_the_processes_that_it_could_start(farm: Farm, lim
     assert worker.said(f"(?i){pattern}"), worker.stderr
 
 
-@pytest.mark.skipif(not shutil.which("setpriv") or os.geteuid() != 0, reason="needs setpriv and root, for a user of its own")
+@needs_setpriv
 def test_a_worker_whose_user_may_have_no_more_processes_goes_on_with_what_it_has(farm: Farm) -> None:
     master = start_master(farm)
-    rights = [f"--{kind}=-all,+dac_override" for kind in ("inh-caps", "ambient-caps", "bounding-set")]  # to read what root has
-    place = ["setpriv", f"--reuid={50_000 + os.getpid() % 10_000}", "--clear-groups", *rights, "prlimit", "--nproc=26"]
     options = ("--port", master.port(), "--processes", 12, "--function", "mod:work")
-    worker = run_in_shell(farm, place, ":", "task_worker.py", *options)
+    worker = run_in_shell(farm, [*ANOTHER_USER, "prlimit", "--nproc=26"], ":", "task_worker.py", *options)
     assert (master.wait(), worker.wait()) == (0, 0)
     check_all_done(farm)
     check_lines(worker, r"(ulimit -u|processes|threads).*(ulimit -u|--processes)")
