@@ -133,24 +133,19 @@ def test_the_first_signal_drains_the_master_and_the_printed_command_resumes_as_o
     assert len(farm.started()) == TASKS, "no task was run twice"
 
 
-def test_the_printed_command_quotes_what_a_shell_would_split(farm: Farm) -> None:
-    master = farm.master("--tasks", farm.write_tasks([1, 2], "my tasks.jsonl"), "--results", "my $results.jsonl")
+@pytest.mark.parametrize("given", [["--tasks", "my tasks.jsonl"], ["--", "-5", "3"]], ids=["file", "arguments"])
+def test_the_printed_command_quotes_what_a_shell_would_split_and_adds_no_task_to_those_behind_dashes(
+    farm: Farm, given: list[str]
+) -> None:
+    farm.write_tasks([-5, 3], "my tasks.jsonl")
+    master = farm.master("--results", "my $results.jsonl", *given)
     master.port()
     drain(master)
     master.wait()
-    assert farm.start(["sh", "-c", f"exec {find_command(master)} --workers 1"]).wait() == 0
-    assert len(farm.records("my $results.jsonl")) == 2
-
-
-def test_the_printed_command_adds_no_task_to_those_behind_two_dashes(farm: Farm) -> None:
-    master = farm.master("--results", "results.jsonl", "--", "-5", "3")
-    master.port()
-    drain(master)
-    master.wait()
-    again = farm.start(shlex.split(find_command(master)))
+    again = farm.start(["sh", "-c", f"exec {find_command(master)}"])
     farm.worker(again)
     assert again.wait() == 0
-    assert [record["task"] for record in farm.in_order()] == [-5, 3]
+    assert [record["task"] for record in farm.in_order("my $results.jsonl")] == [-5, 3]
 
 
 @pytest.mark.parametrize("resumed", [False, True], ids=["new", "resumed"])
