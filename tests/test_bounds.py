@@ -157,13 +157,6 @@ def test_functions_that_are_not_for_clients_are_refused_without_asserts_too(farm
     assert master.stdout[-1] == "Result: 3 * 3 = 9"
 
 
-@pytest.mark.parametrize("program", ["task_master.py", "task_worker.py"])
-def test_help_needs_no_docstrings(farm: Farm, program: str) -> None:
-    shown = farm.run_after(WITHOUT, program, "--help")
-    assert shown.wait() == 0
-    assert "--authkey-file" in "\n".join(shown.stdout)
-
-
 STOPPING = (
     PLAIN_CLIENT
     + """

@@ -79,21 +79,6 @@ def test_a_failed_task_gets_its_place_and_keeps_it_when_it_is_repeated(farm: Far
     check_in_order(farm, 30)
 
 
-def test_a_task_whose_worker_was_killed_gets_its_place(farm: Farm) -> None:
-    farm.write_tasks(range(50))
-    master = farm.master(*OPTIONS)
-    victim = farm.worker(master, "--function", "mod:late")
-    farm.wait_started(victim)
-    other = farm.worker(master, "--function", "mod:late")
-    farm.wait_records(master, 49)
-    victim.kill()
-    master.wait_line("redelivered since")  # else it might still be reported
-    farm.let_go()
-    assert (master.wait(), other.wait()) == (0, 0)
-    check_in_order(farm, 50)
-    assert [record["attempts"] for record in farm.records()] == [2, *[1] * 49]
-
-
 @pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGKILL])
 def test_a_job_that_was_stopped_is_in_order_after_a_drain_and_after_it_was_resumed(farm: Farm, end: int) -> None:
     farm.write_tasks(range(30))

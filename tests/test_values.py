@@ -9,13 +9,13 @@ import time
 from typing import Any
 
 import pytest
-from lab import README, Farm, Program
+from lab import Farm, Program
 
 import task_worker
 from task_master import TaskMaster
 
 MODULE = """
-import array, collections, datetime, enum, math, os, sys, time
+import array, collections, datetime, enum, math, os, time
 try:
     import numpy as np
 except ImportError:
@@ -50,9 +50,6 @@ def double(n):
 
 def nap(seconds):
     time.sleep(seconds)
-
-def leave(n):
-    sys.exit(n)
 
 def once(n):
     if not os.path.exists(f"again-{n}"):
@@ -184,15 +181,6 @@ def test_from_python_a_record_says_the_same(farm: Farm, monkeypatch: pytest.Monk
     assert began_at - 0.002 <= record.started_at <= time.time() + 0.002
 
 
-def test_attempts_and_runs_count_what_was_started(farm: Farm) -> None:
-    records, master = run(farm, "once", list(range(10)), "--retries", 3)
-    assert [record["attempts"] for record in records] == [2] * 10
-    assert master.said(r"host \S+: .*\b20 runs\b") and master.said(r"\b10 done, 0 failed, 10 retried"), master.stderr
-    (farm.folder / "results.jsonl").unlink()
-    records, _ = run(farm, "double", list(range(1, 7)), "--retries", 2, status=1)
-    assert [record["attempts"] for record in records] == [1, 1, 3, 1, 1, 3]
-
-
 def test_a_worker_that_works_all_the_time_is_said_to_be_busy(farm: Farm) -> None:
     _, master = run(farm, "nap", [1, 1, 1])
     assert int(master.wait_line(r"host \S+: .*, (\d+) % busy")[1]) >= 20, master.stderr  # of a noisy machine
@@ -206,10 +194,3 @@ def test_a_job_that_stops_after_failures_counts_them_as_the_file_does(farm: Farm
     said = [line for line in master.stderr if re.search(" retried,|--max-failures", line) and "to carry on" not in line]
     assert limit <= failed < 500
     assert set(re.findall(r"\b(\d+)(?: tasks?)? failed\b", " ".join(said))) == {str(failed)}, said
-
-
-def test_sys_exit_is_system_exit_in_the_record_and_in_readme(farm: Farm) -> None:
-    records, _ = run(farm, "leave", [0, 3, "words"], status=1)
-    assert [record["error"]["type"] for record in records] == ["SystemExit"] * 3
-    rows = [line for line in README.splitlines() if line.startswith("|") and "sys.exit" in line]
-    assert rows and all("SystemExit" in row for row in rows), rows
