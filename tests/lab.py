@@ -206,6 +206,11 @@ class Program:
             with contextlib.suppress(BrokenPipeError):
                 self.process.stdin.close()
 
+    def drain(self, number: int = signal.SIGTERM) -> None:
+        """Send it its first signal, and block until it says that it drains."""
+        self.signal(number)
+        self.wait_line("^task_(master|worker): draining")
+
     def signal(self, number: int) -> None:
         self.process.send_signal(number)
 
@@ -287,12 +292,16 @@ class Farm:
         processes = [] if "--processes" in argv else ["--processes", 1]
         return self.run("task_worker.py", "--port", port, *self.tls, *processes, *argv, **options)
 
-    def run_job(self, *argv: object, function: str = "", status: int = 0, **options: Any) -> Program:
-        """A job of a local worker into results.jsonl, run to its end."""
-        what = ("--function", function) if function else ()
-        master = self.master("--results", "results.jsonl", "--workers", 1, *what, *argv, **options)
+    def run_master(self, *argv: object, status: int = 0, **options: Any) -> Program:
+        """A master, run to its end."""
+        master = self.master(*argv, **options)
         assert master.wait() == status, master.stderr
         return master
+
+    def run_job(self, *argv: object, function: str = "", **options: Any) -> Program:
+        """A job of a local worker into results.jsonl, run to its end."""
+        what = ("--function", function) if function else ()
+        return self.run_master("--results", "results.jsonl", "--workers", 1, *what, *argv, **options)
 
     def peer(self, master: Program, name: str = "host/1") -> Peer:
         """A slot by hand, connected to a master; closed with the farm."""
@@ -318,6 +327,10 @@ class Farm:
     def in_order(self, name: str = "results.jsonl") -> list[dict[str, Any]]:
         """The records in the order of the tasks."""
         return sorted(self.records(name), key=lambda record: record["id"])
+
+    def values(self) -> list[Any]:
+        """The results in the order of the tasks; None for a task that failed."""
+        return [record.get("result") for record in self.in_order()]
 
     def wait_records(self, program: Program, count: int) -> None:
         """Block until so many lines are in results.jsonl; `program` is what must not end before that."""

@@ -61,10 +61,6 @@ def start_master(farm: Farm, *tasks: object) -> Program:
     return farm.master("--tasks", farm.write_tasks(tasks), "--results", "results.jsonl")
 
 
-def results(farm: Farm) -> list[object]:
-    return [record.get("result") for record in farm.in_order()]
-
-
 @pytest.mark.parametrize("version", PYTHONS)
 def test_a_client_of_a_dozen_lines_drains_the_master(farm: Farm, version: str) -> None:
     master = farm.master(*range(10))
@@ -83,7 +79,7 @@ def test_queue_empty_reaches_a_client_when_there_is_no_task_in_time_and_when_the
     busy.end_input()
     assert (waiting.wait(), busy.wait(), master.wait()) == (0, 0, 0), waiting.stderr
     assert waiting.stdout == ["<class '_queue.Empty'> 0"] * 2 + ["nothing yet", "the job is over"]
-    assert results(farm) == ["late"]
+    assert farm.values() == ["late"]
 
 
 @pytest.mark.parametrize("how", ["killed", "ended"])
@@ -133,7 +129,7 @@ for task in taken:
     client = start_client(farm, master, code)
     assert (client.wait(), master.wait()) == (0, 0), client.stderr
     assert client.stdout == ["empty"]
-    assert results(farm) == ["A", "B", "C"]
+    assert farm.values() == ["A", "B", "C"]
 
 
 @pytest.mark.parametrize("depth", [100, 450, 600, 900])
@@ -166,7 +162,7 @@ def test_a_client_may_return_a_large_integer(farm: Farm) -> None:
     master = start_master(farm, 300)
     client = start_client(farm, master, "import math\nresults.put(math.factorial(tasks.get()))\n")
     assert (client.wait(), master.wait()) == (0, 0), master.stderr
-    assert results(farm) == [math.factorial(300)]
+    assert farm.values() == [math.factorial(300)]
 
 
 @pytest.mark.parametrize(
@@ -186,7 +182,7 @@ for value in ["first", {result}]:
     master.wait_line("task 1 failed|result of task 1|put.*refused|refused.*put")
     assert start_client(farm, master, "tasks.get()\nresults.put('last')\n").wait() == 0
     assert master.wait() == 1, master.stderr
-    assert results(farm) == ["first", None, "last"]
+    assert farm.values() == ["first", None, "last"]
     assert farm.in_order()[1]["error"]["message"]
 
 

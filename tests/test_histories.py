@@ -1,8 +1,6 @@
 """Random histories of one results file, compared with a model: kills, drains, torn ends, full disks, other functions and inputs.
 
-    HISTORIES=200 pytest tests/test_histories.py
-
-runs as many (HISTORIES=100-200 those seeds); the name of a test tells its seed.
+HISTORIES=200 in the environment runs as many (HISTORIES=100-200 those seeds); the name of a test tells its seed.
 """
 
 from __future__ import annotations
@@ -129,8 +127,7 @@ class History:
         other = self.farm.write_tasks([task + (task - 1000 in self.kept()) for task in TASKS], "other.jsonl")
         kinds: list[list[object]] = [["--resume", "--workers", 1]]
         kinds += [["--resume", "--tasks", other]] * bool(self.kept()) + [["--tasks", "tasks.jsonl"]] * bool(before)
-        master = self.farm.master("--results", self.path.name, *self.dice.choice(kinds))
-        assert master.wait() == 2, master.stderr
+        self.farm.run_master("--results", self.path.name, *self.dice.choice(kinds), status=2)
         assert (self.path.read_bytes() if self.size() else b"") == before
 
 

@@ -62,8 +62,7 @@ def test_a_negative_number_is_a_task_or_the_error_says_how(farm: Farm, number: s
 
 
 def test_without_results_file_values_are_shown_as_in_the_tutorial(farm: Farm) -> None:
-    master = farm.master(*ECHO, '"a string"', '{"b": [1, null]}')
-    assert master.wait() == 0
+    master = farm.run_master(*ECHO, '"a string"', '{"b": [1, null]}')
     puts = ["Put task a string...", 'Put task {"b": [1, null]}...', "Try get results..."]
     assert master.stdout == [*puts, "Result: a string", 'Result: {"b": [1, null]}']
 
@@ -131,14 +130,12 @@ def test_every_letter_arrives_as_it_was(farm: Farm) -> None:
 
 @pytest.mark.parametrize("encoding", ["ascii", "utf-8:strict"])
 def test_records_on_standard_output_are_utf_8_whatever_the_terminal_is(farm: Farm, encoding: str) -> None:
-    master = farm.master(*ECHO, "--results", "-", '"é 漢"', env=farm.env(PYTHONIOENCODING=encoding))
-    assert master.wait() == 0
+    master = farm.run_master(*ECHO, "--results", "-", '"é 漢"', env=farm.env(PYTHONIOENCODING=encoding))
     assert [json.loads(line)["result"] for line in master.stdout] == ["é 漢"]
 
 
 def test_letters_that_the_terminal_does_not_have_cost_no_task(farm: Farm) -> None:
-    master = farm.master(*ECHO, '"é"', "2", env=farm.env(PYTHONIOENCODING="ascii"))
-    assert master.wait() == 0
+    master = farm.run_master(*ECHO, '"é"', "2", env=farm.env(PYTHONIOENCODING="ascii"))
     assert [sum(line.startswith(start) for line in master.stdout) for start in ("Put task ", "Result: ")] == [2, 2]
 
 
@@ -158,8 +155,7 @@ def test_file_names_that_are_not_utf_8_can_be_opened_by_the_function(farm: Farm,
         pytest.skip("this file system has names in UTF-8 only")
     farm.write("names", b"\n".join(names))
     options = ["--text", "--tasks", "names", "--workers", "1", "--function", "os.path:getsize", *results]
-    master = farm.master(*options, env=farm.env(PYTHONIOENCODING="utf-8:strict"))
-    assert master.wait() == 0, master.stderr
+    master = farm.run_master(*options, env=farm.env(PYTHONIOENCODING="utf-8:strict"))
     if not results:
         assert sorted(line for line in master.stdout if line.startswith("Result:")) == ["Result: 0", "Result: 1"]
         return
@@ -214,8 +210,7 @@ def test_lines_that_are_bad_one_after_another_do_not_wait_for_anything(farm: Far
 
 def test_a_task_argument_is_text_with_null_and_must_be_utf_8_without_it(farm: Farm) -> None:
     for options in (["-0"], ["--text"]):
-        master = farm.master(*options, "--workers", 1, "--function", "functions:same", "--", "\udce9", "5")
-        assert master.wait() == 0
+        master = farm.run_master(*options, "--workers", 1, "--function", "functions:same", "--", "\udce9", "5")
         assert master.stdout[-1] == "Result: 5"
     check_said(farm.master("--workers", 1, "--", '"\udce9"'), 2, "TASK.*UTF-8 .*--text")
 

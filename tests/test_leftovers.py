@@ -1,8 +1,6 @@
 """However a task, a worker or a master ends, all that it started ends, too.
 
-    LEFTOVERS_ENDS=200 pytest tests/test_leftovers.py -k random
-
-makes two hundred random ends; the seed of each is its number.
+LEFTOVERS_ENDS=200 in the environment makes two hundred random ends; the seed of each is its number.
 """
 
 from __future__ import annotations
@@ -181,8 +179,7 @@ COMMANDS = [
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_command_is_over_when_its_shell_is(scene: Scene, command: str) -> None:
-    master = scene.master('"a"', "--workers", 1, "--timeout", 20, "--command", command)
-    assert master.wait() == 0, scene.farm.records()
+    scene.farm.run_job('"a"', "--timeout", 20, "--command", command)
     (record,) = scene.farm.records()
     assert (record["result"]["exit"], record["result"]["stdout"]) == (0, "a\n")
     scene.wait_none_left()
@@ -242,8 +239,7 @@ def test_what_hides_its_environment_is_gone_with_the_worker(scene: Scene) -> Non
 
 def test_a_command_that_overruns_its_time_is_ended_with_all_that_it_started(scene: Scene) -> None:
     command = "[ {} = b ] || { setsid sleep 421 & (sleep 421; echo) | cat & (sleep 421 & wait) & timeout 300 sleep 421; }"
-    master = scene.master('"a"', '"b"', "--workers", 1, "--timeout", 6, "--command", command)
-    assert master.wait() == 1
+    scene.farm.run_job('"a"', '"b"', "--timeout", 6, "--command", command, status=1)
     late, good = scene.farm.in_order()
     assert late["error"]["type"] == "TimeoutError"
     assert "6 s" in late["error"]["message"]
@@ -261,8 +257,7 @@ def find_proper(worker: Program, task_pid: int) -> psutil.Process:
 
 def leave_twice(program: Program, number: int = signal.SIGINT) -> None:
     """Two signals, the second after the first has been heard."""
-    program.signal(number)
-    program.wait_line("draining")
+    program.drain(number)
     program.signal(number)
     assert program.wait() == 128 + number
 
@@ -300,8 +295,7 @@ def test_nothing_is_left_after_a_drain(scene: Scene, number: int) -> None:
     master = scene.master('"first"', '"stay"')
     worker = scene.worker(master)
     wait_spread(worker, 2)
-    worker.signal(number)
-    worker.wait_line("draining")
+    worker.drain(number)
     (scene.farm.folder / "go").touch()
     assert (worker.wait(), master.wait()) == (0, 0)
     scene.wait_none_left()

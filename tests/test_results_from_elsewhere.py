@@ -154,8 +154,7 @@ def test_a_record_nested_as_deeply_as_a_task_may_be_is_resumed(farm: Farm, depth
     status = farm.master(*options).wait()
     assert status in (0, 1)  # 1: this is too deep for a task, and its record says so
     before = farm.results.read_bytes().splitlines()
-    master = farm.master(*options, "--resume")
-    assert master.wait() == status, master.stderr
+    master = farm.run_master(*options, "--resume", status=status)
     check_silence(master)
     after = farm.results.read_bytes().splitlines()
     assert len(before) == len(after) == 2

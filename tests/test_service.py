@@ -16,8 +16,7 @@ def test_both_sides_say_in_one_line_that_they_are_connected_and_with_whom(farm: 
     master = farm.master("--results", "results.jsonl", "1", "2", "3", "4")
     worker = farm.worker(master, "--processes", 3, "--function", "functions:stay")
     worker.wait_line("it runs", "stdout", count=3)
-    worker.signal(signal.SIGTERM)
-    worker.wait_line("draining")
+    worker.drain()
     farm.let_go()
     assert worker.wait() == 0
     name = re.escape(worker.name())

@@ -46,11 +46,6 @@ def open_text(farm: Farm, text: str) -> Any:
     return farm.write("input.txt", text).open("rb")
 
 
-def drain(program: Program, number: int = signal.SIGINT) -> None:
-    program.signal(number)
-    program.wait_line("^task_(master|worker): draining")
-
-
 def find_command(master: Program) -> str:
     """The command that it says carries on."""
     return master.wait_line("to carry on: (.*)$").group(1)
@@ -71,7 +66,7 @@ def test_a_draining_worker_begins_no_task_that_comes_meanwhile(farm: Farm) -> No
     master = farm.master("--tasks", "-", *RESULTS, stdin=subprocess.PIPE)
     worker = start_worker(farm, master)
     master.wait_line("worker .* connected")
-    drain(worker)
+    worker.drain()
     master.put("1\n")
     assert worker.wait() == 0
     assert farm.started() == []
@@ -86,7 +81,7 @@ def test_a_terminal_that_is_closed_is_one_signal_though_shell_and_system_both_sa
     os.close(ours)
     os.close(theirs)
     closed = (master, worker)[which]
-    drain(closed, signal.SIGHUP)
+    closed.drain(signal.SIGHUP)
     closed.signal(signal.SIGHUP)
     farm.let_go()
     assert (worker.wait(), closed.wait()) == (0, (129, 0)[which])
@@ -115,7 +110,7 @@ def test_the_first_signal_drains_the_master_and_the_printed_command_resumes_as_o
     farm: Farm, number: int
 ) -> None:
     master, worker = start_job(farm, *RESULTS, "--retries", 0)
-    drain(master, number)
+    master.drain(number)
     farm.let_go()
     assert (master.wait(), worker.wait()) == (128 + number, 0)
     assert worker.stdout[-1] == "worker exit."
@@ -126,7 +121,7 @@ def test_the_first_signal_drains_the_master_and_the_printed_command_resumes_as_o
     command = find_command(master)
     again = farm.start(shlex.split(command))
     again.port()
-    drain(again, number)
+    again.drain(number)
     assert again.wait() == 128 + number
     assert find_command(again) == command
     finish(farm, farm.start(shlex.split(command)))
@@ -140,7 +135,7 @@ def test_the_printed_command_quotes_what_a_shell_would_split_and_adds_no_task_to
     farm.write_tasks([-5, 3], "my tasks.jsonl")
     master = farm.master("--results", "my $results.jsonl", *given)
     master.port()
-    drain(master)
+    master.drain()
     master.wait()
     again = farm.start(["sh", "-c", f"exec {find_command(master)}"])
     farm.worker(again)
@@ -174,7 +169,7 @@ def test_a_signal_is_answered_though_the_job_has_come_to_its_last_failure(farm: 
     start_worker(farm, master, "--processes", 2)
     farm.wait_started(master, 3)
     master.wait_line("task 1 failed")
-    drain(master)
+    master.drain()
     farm.let_go()
     assert master.wait() == 1
 
@@ -182,23 +177,23 @@ def test_a_signal_is_answered_though_the_job_has_come_to_its_last_failure(farm: 
 def test_the_demonstration_cannot_be_resumed(farm: Farm) -> None:
     master = farm.master(*RESULTS)
     master.port()
-    drain(master)
+    master.drain()
     assert "use --tasks FILE" in master.wait_line("stopped").string
 
 
 @pytest.mark.parametrize("where", [[], ["--results", os.devnull]])
 def test_a_drained_master_without_a_results_file_says_that_it_cannot_resume(farm: Farm, where: list[str]) -> None:
     master, worker = start_job(farm, *where)
-    drain(master)
+    master.drain()
     farm.let_go()
-    assert (master.wait(), worker.wait()) == (130, 0)
+    assert (master.wait(), worker.wait()) == (143, 0)
     assert "not remembered" in master.wait_line("stopped").string
 
 
 @each_signal
 def test_the_second_signal_makes_the_master_leave_at_once(farm: Farm, number: int) -> None:
     master, worker = start_job(farm, *RESULTS)
-    drain(master, signal.SIGTERM)
+    master.drain()
     master.signal(number)
     master.wait_line("leaving at once")
     assert master.wait() == 128 + number
@@ -238,7 +233,7 @@ def test_a_signal_that_comes_with_the_listening_line_drains(farm: Farm) -> None:
     for number in SIGNALS:
         master = farm.master("1")
         master.port()
-        drain(master, number)
+        master.drain(number)
         assert master.wait() == 128 + number
         check_silence(master)
 
@@ -264,7 +259,7 @@ def test_the_first_signal_drains_the_worker_and_another_finishes_the_job(farm: F
 def test_the_second_signal_makes_the_worker_leave_at_once(farm: Farm, number: int) -> None:
     master, worker = start_job(farm, *RESULTS)
     children = worker.children()
-    drain(worker, number)
+    worker.drain(number)
     worker.signal(number)
     worker.wait_line("leaving at once")
     assert worker.wait() == 128 + number

@@ -1,8 +1,6 @@
 """Workers on other hosts through the real ssh: real sshds on loopback, each with a port, keys and a home of its own.
 
-    SSH_SILENCE=1 pytest tests/test_ssh.py
-
-is the long form: a host falls asleep, and is noticed with the times that are built in.
+SSH_SILENCE=1 in the environment is the long form: a host falls asleep, and is noticed with the times that are built in.
 """
 
 from __future__ import annotations
@@ -354,8 +352,7 @@ def test_a_worker_that_was_killed_is_replaced_and_one_that_was_told_to_leave_is_
 
 def test_the_first_ctrl_c_drains(net: SshNet) -> None:
     host, master = start_long_tasks(net, "--results", "results.jsonl", 0)
-    master.signal(signal.SIGINT)
-    master.wait_line("draining")
+    master.drain(signal.SIGINT)
     (folder,) = host.tmp.iterdir()
     (folder / "go").touch()
     assert master.wait() == 130
@@ -370,8 +367,7 @@ def test_the_second_ctrl_c_leaves_nothing_and_does_not_wait_for_a_host_that_is_d
         host, master = start_long_tasks(net, *on("silent"))
         processes = master.descendants()
         assert len(processes) == 2
-        master.signal(signal.SIGINT)
-        master.wait_line("draining")
+        master.drain(signal.SIGINT)
         master.signal(signal.SIGINT)
         assert master.wait() == 130
         host.check_clean()

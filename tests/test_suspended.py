@@ -190,8 +190,7 @@ def test_the_second_signal_ends_a_program_whose_output_is_blocked_without_a_trac
 def test_a_worker_comes_and_goes_while_nobody_reads_the_records(standstill: Standstill) -> None:
     worker = standstill.unread_farm.worker(standstill.unread, *WORK)
     worker.wait_line("connected to")
-    worker.signal(signal.SIGTERM)
-    worker.wait_line("draining")
+    worker.drain()
     worker.signal(signal.SIGTERM)  # since it may wait until somebody reads what it has reported
     assert worker.wait() in (0, 143)
     assert standstill.unread.is_running()

@@ -150,8 +150,7 @@ def test_each_record_says_when_its_task_was_started_to_the_millisecond(farm: Far
     check_started_at(records + farm.records("more.jsonl"), began_at)
     lines = (farm.folder / "results.jsonl").read_text() + (farm.folder / "more.jsonl").read_text()
     assert len(re.findall(r'"started_at": \d+\.\d{3}, "seconds": ', lines)) == len(lines.splitlines())
-    command = farm.master("--results", "command.jsonl", "--workers", 1, "--command", "exit {}", "0", "1")
-    assert command.wait() == 1
+    farm.run_master("--results", "command.jsonl", "--workers", 1, "--command", "exit {}", "0", "1", status=1)
     check_started_at(farm.records("command.jsonl"), began_at)
 
 
