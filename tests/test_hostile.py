@@ -337,7 +337,7 @@ def test_long_numbers_and_texts_count_as_more_than_one_object() -> None:
 
 
 def test_a_message_that_announces_a_terabyte_takes_no_memory(beside: Beside) -> None:
-    for head in (TERABYTE, *[struct.pack("!i", size) for size in (0x7FFFFFFF, -2, 65 << 20)]):
+    for head in (TERABYTE, *[struct.pack("!i", size) for size in (0x7FFFFFFF, -2, (64 << 20) + 1)]):
         for conn in (beside.connect(), beside.peer().connection):
             with contextlib.suppress(OSError):
                 os.write(conn.fileno(), head + b"x" * 100)
