@@ -37,9 +37,6 @@ def outputs(farm: Farm, template: str, tasks: list[Any]) -> list[str | None]:
     return [record.get("result", {}).get("stdout") for record in run_command(farm, template, tasks)[0]]
 
 
-# ---- the template --------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("template", ["printf %s", "printf %s {}", 'printf %s "$TASK"', 'x={}; printf %s "$x"', "printenv TASK"])
 def test_a_task_arrives_as_one_word_whatever_is_in_it_or_else_as_json(farm: Farm, template: str) -> None:
     ends = "\n" if template == "printenv TASK" else ""
@@ -197,9 +194,6 @@ def test_wherever_a_task_stands_its_text_is_no_code(farm: Farm, template: str, b
     options = ["--tasks", "tasks.jsonl", "--results", "results.jsonl", "--workers", 1]
     assert farm.master(*options, "--command", template.replace("{}", braces)).wait() in (0, 1, 2)
     assert not (farm.folder / "stolen").exists()
-
-
-# ---- its end -------------------------------------------------------------------------------------------------------
 
 
 def test_the_exit_status_and_both_streams_are_the_result_or_members_of_the_error(farm: Farm) -> None:

@@ -52,9 +52,6 @@ def run_pair(farm: Farm, env: dict[str, str], *options: object, **more: Any) -> 
     return master
 
 
-# ---- what a task sees ------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("what", [("--function", "mod:spy"), ("--command", COMMAND)], ids=["function", "command"])
 @pytest.mark.parametrize("source", ["environment", "file"])
 @pytest.mark.parametrize("local", [True, False], ids=["local", "remote"])
@@ -86,9 +83,6 @@ def test_all_task_masters_of_a_program_have_the_key_from_the_environment(farm: F
     assert (program.wait(), program.stdout) == (0, [str([farm.key] * 2)])
 
 
-# ---- which keys there are --------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("content", ["", " \n"], ids=["empty", "blank"])
 @both_programs
 def test_an_empty_key_is_refused(farm: Farm, program: str, content: str) -> None:
@@ -115,9 +109,6 @@ def test_a_worker_with_another_key_leaves_and_the_master_serves_on(any_farm: Far
     assert (any_farm.worker(master).wait(), master.wait()) == (0, 0)
     assert master.stdout[-1] == "Result: 3 * 3 = 9"
     check_said(master, 0, "refused a connection from .*its key is another one")
-
-
-# ---- the file --------------------------------------------------------------------------------------------------------
 
 
 def make_odd_file(path: Path, kind: str) -> None:
