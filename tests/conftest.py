@@ -43,10 +43,6 @@ def any_farm(request: pytest.FixtureRequest, farm: Farm) -> Farm:
     return farm.use_tls() if request.param == "tls" else farm
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "early: waits for long; begins before the first test of its file, in a thread")
-
-
 @pytest.fixture(scope="module", autouse=True)
 def begun(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Future[None]]]:
     """The tests of a file that are marked `early`, which all go on at the same time."""
