@@ -8,7 +8,6 @@ import pickle
 import pty
 import re
 import resource
-import select
 import signal
 import socket
 import struct
@@ -157,19 +156,16 @@ def test_functions_that_are_not_for_clients_are_refused_without_asserts_too(farm
     assert master.stdout[-1] == "Result: 3 * 3 = 9"
 
 
-STOPPING = (
-    PLAIN_CLIENT
-    + """
+STOP = """
 import os, signal
 print("holds", tasks.get(), flush=True)
 os.kill(os.getpid(), signal.SIGSTOP)
 """
-)
 
 
 def test_the_time_limit_holds_for_a_plain_client_that_has_stopped(farm: Farm) -> None:
     master = farm.master("7", "--results", "results.jsonl", "--timeout", 2, "--retries", 1)
-    client = farm.run("-c", STOPPING, master.port(), farm.key)
+    client = farm.run("-c", PLAIN_CLIENT + STOP, master.port(), farm.key)
     client.wait_line("holds 7", "stdout")
     worker = farm.worker(master, *DOUBLE)
     assert (master.wait(), worker.wait()) == (0, 0)
@@ -181,23 +177,20 @@ def test_the_time_limit_holds_for_a_plain_client_that_has_stopped(farm: Farm) ->
 def test_a_task_that_prints_without_a_line_end_does_not_fill_the_memory(farm: Farm) -> None:
     """Its output comes through the master when that is on a terminal."""
     ours, theirs = pty.openpty()
-    stop = threading.Event()
 
     def read() -> None:
-        while not stop.is_set():
-            if select.select([ours], [], [], 0.1)[0]:
-                os.read(ours, MEGABYTE)
+        while os.read(ours, MEGABYTE):
+            pass
 
     reader = start_attack(read)
     options = ("--port", 0, "--workers", 1, "--function", "mod:flood", "--results", "results.jsonl", '"flood"', '"wait"')
     master = farm.run_after(f"os.dup2({theirs}, 2)", "task_master.py", *options, pass_fds=[theirs])
+    os.close(theirs)
     farm.wait_records(master, 1)
     processes = [psutil.Process(master.pid), *psutil.Process(master.pid).children(recursive=True)]
     peaks = {" ".join(process.cmdline()): peak_memory(process.pid) // MEGABYTE for process in processes}
     farm.let_go()
     assert master.wait() == 0
-    stop.set()
-    reader.join()
-    for descriptor in (ours, theirs):
-        os.close(descriptor)
+    reader.join(PATIENCE)
+    os.close(ours)
     assert max(peaks.values()) < 100, peaks
