@@ -145,41 +145,30 @@ def test_a_closed_stream_that_is_wanted_is_missed(farm: Farm, closed: int, optio
     check_said(start_closed(farm, [closed], *options), 2, f"^task_master: .*({pattern})")
 
 
-MODULES = {
-    "awkward.py": "number = 3\n",
-    "raises.py": "raise RuntimeError('the reason')\n",
-    "raises_lines.py": "raise RuntimeError('the first line\\nthe second line')\n",
-    "leaves.py": "import sys; sys.exit(7)\n",
-    "wants.py": "import no_such_library\n",
-    "wrong.py": "def wrong(:\n",
-}
-REASONS = {
-    "awkward:missing": r"AttributeError: .*'missing'",
-    "awkward:number": r"it is an? int, not a function",
-    "raises:make": r"RuntimeError: the reason",
-    "raises_lines:make": r"RuntimeError: the first line.*the second line",
-    "leaves:make": r"SystemExit: 7",
-    "wants:make": r"ModuleNotFoundError: No module named 'no_such_library'",
-    "wrong:wrong": r"SyntaxError: .*wrong\.py",
-    "awkward": r"it takes MODULE:NAME",
-    ":make": r"it takes MODULE:NAME",
+UNUSABLE = {
+    "awkward:missing": ("", r"AttributeError: .*'missing'"),
+    "awkward:number": ("number = 3", "it is an? int, not a function"),
+    "raises:make": ("raise RuntimeError('the reason')", "RuntimeError: the reason"),
+    "raises:lines": ("raise RuntimeError('the first line\\nthe second line')", "RuntimeError: the first line.*the second line"),
+    "leaves:make": ("import sys; sys.exit(7)", "SystemExit: 7"),
+    "wants:make": ("import no_such_library", "ModuleNotFoundError: No module named 'no_such_library'"),
+    "wrong:wrong": ("def wrong(:", r"SyntaxError: .*wrong\.py"),
+    "awkward": ("", "it takes MODULE:NAME"),
+    ":make": ("", "it takes MODULE:NAME"),
 }
 
 
-@pytest.fixture
-def modules(farm: Farm) -> None:
-    for name, text in MODULES.items():
-        farm.write(name, text)
-
-
-@pytest.mark.parametrize("spec", REASONS)
-def test_a_worker_says_why_it_cannot_have_its_function_before_it_connects(farm: Farm, spec: str, modules: None) -> None:
+@pytest.mark.parametrize("spec", UNUSABLE)
+def test_a_worker_says_why_it_cannot_have_its_function_before_it_connects(farm: Farm, spec: str) -> None:
+    text, reason = UNUSABLE[spec]
+    farm.write(f"{spec.partition(':')[0]}.py", text)
     worker = farm.worker(1, "--processes", 2, "--function", spec)
-    check_one_line(worker, 2, rf"task_worker: --function {spec}: .*{REASONS[spec]}")
+    check_one_line(worker, 2, rf"task_worker: --function {spec}: .*{reason}")
     assert worker.stdout == []
 
 
-def test_a_master_ends_when_its_local_workers_cannot_have_their_function(farm: Farm, modules: None) -> None:
+def test_a_master_ends_when_its_local_workers_cannot_have_their_function(farm: Farm) -> None:
+    farm.write("raises.py", UNUSABLE["raises:make"][0])
     master = farm.master("--workers", 2, "--function", "raises:make", "--results", "results.jsonl", "1")
     check_said(master, 2, "^task_worker: --function raises:make: .*RuntimeError: the reason")
     assert "local worker" in master.stderr[-1]

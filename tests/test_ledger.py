@@ -440,18 +440,12 @@ def test_a_retry_is_left_for_another_worker_if_there_is_one() -> None:
     ledger.audit()
 
 
-def test_a_retry_is_not_left_for_long_for_a_worker_that_may_be_busy_for_hours() -> None:
-    ledger = make_ledger(2, ANNA, BERT, retries=1)
+@pytest.mark.parametrize(("failures", "leased"), [(1, [0, 1, 0]), (10, [0, 0, 1])], ids=["one failure", "fails all its tasks"])
+def test_a_retry_is_not_left_for_long_for_a_worker_that_may_be_busy_for_hours(failures: int, leased: list[int]) -> None:
+    ledger = make_ledger(1 + failures, ANNA, BERT, retries=5)
     assert lease(ledger, BERT) == [0]
-    fail(ledger, ANNA, 1)
-    assert [lease(ledger, ANNA, now=now) for now in (0.0, task_master.AVOID_TIME)] == [[], [1]]
-
-
-def test_the_retries_of_a_worker_that_fails_all_its_tasks_do_not_wait_for_hours_for_a_busy_one() -> None:
-    ledger = make_ledger(11, ANNA, BERT, retries=5)
-    assert lease(ledger, BERT) == [0]
-    fail(ledger, ANNA, 10)
-    assert [len(lease(ledger, ANNA, now=now)) for now in (0.0, task_master.AVOID_TIME, 2 * task_master.LAST_PAUSE)] == [0, 0, 1]
+    fail(ledger, ANNA, failures)
+    assert [len(lease(ledger, ANNA, now=now)) for now in (0.0, task_master.AVOID_TIME, 2 * task_master.LAST_PAUSE)] == leased
 
 
 def test_a_retry_is_not_left_for_a_worker_that_fails_all_its_tasks() -> None:
