@@ -40,9 +40,12 @@ def run_in_shell(farm: Farm, place: list[str], script: str, *argv: object) -> Pr
     )
 
 
-def start_master(farm: Farm, *options: object) -> Program:
-    """A master for which a task that is lost once has failed."""
-    return farm.master("--tasks", "tasks.jsonl", "--results", "results.jsonl", "--redeliveries", 0, *options)
+JOB = ("--port", 0, "--tasks", "tasks.jsonl", "--results", "results.jsonl", "--redeliveries", 0)
+
+
+def start_master(farm: Farm, *options: object, after: str = "") -> Program:
+    """A master, after something was done in its process, for which a task that is lost once has failed."""
+    return farm.run_after(after, "task_master.py", *JOB, *options)
 
 
 def check_all_done(farm: Farm) -> None:
@@ -74,8 +77,7 @@ def test_a_worker_goes_on_with_the_processes_that_it_could_start(farm: Farm, lim
     preparation = f"resource.setrlimit(resource.{name}, ({value}, {value}))"
     what = ("--function", "mod:work")
     if local:
-        options = ("--port", 0, "--tasks", "tasks.jsonl", "--results", "results.jsonl", "--redeliveries", 0)
-        worker = master = farm.run_after(preparation, "task_master.py", *options, "--workers", processes, *what)
+        worker = master = start_master(farm, "--workers", processes, *what, after=preparation)
     else:
         master = start_master(farm)
         where = ("--port", master.port(), "--processes", processes, *what)
@@ -115,9 +117,7 @@ def test_a_worker_that_runs_out_of_files_later_loses_no_task(farm: Farm) -> None
 
 
 def test_a_master_with_few_files_serves_as_many_workers_as_it_can(farm: Farm) -> None:
-    preparation = "resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40))"
-    options = ("--port", 0, "--tasks", "tasks.jsonl", "--results", "results.jsonl", "--redeliveries", 0)
-    master = farm.run_after(preparation, "task_master.py", *options)
+    master = start_master(farm, after="resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40))")
     worker = farm.worker(master, "--processes", 60, "--function", "mod:work")
     assert (master.wait(), worker.wait()) == (0, 0)
     check_all_done(farm)
@@ -155,8 +155,7 @@ def test_a_process_needs_no_memfd_where_that_is_forbidden(monkeypatch: pytest.Mo
 def test_a_job_needs_no_shared_memory_of_the_system(farm: Farm, place: str) -> None:
     if not may_mount():
         pytest.skip("no mount namespaces here")
-    options = ("--port", 0, "--tasks", "tasks.jsonl", "--results", "results.jsonl", "--workers", 2)
-    command = ("task_master.py", *options, "--redeliveries", 0, "--function", "mod:work")
+    command = ("task_master.py", *JOB, "--workers", 2, "--function", "mod:work")
     master = run_in_shell(farm, ["unshare", "--mount"], PLACES[place], *command)
     assert master.wait() == 0, master.stderr
     check_all_done(farm)

@@ -18,11 +18,6 @@ FILE = ["--results", "results.jsonl"]
 WORK = ["--workers", 1, "--function", "functions:mendable"]
 
 
-@pytest.fixture(autouse=True)
-def tasks(farm: Farm) -> None:
-    farm.write_tasks(list(range(COUNT)))
-
-
 def record(n: int, **more: Any) -> str:
     what = {"error": {"type": "ValueError", "message": str(n), "traceback": ""}} if n == FAILED else {"result": 2 * n}
     whole = {"id": n, "task": n, **what, "started_at": 1764115200.123, "seconds": 0.1, "worker": "host/1", "attempts": 1}
@@ -31,6 +26,7 @@ def record(n: int, **more: Any) -> str:
 
 def resume(farm: Farm, *options: object, **more: Any) -> Program:
     """A master that resumes the job with a worker of its own, or is refused; in little memory."""
+    farm.write_tasks(range(COUNT))
     where = ["--port", 0, "--tasks", "tasks.jsonl", *FILE, "--resume", *WORK]
     return farm.run_after(LIMITED, "task_master.py", *where, *options, **more)
 
