@@ -781,19 +781,12 @@ class SshHost:
 
     def processes(self) -> list[psutil.Process]:
         """What runs on the host, sshd aside."""
-        found = []
-        for process in psutil.process_iter():
-            with contextlib.suppress(psutil.Error):
-                if process.environ().get("HOME") == str(self.home):
-                    found.append(process)
-        return found
+        processes = psutil.process_iter(["environ", "cmdline"])
+        return [process for process in processes if (process.info["environ"] or {}).get("HOME") == str(self.home)]
 
     def leftovers(self) -> list[str]:
         """What should not be there when a worker has gone."""
-        processes = []
-        for process in self.processes():
-            with contextlib.suppress(psutil.Error):
-                processes.append(f"{process.pid} {process.cmdline()}")
+        processes = [f"{process.pid} {process.info['cmdline']}" for process in self.processes()]
         return [*processes, *(path.name for path in self.tmp.iterdir())]
 
     def check_clean(self) -> None:

@@ -91,16 +91,14 @@ class Cluster:
 
     def close(self) -> None:
         """Kill what a job has left: all that works in the folder, as slurmstepd does, or has its configuration."""
-        while found := [process for process in psutil.process_iter() if self._owns(process)]:
+        while found := [process for process in psutil.process_iter(["cwd", "environ"]) if self._owns(process)]:
             for process in found:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     process.kill()
 
     def _owns(self, process: psutil.Process) -> bool:
-        with contextlib.suppress(psutil.Error):
-            traces = {process.cwd(), process.environ().get("SLURM_CONF")}
-            return is_alive(process) and not traces.isdisjoint({str(self._farm.folder), self._config})
-        return False
+        traces = {process.info["cwd"], (process.info["environ"] or {}).get("SLURM_CONF")}
+        return is_alive(process) and not traces.isdisjoint({str(self._farm.folder), self._config})
 
     def wait(self, condition: Callable[[], object]) -> None:
         """Block until a condition is true; fails when one of the three ends."""
