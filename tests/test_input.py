@@ -34,9 +34,6 @@ def echoed(farm: Farm) -> list[Any]:
     return [record["task"] for record in records]
 
 
-# ---- arguments -----------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("options", "arguments", "tasks"),
     [
@@ -73,8 +70,6 @@ def test_an_argument_that_is_not_json_is_refused_before_anything_starts(farm: Fa
     check_one_line(master, 2, re.escape(argument))
     assert master.stdout == []
 
-
-# ---- a file, or a stream -------------------------------------------------------------------------------------------
 
 VALUES = ["a", {"b": 1}, [], 0, None, False, 12345678901234567890123, "a"]
 THREE = ["one", 2, {"three": 3}]
@@ -163,8 +158,6 @@ def test_file_names_that_are_not_utf_8_can_be_opened_by_the_function(farm: Farm,
     assert {os.fsencode(record["task"]): record["result"] for record in records} == {names[0]: 0, names[1]: 1}
 
 
-# ---- bad lines -----------------------------------------------------------------------------------------------------
-
 BAD = [b"{bad", b"NaN", b"[1, Infinity]", b"1 2", b"'one'", b'"\xff"', b"1,", b"[" * 100_000, b"1\x002", b'"a\rb"']
 each_bad = pytest.mark.parametrize("bad", BAD, ids=lambda bad: repr(bad[:15]))
 
@@ -229,9 +222,6 @@ def test_a_line_that_has_become_bad_since_it_has_a_result_spoils_no_record(farm:
         assert [record["task"] for record in farm.in_order()] == [1, "x"]
 
 
-# ---- standard input, as it arrives ---------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def fed(farm: Farm) -> Program:
     """A master with a local worker whose standard input is a pipe."""
@@ -273,9 +263,6 @@ def test_a_line_that_arrives_in_pieces_is_one_task(fed: Program) -> None:
     assert json.loads(fed.wait_line('"id": 1,', "stdout").string)["result"] == 23
     fed.end_input()
     assert fed.wait() == 0
-
-
-# ---- large tasks ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["JSON", "text", "number"])

@@ -70,9 +70,6 @@ def give_input(farm: Farm, kind: str, tasks: list[Any]) -> tuple[list[object], d
     return (JOB[:2], {}) if kind == "file" else (["--tasks", "-"], {"stdin": farm.closing(path.open("rb"))})
 
 
-# ---- what is run, and what is kept ---------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("kind", INPUTS)
 def test_resuming_runs_only_what_failed_and_says_so(farm: Farm, kind: str) -> None:
     run_half(farm)
@@ -142,9 +139,6 @@ def test_a_last_record_without_a_line_end_is_kept(farm: Farm) -> None:
     assert [record for record in before if record not in records] == []
 
 
-# ---- torn ends -----------------------------------------------------------------------------------------------------
-
-
 LINE = '{"id": %d, "task": "\\u00fc \\ud83d", "result": {"n": [%d]}, "seconds": 0.1, "worker": "host/1", "attempts": 1}\n'
 
 
@@ -170,9 +164,6 @@ def test_a_line_that_a_full_disk_has_torn_spoils_no_other_when_the_file_is_put_r
     file.finish(ordered)
     lines = path.read_text().splitlines(keepends=True)
     assert [line for line in lines if line != torn] == sorted(whole.splitlines(keepends=True), reverse=not ordered)
-
-
-# ---- one master at a time ------------------------------------------------------------------------------------------
 
 
 def test_a_second_master_on_the_same_file_is_refused_and_the_first_goes_on(farm: Farm) -> None:
@@ -205,9 +196,6 @@ def test_a_killed_master_loses_no_record_that_it_acknowledged(farm: Farm) -> Non
     assert run(farm, "--resume").wait() == 0
     assert not acknowledged & set(started(farm))
     farm.check_doubled(COUNT)
-
-
-# ---- only appended to while the job runs, and put right at the end ---------------------------------------------------
 
 
 def start_repeating(farm: Farm, code: str = "") -> tuple[Program, bytes]:
@@ -301,9 +289,6 @@ def test_a_file_that_cannot_be_put_right_is_one_line_and_the_status_is_as_withou
     farm.mend()
     assert run(farm, "--resume").wait() == 0
     farm.check_doubled(COUNT)
-
-
-# ---- disks that fail -----------------------------------------------------------------------------------------------
 
 
 TEAR = """

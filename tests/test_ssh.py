@@ -53,9 +53,6 @@ def give(master: Program, tasks: Iterable[int]) -> None:
     assert master.wait() == 0, master.stderr
 
 
-# ---- it works ------------------------------------------------------------------------------------------------------
-
-
 def test_any_login_shell_and_any_python_will_do_and_nothing_is_left(net: SshNet) -> None:
     hosts, arguments = [], []
     pythons = [*find_pythons().values()]
@@ -163,9 +160,6 @@ def test_a_folder_with_the_name_of_the_module_stays(tmp_path: Path, monkeypatch:
         assert sorted(archive.namelist()) == ["task_worker.py", "words.py"]
 
 
-# ---- hosts that fail: one clear line, and the job goes on with the others --------------------------------------------
-
-
 def test_hosts_that_cannot_work_are_given_up_with_the_reason(net: SshNet) -> None:
     farm = net.farm
     old = [*Path("~/.pyenv/versions").expanduser().glob("[23].[678].*/bin/python")]
@@ -247,9 +241,6 @@ def test_another_worker_that_is_connected_does_the_job_until_it_leaves(net: SshN
     assert "no worker is left (host1: " in master.stderr[-1]
 
 
-# ---- the network ---------------------------------------------------------------------------------------------------
-
-
 def test_a_host_that_is_down_is_tried_until_it_is_up(net: SshNet) -> None:
     host = net.host("host1")
     host.stop()
@@ -310,9 +301,6 @@ def test_a_host_that_falls_asleep_is_noticed_and_comes_back(farm: Farm) -> None:
         session.resume()
     check_ended(before)
     wait_until(lambda: len([*host.tmp.iterdir()]) == 1)
-
-
-# ---- nothing is left -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.early
@@ -391,9 +379,6 @@ def test_another_forwarding_of_the_user_is_not_taken_for_ours(net: SshNet) -> No
     master = net.master(*on("1/host1"), "--function", "functions:double", 1)
     assert master.wait() == 0
     assert not master.said("trying again")
-
-
-# ---- what is given -------------------------------------------------------------------------------------------------
 
 
 def test_a_host_is_read() -> None:
