@@ -113,21 +113,9 @@ def addresses() -> dict[str, str]:
     return found
 
 
-def find_mode(age: str, choice: str, place: str) -> str:
-    """What an end does: `tls`, `plain`, or `refuses` to start."""
-    wants = choice == "--tls" or (not choice and place == BEYOND)
-    return ("tls" if age == "new" else "refuses") if wants else "plain"
-
-
 def check_refused(program: Program, choice: str) -> None:
     """One line that names the Python that is needed, and the ways out."""
     check_one_line(program, 2, "3.13", "--ssh", *([] if choice else ["--no-tls"]))
-
-
-def check_warned(program: Program, mode: str, place: str) -> None:
-    """Who listens or connects in plain text beyond loopback says who can then read and alter what."""
-    warned = bool(program.said("can read|read and alter"))
-    assert warned == (mode == "plain" and place == BEYOND), program.stderr
 
 
 class End(NamedTuple):
@@ -137,15 +125,19 @@ class End(NamedTuple):
 
     @property
     def mode(self) -> str:
-        return find_mode(*self)
+        """What it does: `tls`, `plain`, or `refuses` to start."""
+        wants = self.choice == "--tls" or (not self.choice and self.place == BEYOND)
+        return ("tls" if self.age == "new" else "refuses") if wants else "plain"
 
 
-PAIRS = [
-    (End(master_age, master_choice, place), End(worker_age, worker_choice, place))
-    for place in (LOOPBACK, BEYOND)
-    for master_age, worker_age in itertools.product(["old", "new"], repeat=2)
-    for master_choice, worker_choice in itertools.product(CHOICES, repeat=2)
-]
+def check_warned(program: Program, end: End) -> None:
+    """Who listens or connects in plain text beyond loopback says who can then read and alter what."""
+    warned = bool(program.said("can read|read and alter"))
+    assert warned == (end.mode == "plain" and end.place == BEYOND), program.stderr
+
+
+ENDS = [End(*end) for end in itertools.product(["old", "new"], CHOICES, [LOOPBACK, BEYOND])]
+PAIRS = [(master, worker) for master, worker in itertools.product(ENDS, repeat=2) if master.place == worker.place]
 
 
 @pytest.mark.parametrize(("listens", "connects"), PAIRS, ids=" ".join)
@@ -174,23 +166,19 @@ def test_a_pair(farm: Farm, pythons: dict[str, str], addresses: dict[str, str], 
     else:
         assert (worker.wait(), master.wait()) == (0, 0), worker.stderr + master.stderr
         assert "Result: 3 * 3 = 9" in master.stdout
-        check_warned(worker, connects.mode, connects.place)
-    check_warned(master, listens.mode, listens.place)
+        check_warned(worker, connects)
+    check_warned(master, listens)
     check_silence(master, worker)
 
 
-@pytest.mark.parametrize("age", ["old", "new"])
-@pytest.mark.parametrize("choice", CHOICES)
-@pytest.mark.parametrize("place", [LOOPBACK, BEYOND])
-def test_a_local_worker_does_as_its_master(
-    farm: Farm, pythons: dict[str, str], addresses: dict[str, str], age: str, choice: str, place: str
-) -> None:
-    if age not in pythons or place not in addresses:
+@pytest.mark.parametrize("end", ENDS, ids=" ".join)
+def test_a_local_worker_does_as_its_master(farm: Farm, pythons: dict[str, str], addresses: dict[str, str], end: End) -> None:
+    if end.age not in pythons or end.place not in addresses:
         pytest.skip(f"here are only {pythons} and {addresses}")
-    argv = ("--port", 0, "--host", addresses[place], *choice.split(), "--workers", 1, "3")
-    master = farm.run("task_master.py", *argv, python=pythons[age])
-    if find_mode(age, choice, place) == "refuses":
-        check_refused(master, choice)
+    argv = ("--port", 0, "--host", addresses[end.place], *end.choice.split(), "--workers", 1, "3")
+    master = farm.run("task_master.py", *argv, python=pythons[end.age])
+    if end.mode == "refuses":
+        check_refused(master, end.choice)
     else:
         assert master.wait() == 0, master.stderr
         assert "Result: 3 * 3 = 9" in master.stdout
