@@ -1,4 +1,7 @@
-"""Fixtures: farms of real programs; and tests that begin early, since they wait for a minute."""
+"""Fixtures: farms of real programs; and tests that begin early, since they wait for a minute.
+
+What a test file calls MODULE is mod.py in the folder of each of its farms.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,6 @@ import signal
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -15,32 +17,30 @@ from lab import Farm
 
 settings.register_profile("patient", deadline=None)  # the machine may be busy
 settings.load_profile("patient")
-if hasattr(signal, "SIGHUP"):
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the programs would heed it if the tests were started with nohup
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the programs would heed it if the tests were started with nohup
+
+
+def make_farm(request: pytest.FixtureRequest, folder: Path) -> Farm:
+    return Farm(folder, getattr(request.module, "MODULE", ""))
 
 
 @pytest.fixture
-def farm(tmp_path: Path) -> Iterator[Farm]:
+def farm(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Farm]:
     """A farm without TLS, run by the Python of the tests."""
-    with contextlib.closing(Farm(tmp_path)) as farm:
+    with contextlib.closing(make_farm(request, tmp_path)) as farm:
         yield farm
 
 
 @pytest.fixture
-def tls_farm(tmp_path: Path) -> Iterator[Farm]:
+def tls_farm(farm: Farm) -> Farm:
     """A farm with TLS, run by a Python that can do it."""
-    with contextlib.closing(Farm(tmp_path, tls=True)) as farm:
-        yield farm
+    return farm.use_tls()
 
 
 @pytest.fixture(params=["plain", "tls"])
-def any_farm(request: pytest.FixtureRequest) -> Any:
+def any_farm(request: pytest.FixtureRequest, farm: Farm) -> Farm:
     """Once without TLS, once with it."""
-    return request.getfixturevalue("tls_farm" if request.param == "tls" else "farm")
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "early: waits for long; begins before the first test of its file, in a thread")
+    return farm.use_tls() if request.param == "tls" else farm
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -48,7 +48,7 @@ def begun(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     """The tests of a file that are marked `early`, which all go on at the same time."""
     functions = [item for item in request.session.items if isinstance(item, pytest.Function) and item.module is request.module]
     items = [item for item in functions if item.get_closest_marker("early")]
-    farms = [Farm(tmp_path_factory.mktemp("early")) for _ in items]
+    farms = [make_farm(request, tmp_path_factory.mktemp("early")) for _ in items]
     with ThreadPoolExecutor(len(items) or 1) as pool:
         yield {item.nodeid: pool.submit(item.obj, farm) for item, farm in zip(items, farms)}
         for farm in farms:

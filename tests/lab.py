@@ -1,4 +1,7 @@
-"""What several test files need: the real programs in a farm of their own, the wire by hand, relays, hosts, the README."""
+"""What several test files need: the real programs in a farm of their own, the wire by hand, relays, hosts, the README.
+
+It needs a POSIX system, and so do the tests.
+"""
 
 from __future__ import annotations
 
@@ -29,6 +32,9 @@ import pytest
 from task_worker import PROTOCOL
 
 ROOT = Path(__file__).resolve().parent.parent
+RIGHTS = [f"--{kind}=-all,+dac_override" for kind in ("inh-caps", "ambient-caps", "bounding-set")]  # to read what root has
+ANOTHER_USER = ["setpriv", f"--reuid={50_000 + os.getpid() % 10_000}", "--clear-groups", *RIGHTS]  # who has nothing else
+needs_setpriv = pytest.mark.skipif(not shutil.which("setpriv") or os.geteuid() != 0, reason="needs setpriv, and root")
 PATIENCE = 150.0  # seconds after which a line or an end that is waited for counts as missing; generous, the machine is noisy
 MEGABYTE = 1 << 20
 Result = TypeVar("Result")
@@ -127,6 +133,24 @@ class Program:
             for line in stream:
                 lines.append(line.decode("utf-8", "replace").rstrip("\n"))
 
+    def name(self) -> str:
+        """What this worker is called in records and messages."""
+        return f"{socket.gethostname()}/{self.pid}"
+
+    def descendants(self) -> list[psutil.Process]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            return psutil.Process(self.pid).children(recursive=True)
+        return []
+
+    def children(self) -> list[psutil.Process]:
+        """The processes of this worker that run the function."""
+        found = []
+        for process in self.descendants():
+            with contextlib.suppress(psutil.Error):
+                if "spawn_main" in " ".join(process.cmdline()):
+                    found.append(process)
+        return found
+
     def said(self, pattern: str) -> list[str]:
         """The lines on standard error so far that match."""
         return [line for line in self.stderr if re.search(pattern, line)]
@@ -172,23 +196,33 @@ class Program:
         self.process.stdin.write(text.encode())
         self.process.stdin.flush()
 
+    def give(self, lines: Iterable[object]) -> None:
+        """Write lines to its standard input, and end it."""
+        self.put("".join(f"{line}\n" for line in lines))
+        self.end_input()
+
     def end_input(self) -> None:
         if self.process.stdin:
             with contextlib.suppress(BrokenPipeError):
                 self.process.stdin.close()
+
+    def drain(self, number: int = signal.SIGTERM) -> None:
+        """Send it its first signal, and block until it says that it drains."""
+        self.signal(number)
+        self.wait_line("^task_(master|worker): draining")
 
     def signal(self, number: int) -> None:
         self.process.send_signal(number)
 
     def suspend(self) -> None:
         """SIGSTOP, for the process and all that it has started."""
-        for process in [psutil.Process(self.pid), *descendants_of(self.pid)]:
+        for process in [psutil.Process(self.pid), *self.descendants()]:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.suspend()
 
     def resume(self) -> None:
         """SIGCONT, for the process and all that it has started."""
-        for process in [self.process, *descendants_of(self.pid)]:
+        for process in [self.process, *self.descendants()]:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.send_signal(signal.SIGCONT)
 
@@ -199,12 +233,12 @@ class Program:
 
 
 class Farm:
-    """Makes masters and workers that know the same key, in `folder`, where functions.py is."""
+    """Makes masters and workers that know the same key, in `folder`, where functions.py is, and the test file's mod.py."""
 
-    def __init__(self, folder: Path, tls: bool = False) -> None:
+    def __init__(self, folder: Path, module: str = "") -> None:
         self.folder = folder
-        self.tls = ["--tls"] if tls else []
-        self.python = tls_python() if tls else sys.executable
+        self.tls: list[str] = []
+        self.python = sys.executable
         self.results = folder / "results.jsonl"
         self.key = secrets.token_hex(16)
         self.home = folder / "home"
@@ -212,6 +246,13 @@ class Farm:
         self.programs: list[Program] = []
         self._things = contextlib.ExitStack()
         self.write("functions.py", FUNCTIONS)
+        if module:
+            self.write("mod.py", module)
+
+    def use_tls(self) -> Farm:
+        """From now on all programs use TLS; skips the test when no Python here can."""
+        self.tls, self.python = ["--tls"], tls_python()
+        return self
 
     def env(self, **more: str | None) -> dict[str, str]:
         """The environment of the programs, with the key and an empty home; what is None is left out."""
@@ -251,12 +292,16 @@ class Farm:
         processes = [] if "--processes" in argv else ["--processes", 1]
         return self.run("task_worker.py", "--port", port, *self.tls, *processes, *argv, **options)
 
-    def run_job(self, *argv: object, function: str = "", status: int = 0, **options: Any) -> Program:
-        """A job of a local worker into results.jsonl, run to its end."""
-        what = ("--function", function) if function else ()
-        master = self.master("--results", "results.jsonl", "--workers", 1, *what, *argv, **options)
+    def run_master(self, *argv: object, status: int = 0, **options: Any) -> Program:
+        """A master, run to its end."""
+        master = self.master(*argv, **options)
         assert master.wait() == status, master.stderr
         return master
+
+    def run_job(self, *argv: object, function: str = "", **options: Any) -> Program:
+        """A job of a local worker into results.jsonl, run to its end."""
+        what = ("--function", function) if function else ()
+        return self.run_master("--results", "results.jsonl", "--workers", 1, *what, *argv, **options)
 
     def peer(self, master: Program, name: str = "host/1") -> Peer:
         """A slot by hand, connected to a master; closed with the farm."""
@@ -283,6 +328,10 @@ class Farm:
         """The records in the order of the tasks."""
         return sorted(self.records(name), key=lambda record: record["id"])
 
+    def values(self) -> list[Any]:
+        """The results in the order of the tasks; None for a task that failed."""
+        return [record.get("result") for record in self.in_order()]
+
     def wait_records(self, program: Program, count: int) -> None:
         """Block until so many lines are in results.jsonl; `program` is what must not end before that."""
         wait_until(lambda: self.results.exists() and self.results.read_bytes().count(b"\n") >= count, program)
@@ -304,6 +353,33 @@ class Farm:
         """Let the tasks that wait for the file `go` end."""
         (self.folder / "go").touch()
 
+    def check_once(self, count: int, name: str = "results.jsonl") -> None:
+        """Each of so many tasks has one record."""
+        check_once(self.records(name), count)
+
+    def check_doubled(self, count: int) -> None:
+        """Each of so many tasks, which are their ids, has one record, and the result of `double`."""
+        self.check_once(count)
+        assert all(record["task"] == record["id"] and record["result"] == 2 * record["id"] for record in self.records())
+
+    def make_patched(self, **constants: object) -> Path:
+        """A folder with copies of both files in which some constants have other values."""
+        folder = self.folder / "patched"
+        folder.mkdir()
+        replaced = 0
+        for name in ("task_master.py", "task_worker.py"):
+            text = (ROOT / name).read_text()
+            for constant, value in constants.items():
+                text, count = re.subn(rf"^{constant} = \S+", f"{constant} = {value}", text, flags=re.MULTILINE)
+                replaced += count
+            (folder / name).write_text(text)
+        assert replaced >= len(constants)
+        return folder
+
+    def false_master(self, reply: Callable[[str, list[str]], bytes]) -> FalseServer:
+        """A `false_master` that is served, and closed with the farm."""
+        return self.closing(FalseServer(false_master(self, reply)))
+
     def close(self) -> None:
         for program in self.programs:
             program.resume()
@@ -312,21 +388,6 @@ class Farm:
             program.wait()
             program.end_input()
         self._things.close()
-
-
-def make_patched(farm: Farm, **constants: object) -> Path:
-    """A folder with copies of both files in which some constants have other values."""
-    folder = farm.folder / "patched"
-    folder.mkdir()
-    replaced = 0
-    for name in ("task_master.py", "task_worker.py"):
-        text = (ROOT / name).read_text()
-        for constant, value in constants.items():
-            text, count = re.subn(rf"^{constant} = \S+", f"{constant} = {value}", text, flags=re.MULTILINE)
-            replaced += count
-        (folder / name).write_text(text)
-    assert replaced >= len(constants)
-    return folder
 
 
 def wait_until(condition: Callable[[], Result | None], *programs: Program, patience: float = PATIENCE) -> Result:
@@ -346,12 +407,6 @@ def check_once(records: list[dict[str, Any]], count: int) -> None:
     assert sorted(record["id"] for record in records) == list(range(count))
 
 
-def check_doubled(records: list[dict[str, Any]], count: int) -> None:
-    """Each of so many tasks, which are their ids, has one record, and the result of `double`."""
-    check_once(records, count)
-    assert all(record["task"] == record["id"] and record["result"] == 2 * record["id"] for record in records)
-
-
 def check_silence(*programs: Program) -> None:
     """No traceback on anybody's standard error."""
     for program in programs:
@@ -367,28 +422,14 @@ def check_said(program: Program, status: int, *patterns: str) -> str:
     return lines[0]
 
 
-def name_of(worker: Program) -> str:
-    """What a worker is called in records and messages."""
-    return f"{socket.gethostname()}/{worker.pid}"
+def check_one_line(program: Program, status: int, *patterns: str) -> None:
+    """It ends with this status, and the one line that it says, the usage aside, names the program and has all of these."""
+    line = check_said(program, status, *patterns)
+    assert [other for other in program.stderr if not other.startswith(("usage: ", " "))] == [line], program.stderr
+    assert re.match("task_(master|worker): ", line) and len(line) < 400, line
 
 
 # ---- processes -----------------------------------------------------------------------------------------------------
-
-
-def descendants_of(pid: int) -> list[psutil.Process]:
-    with contextlib.suppress(psutil.NoSuchProcess):
-        return psutil.Process(pid).children(recursive=True)
-    return []
-
-
-def children_of(pid: int) -> list[int]:
-    """The processes of a worker that run the function."""
-    found = []
-    for process in descendants_of(pid):
-        with contextlib.suppress(psutil.Error):
-            if "spawn_main" in " ".join(process.cmdline()):
-                found.append(process.pid)
-    return found
 
 
 def is_alive(process: psutil.Process) -> bool:
@@ -523,9 +564,10 @@ class Peer:
             return ""
         return next((kind for kind in ("#RETURN", "#ERROR", "#TRACEBACK") if kind.encode() in data[:40]), "")
 
-    def join(self) -> str:
-        """Become a slot; returns the id of the master's run."""
-        return str(self.call(TASKS, JOIN, PROTOCOL)["run"])
+    def join(self, *statement: str) -> Peer:
+        """Become a slot, of a worker that states this about itself."""
+        self.run_id = str(self.call(TASKS, JOIN, PROTOCOL, *statement)["run"])
+        return self
 
     def lease(self, limit: int = 1, wait: float = 20.0) -> list[str]:
         """Tasks, each as `ID TEXT`; [] when there is none in time."""
@@ -538,9 +580,9 @@ class Peer:
     def qsize(self) -> int:
         return int(self.call(TASKS, "qsize"))
 
-    def report(self, run_id: str, *outcomes: str) -> None:
+    def report(self, *outcomes: str) -> None:
         """Report outcomes, each as `ID MEMBERS`."""
-        self.call(RESULTS, REPORT, run_id, 0.0, join_outcomes(*outcomes))
+        self.call(RESULTS, REPORT, self.run_id, 0.0, join_outcomes(*outcomes))
 
     def release(self, task_ids: list[int]) -> None:
         self.call(TASKS, RELEASE, " ".join(map(str, task_ids)))
@@ -724,7 +766,7 @@ class SshHost:
     def sessions(self) -> list[psutil.Process]:
         """The sshd processes of the connections."""
         found = []
-        for process in descendants_of(self.server.pid):
+        for process in self.server.descendants():
             with contextlib.suppress(psutil.NoSuchProcess):
                 found += [process] if process.name().startswith("sshd") else []
         return found
@@ -739,19 +781,12 @@ class SshHost:
 
     def processes(self) -> list[psutil.Process]:
         """What runs on the host, sshd aside."""
-        found = []
-        for process in psutil.process_iter():
-            with contextlib.suppress(psutil.Error):
-                if process.environ().get("HOME") == str(self.home):
-                    found.append(process)
-        return found
+        processes = psutil.process_iter(["environ", "cmdline"])
+        return [process for process in processes if (process.info["environ"] or {}).get("HOME") == str(self.home)]
 
     def leftovers(self) -> list[str]:
         """What should not be there when a worker has gone."""
-        processes = []
-        for process in self.processes():
-            with contextlib.suppress(psutil.Error):
-                processes.append(f"{process.pid} {process.cmdline()}")
+        processes = [f"{process.pid} {process.info['cmdline']}" for process in self.processes()]
         return [*processes, *(path.name for path in self.tmp.iterdir())]
 
     def check_clean(self) -> None:

@@ -60,6 +60,5 @@ def test_a_master_on_every_address_of_both_kinds_takes_workers_of_both_kinds(far
 def test_local_workers_find_a_master_on_any_address_and_loopback_by_any_name_needs_no_choice(
     farm: Farm, host: str, choice: str
 ) -> None:
-    master = farm.master("--host", host, *choice.split(), "--workers", 1, "3")
-    assert master.wait() == 0, master.stderr
+    master = farm.run_master("--host", host, *choice.split(), "--workers", 1, "3")
     assert "Result: 3 * 3 = 9" in master.stdout

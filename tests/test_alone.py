@@ -54,10 +54,10 @@ def test_a_master_copied_alone_says_what_is_missing(farm: Farm, options: list[st
 
 
 @pytest.mark.parametrize("name", ["task_master", "task_worker"])
-def test_a_copy_tells_its_version_and_its_options(farm: Farm, name: str) -> None:
+def test_a_copy_tells_its_version_and_its_options_without_docstrings_too(farm: Farm, name: str) -> None:
     folder = copy_alone(farm, "task_worker.py", *["task_master.py"] * (name == "task_master"))
     for option, expected in (("--version", r"\d+\.\d+\.\d+"), ("--help", r".*\n  --port PORT .*")):
-        program = farm.run(*ALONE, folder / f"{name}.py", option, cwd=folder)
+        program = farm.run(*ALONE, "-OO", folder / f"{name}.py", option, cwd=folder)
         assert program.wait() == 0
         assert re.fullmatch(rf"(usage: )?{name} {expected}", "\n".join(program.stdout), re.DOTALL)
         assert program.stderr == []

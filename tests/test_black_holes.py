@@ -6,11 +6,9 @@ import json
 import subprocess
 
 import pytest
-from lab import JOIN, TASKS, Farm, Program, check_once, make_outcome
+from lab import Farm, Program, make_outcome
 
-from task_worker import PROTOCOL
-
-FUNCTIONS = """
+MODULE = """
 import os, time
 
 def work(n):
@@ -23,21 +21,19 @@ def work(n):
 
 def start_farm(farm: Farm, tasks: list[int], *options: object, **hosts: bool) -> tuple[Program, list[Program]]:
     """A master, and a worker for each host, which may lack something; when all are there, so are the tasks."""
-    farm.write("holes.py", FUNCTIONS)
     master = farm.master("--tasks", "-", "--results", "results.jsonl", *options, stdin=subprocess.PIPE)
-    where = ("--port", master.port(), "--processes", 2, "--function", "holes:work")
+    where = ("--port", master.port(), "--processes", 2, "--function", "mod:work")
     workers = []
     for name, lacks in hosts.items():
         workers.append(farm.run("task_worker.py", *where, env=farm.env(TASK_HOST=name, LACKS="a mount" if lacks else None)))
         master.wait_line(f"worker {name}/.* connected")
-    master.put("".join(f"{task}\n" for task in tasks))
-    master.end_input()
+    master.give(tasks)
     return master, workers
 
 
 def count_failed(farm: Farm, count: int) -> int:
     """How many of so many records tell of an error."""
-    check_once(farm.records(), count)
+    farm.check_once(count)
     return len([record for record in farm.records() if "error" in record])
 
 
@@ -58,12 +54,11 @@ def test_workers_that_have_one_name_are_told_apart(farm: Farm) -> None:
     master = farm.master("--tasks", farm.write_tasks(range(200)), "--results", "results.jsonl")
     bad, good = farm.peer(master), farm.peer(master)
     for peer in (bad, good):
-        statement = json.dumps({"function": None, "command": None, "id": str(id(peer))})
-        run_id = peer.call(TASKS, JOIN, PROTOCOL, statement)["run"]
+        peer.join(json.dumps({"function": None, "command": None, "id": str(id(peer))}))
     error = make_outcome('{"type": "OSError", "message": "no mount", "traceback": ""}', "error")
     for peer, outcomes in ((bad, [error] * 10), (good, [make_outcome("1")])):
         for outcome in outcomes:
-            peer.report(run_id, f"{peer.lease_ids()[0]} {outcome}")
+            peer.report(f"{peer.lease_ids()[0]} {outcome}")
     assert [len(peer.lease(5)) for peer in (bad, good)] == [1, 5]
 
 

@@ -13,12 +13,12 @@ import subprocess
 
 import psutil
 import pytest
-from lab import Farm, Program, Relay, check_silence, children_of, wait_until
+from lab import Farm, Program, Relay, check_silence, wait_until
 
 SEEDS = range(int(os.environ.get("CHAOS_SEEDS", 1)))
 ROUNDS = int(os.environ.get("CHAOS_ROUNDS", 1))  # how often each of these happens:
 KINDS = "kill a child,kill a worker,kill a worker proper,stop a worker,stop the master,cut the cables,kill the master".split(",")
-CHAOS = """
+MODULE = """
 import os
 from functions import work
 
@@ -35,7 +35,6 @@ class Storm:
         self.farm, self.dice, self.options = farm, random.Random(seed), options
         self.masters: list[Program] = []
         self.count = self.port = 0
-        farm.write("chaos.py", CHAOS)
         self.start_master()
         self.relay = farm.closing(Relay(self.port))
         self.workers = [self.start_worker(), self.start_worker()]
@@ -49,7 +48,7 @@ class Storm:
         self.masters[-1].put("".join(f"{n}\n" for n in range(self.count)))
 
     def start_worker(self) -> Program:
-        return self.farm.worker(self.relay.port, "--processes", 2, "--function", "chaos:work")
+        return self.farm.worker(self.relay.port, "--processes", 2, "--function", "mod:work")
 
     def run(self, kinds: list[str]) -> collections.Counter[str]:
         """Let all this happen while there is work, then the job end; returns how many tasks failed, by type of error."""
@@ -88,7 +87,7 @@ class Storm:
 
     def loaded(self, worker: Program) -> list[int]:
         """The children that have loaded the function: a worker gives up when one is killed again and again before it has."""
-        return [pid for pid in children_of(worker.pid) if (self.farm.folder / f"loaded-{pid}").exists()]
+        return [child.pid for child in worker.children() if (self.farm.folder / f"loaded-{child.pid}").exists()]
 
     def check(self) -> collections.Counter[str]:
         """Every task has exactly one record, which is right."""

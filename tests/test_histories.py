@@ -1,8 +1,6 @@
 """Random histories of one results file, compared with a model: kills, drains, torn ends, full disks, other functions and inputs.
 
-    HISTORIES=200 pytest tests/test_histories.py
-
-runs as many (HISTORIES=100-200 those seeds); the name of a test tells its seed.
+HISTORIES=200 in the environment runs as many (HISTORIES=100-200 those seeds); the name of a test tells its seed.
 """
 
 from __future__ import annotations
@@ -11,13 +9,13 @@ import collections
 import json
 import os
 import random
+import resource
 import signal
 from typing import Any
 
 import pytest
 from lab import Farm, Program, check_silence, wait_until
 
-resource = pytest.importorskip("resource", reason="limits of a process are of POSIX")
 MODULE = """
 import os, time
 
@@ -43,7 +41,6 @@ class History:
     def __init__(self, farm: Farm, seed: int) -> None:
         self.farm, self.dice, self.port = farm, random.Random(seed), 0
         self.path, self.log = farm.folder / "results.jsonl", farm.folder / "started.log"
-        (farm.folder / "histories.py").write_text(MODULE)
         farm.write_tasks(TASKS)
 
     def start(self, *options: object) -> Program:
@@ -71,12 +68,12 @@ class History:
         before, size, function = self.kept(), self.size(), self.dice.choice("ab")
         self.log.write_text("")
         what = ["--tasks", "tasks.jsonl", *self.dice.choice([[], ["--ordered"]])]
-        local = ["--workers", self.dice.choice([1, 2]), "--function", f"histories:{function}"]
+        local = ["--workers", self.dice.choice([1, 2]), "--function", f"mod:{function}"]
         if how == "full disk":  # for the master alone
             master = self.start(*what)
             limit = size + self.dice.randrange(3000)
             resource.prlimit(master.pid, resource.RLIMIT_FSIZE, (limit, limit) if master.port() else ())
-            self.farm.worker(master, "--function", f"histories:{function}", "--wait", 0.1)
+            self.farm.worker(master, "--function", f"mod:{function}", "--wait", 0.1)
         else:
             master = self.start(*what, *local)
         if how in ("kill", "drain"):
@@ -130,12 +127,10 @@ class History:
         other = self.farm.write_tasks([task + (task - 1000 in self.kept()) for task in TASKS], "other.jsonl")
         kinds: list[list[object]] = [["--resume", "--workers", 1]]
         kinds += [["--resume", "--tasks", other]] * bool(self.kept()) + [["--tasks", "tasks.jsonl"]] * bool(before)
-        master = self.farm.master("--results", self.path.name, *self.dice.choice(kinds))
-        assert master.wait() == 2, master.stderr
+        self.farm.run_master("--results", self.path.name, *self.dice.choice(kinds), status=2)
         assert (self.path.read_bytes() if self.size() else b"") == before
 
 
-@pytest.mark.timeout(300)
 @pytest.mark.parametrize("seed", range(int(FIRST or 0), int(LAST)))
 def test_a_results_file_holds_what_happened_whatever_happens(farm: Farm, seed: int) -> None:
     history = History(farm, seed)

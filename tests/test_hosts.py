@@ -9,25 +9,20 @@ import contextlib
 import itertools
 import os
 import shutil
-import signal
 import subprocess
 import sys
 from typing import Any
 
 import pytest
-from lab import LEASE, ROOT, TASKS, Farm, Program, name_of, wait_until
+from lab import LEASE, ROOT, TASKS, Farm, Program, wait_until
 
-pytestmark = [
-    pytest.mark.early,
-    pytest.mark.timeout(300),
-    pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="processes cannot be stopped here"),
-]
+pytestmark = pytest.mark.early
 
 PROMISE = 60  # seconds within which a silent peer is noticed
 LONG = 2 * PROMISE  # seconds after which it counts as unnoticed; generous, the machine is noisy
 CUT = 12  # seconds without a link that are survived
 
-HOSTS = r'''
+MODULE = r'''
 import ctypes, os
 from functions import note, stay
 
@@ -93,7 +88,6 @@ class Scene:
     def __init__(self, farm: Farm, *options: object, cable: Cable | None = None, **more: Any) -> None:
         self.farm, self._cable = farm, cable
         self._where = ("--no-tls", "--host", cable.address) if cable else ()
-        farm.write("hosts.py", HOSTS)
         self.master = self._start("near", "task_master.py", "--port", 0, "--results", "results.jsonl", *options, **more)
 
     def _start(self, host: str, file: str, *options: object, **more: Any) -> Program:
@@ -101,14 +95,14 @@ class Scene:
         command = [*place, sys.executable, str(ROOT / file), *map(str, [*self._where, *options])]
         return self.farm.start(command, env=self.farm.env(HOST=host), **more)
 
-    def worker(self, host: str, function: str = "hosts:work") -> Program:
+    def worker(self, host: str, function: str = "mod:work") -> Program:
         """One that is connected."""
         options = ("--port", self.master.port(), "--processes", 1, "--function", function)
         worker = self._start(host, "task_worker.py", *options)
         worker.wait_line("connected")
         return worker
 
-    def busy_worker(self, function: str = "hosts:work") -> Program:
+    def busy_worker(self, function: str = "mod:work") -> Program:
         """One on the far host, in the middle of the only task."""
         worker = self.worker("far", function)
         self.farm.wait_started(worker, "far")
@@ -127,7 +121,7 @@ def test_a_link_that_goes_down_while_all_is_quiet_is_noticed_by_both_ends_and_an
         far = scene.busy_worker()
         scene.worker("near")
         cable.cut()
-        scene.master.wait_line(f"redelivered since {name_of(far)} was lost", timeout=LONG)
+        scene.master.wait_line(f"redelivered since {far.name()} was lost", timeout=LONG)
         scene.check_record("near", attempts=2)
         far.wait_line("lost the master", timeout=LONG)
 
@@ -140,7 +134,7 @@ def test_a_link_that_goes_down_with_data_on_the_way_is_noticed_by_both_ends_and_
         cable.cut()
         scene.master.put("1\n")
         scene.worker("near")
-        scene.master.wait_line(f"{name_of(far)} (was lost|disconnected)", timeout=LONG)
+        scene.master.wait_line(f"{far.name()} (was lost|disconnected)", timeout=LONG)
         far.wait_line("lost the master", timeout=LONG)
         scene.master.end_input()
         scene.check_record("near", attempts=1 + bool(scene.master.said("redelivered since")))
@@ -171,8 +165,7 @@ def test_a_worker_that_stops_is_noticed_and_another_one_finishes_its_task(farm: 
 def test_a_worker_that_stops_with_data_on_the_way_is_noticed_and_another_one_finishes_its_task(farm: Farm) -> None:
     """A slot asks for a task that fills its buffers, and reads none of it."""
     scene = Scene(farm, "--tasks", farm.write_tasks(["x" * 20_000_000]))
-    peer = farm.peer(scene.master)
-    peer.join()
+    peer = farm.peer(scene.master).join()
     wait_until(peer.qsize, scene.master)  # it takes a while to read
     peer.ask(TASKS, LEASE, 1, 20.0)
     assert peer.connection.poll(LONG)
@@ -184,6 +177,6 @@ def test_a_worker_that_stops_with_data_on_the_way_is_noticed_and_another_one_fin
 def test_a_task_that_lets_no_other_thread_run_does_not_cost_its_lease(farm: Farm) -> None:
     scene = Scene(farm, PROMISE + 2)
     for host in ("far", "near"):
-        scene.worker(host, "hosts:hold")
+        scene.worker(host, "mod:hold")
     scene.check_record(PROMISE + 2, attempts=1)
     assert farm.records()[0]["seconds"] > PROMISE

@@ -14,11 +14,9 @@ from typing import Any
 
 import psutil
 import pytest
-from lab import PATIENCE, ROOT, Farm, Program, check_said, free_port
+from lab import PATIENCE, ROOT, Farm, Program, check_one_line, check_said, free_port
 
-pytestmark = pytest.mark.skipif(os.name != "posix", reason="modes and owners are POSIX's")
-
-FUNCTIONS = """
+MODULE = """
 import multiprocessing, os, subprocess
 
 def look():
@@ -54,20 +52,10 @@ def run_pair(farm: Farm, env: dict[str, str], *options: object, **more: Any) -> 
     return master
 
 
-def check_refused(program: Program, *patterns: str) -> None:
-    """In a line, and nothing else was said."""
-    check_said(program, 2, r"^task_(master|worker): ", *patterns)
-    assert len(program.stderr) == 1, program.stderr
-
-
-# ---- what a task sees ------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("what", [("--function", "spies:spy"), ("--command", COMMAND)], ids=["function", "command"])
+@pytest.mark.parametrize("what", [("--function", "mod:spy"), ("--command", COMMAND)], ids=["function", "command"])
 @pytest.mark.parametrize("source", ["environment", "file"])
 @pytest.mark.parametrize("local", [True, False], ids=["local", "remote"])
 def test_no_task_sees_the_key(farm: Farm, what: tuple[str, str], source: str, local: bool) -> None:
-    farm.write("spies.py", FUNCTIONS)
     in_file, env = ("--authkey-file", write_key(farm)), farm.env(TASK_AUTHKEY=None)
     options, env = (in_file, env) if source == "file" else ((), farm.env())
     master = farm.master("1", "--results", "results.jsonl", *options, *(("--workers", 1, *what) if local else ()), env=env)
@@ -95,16 +83,13 @@ def test_all_task_masters_of_a_program_have_the_key_from_the_environment(farm: F
     assert (program.wait(), program.stdout) == (0, [str([farm.key] * 2)])
 
 
-# ---- which keys there are --------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("content", ["", " \n"], ids=["empty", "blank"])
 @both_programs
 def test_an_empty_key_is_refused(farm: Farm, program: str, content: str) -> None:
     farm.write("the.key", content).chmod(0o600)
     refused = farm.run(program, "--authkey-file", "the.key", env=farm.env(TASK_AUTHKEY=None))
-    check_refused(refused, r"the\.key is empty.*: put .* 16 random bytes")
-    check_refused(farm.run(program, env=farm.env(TASK_AUTHKEY=content)), "TASK_AUTHKEY is empty.*: put .* 16 random bytes")
+    check_one_line(refused, 2, r"the\.key is empty.*: put .* 16 random bytes")
+    check_one_line(farm.run(program, env=farm.env(TASK_AUTHKEY=content)), 2, "TASK_AUTHKEY is empty.*: put .* 16 random bytes")
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::"])
@@ -114,7 +99,7 @@ def test_a_short_key_is_refused_beyond_loopback_only(farm: Farm, host: str) -> N
     if host == "::" and not socket.has_ipv6:
         pytest.skip("no IPv6 here")
     master = farm.master("--no-tls", "--host", host, "1", env=env)
-    check_refused(master, rf"the key has 15 bytes, too few to listen on {host}: use 16 ")
+    check_one_line(master, 2, rf"the key has 15 bytes, too few to listen on {host}: use 16 ")
 
 
 def test_a_worker_with_another_key_leaves_and_the_master_serves_on(any_farm: Farm) -> None:
@@ -124,9 +109,6 @@ def test_a_worker_with_another_key_leaves_and_the_master_serves_on(any_farm: Far
     assert (any_farm.worker(master).wait(), master.wait()) == (0, 0)
     assert master.stdout[-1] == "Result: 3 * 3 = 9"
     check_said(master, 0, "refused a connection from .*its key is another one")
-
-
-# ---- the file --------------------------------------------------------------------------------------------------------
 
 
 def make_odd_file(path: Path, kind: str) -> None:
@@ -150,7 +132,7 @@ REASONS = {
     "missing": r"key file \S+: no such file or directory\W+\w+",
     "fifo": "",
     "folder": "",
-    "endless": "",
+    "endless": "no file",
     "readable by others": r"can be .* by others: chmod 600 \S",
     "writable by a group": r"can be .* by others: chmod 600 \S",
     "another user's": "another user",
@@ -170,7 +152,7 @@ def test_a_key_file_that_is_none_is_refused_in_one_line(farm: Farm, program: str
     make_odd_file(path, kind)
     options = ("--authkey-file", path) if named else ()
     refused = farm.run(program, "--port", 0 if "master" in program else 1, *options, env=farm.env(TASK_AUTHKEY=None))
-    check_refused(refused, re.escape(str(path)), REASONS[kind])
+    check_one_line(refused, 2, re.escape(str(path)), REASONS[kind])
 
 
 @pytest.mark.parametrize("mode", [0o600, 0o400, 0o640, 0o440], ids=oct)
@@ -198,16 +180,21 @@ def test_a_key_in_the_environment_makes_no_key_file(farm: Farm) -> None:
     assert list(farm.home.iterdir()) == []
 
 
-@pytest.mark.parametrize("home", ["missing", "functions.py/home"], ids=["missing", "below a file"])
-def test_a_home_where_no_key_file_can_be_made_is_one_line(farm: Farm, home: str) -> None:
+@pytest.mark.parametrize(
+    ("program", "home"),
+    [("task_master.py", "missing"), ("task_master.py", "functions.py/home"), ("task_worker.py", "functions.py/home")],
+)
+def test_a_home_where_no_key_file_can_be_made_is_one_line(farm: Farm, program: str, home: str) -> None:
     path = farm.folder / home
-    master = farm.master("3", env=farm.env(TASK_AUTHKEY=None, HOME=str(path)))
-    check_refused(master, rf"task_master: cannot (make|read) the key file {re.escape(str(path))}/\.task_authkey: ")
+    refused = farm.run(program, env=farm.env(TASK_AUTHKEY=None, HOME=str(path)))
+    check_one_line(refused, 2, rf"cannot (make|read) the key file {re.escape(str(path))}/\.task_authkey: ")
 
 
 def test_a_worker_without_a_key_says_where_to_copy_it_from(farm: Farm) -> None:
     worker = farm.run("task_worker.py", "--host", "192.0.2.1", env=farm.env(TASK_AUTHKEY=None))
-    check_refused(worker, rf"no key in {farm.home}/\.task_authkey: copy that file from the master's host")
+    check_one_line(worker, 2, rf"no key in {farm.home}/\.task_authkey: copy that file from the master's host")
+    worker = farm.run("task_worker.py", "--authkey-file", "", env=farm.env(TASK_AUTHKEY=None))
+    check_one_line(worker, 2, "cannot read the key file : no such file")
 
 
 def test_a_worker_may_be_started_before_the_master_and_before_the_key_exists(farm: Farm) -> None:

@@ -19,10 +19,11 @@ ANNA, BERT = "anna", "bert"  # two connections
 OK, ERROR, LAST_ERROR = (True, False, "what"), (False, False, "what"), (False, True, "what")
 
 
-def make_ledger(tasks: int = 0, **limits: Any) -> Ledger:
+def make_ledger(tasks: int = 0, *enlisted: object, **limits: Any) -> Ledger:
     ledger = Ledger(**limits)
     ledger.begin()
     assert ledger.submit([(task_id, str(task_id)) for task_id in range(tasks)])
+    enlist(ledger, *enlisted)
     return ledger
 
 
@@ -356,8 +357,7 @@ def fail(ledger: Ledger, holder: object, count: int, now: float = 0.0) -> None:
 
 
 def test_a_worker_that_fails_ten_times_while_another_does_not_gets_single_tasks_with_pauses_that_double() -> None:
-    ledger = make_ledger(100)
-    enlist(ledger, ANNA, BERT)
+    ledger = make_ledger(100, ANNA, BERT)
     fail(ledger, ANNA, 10)
     assert ledger.is_in_doubt(ANNA, 0.0) and not ledger.is_in_doubt(BERT, 0.0)
     got_at, now = [], 0.0
@@ -375,8 +375,7 @@ def test_a_worker_that_fails_ten_times_while_another_does_not_gets_single_tasks_
 
 
 def test_the_pause_of_a_worker_in_doubt_stays_when_others_come_and_go_and_ends_with_the_doubt() -> None:
-    ledger = make_ledger(100)
-    enlist(ledger, ANNA, BERT)
+    ledger = make_ledger(100, ANNA, BERT)
     fail(ledger, ANNA, 11)
     ledger.enlist("carla", "carla", 0.0)
     ledger.drop("carla")
@@ -386,8 +385,7 @@ def test_the_pause_of_a_worker_in_doubt_stays_when_others_come_and_go_and_ends_w
 
 
 def test_a_worker_in_doubt_waits_for_its_pause_and_not_for_tasks() -> None:
-    ledger = make_ledger(100)
-    enlist(ledger, ANNA, BERT)
+    ledger = make_ledger(100, ANNA, BERT)
     fail(ledger, ANNA, 11)
     assert lease(ledger, ANNA) == []
     assert [ledger.wait_ready(holder, 0.01, 0.0) for holder in (ANNA, BERT)] == [False, True]
@@ -398,8 +396,7 @@ def test_a_worker_in_doubt_waits_for_its_pause_and_not_for_tasks() -> None:
 
 @pytest.mark.parametrize("end", ["is over", "drains"])
 def test_a_worker_in_doubt_does_not_ask_again_and_again_when_the_job_ends(end: str) -> None:
-    ledger = make_ledger(12)
-    enlist(ledger, ANNA, BERT)
+    ledger = make_ledger(12, ANNA, BERT)
     fail(ledger, ANNA, 11)
     if end == "is over":
         report(ledger, BERT, {lease(ledger, BERT)[0]: OK})
@@ -431,8 +428,7 @@ def test_a_worker_that_fails_before_others_can_have_come_is_in_doubt_for_a_while
 
 
 def test_a_retry_is_left_for_another_worker_if_there_is_one() -> None:
-    ledger = make_ledger(3, retries=2)
-    enlist(ledger, ANNA, BERT)
+    ledger = make_ledger(3, ANNA, BERT, retries=2)
     fail(ledger, ANNA, 1)
     assert lease(ledger, ANNA, 5) + lease(ledger, ANNA, 5) == [1, 2]  # divided between the two
     assert lease(ledger, ANNA, 5) == []
@@ -445,25 +441,16 @@ def test_a_retry_is_left_for_another_worker_if_there_is_one() -> None:
     ledger.audit()
 
 
-def test_a_retry_is_not_left_for_long_for_a_worker_that_may_be_busy_for_hours() -> None:
-    ledger = make_ledger(2, retries=1)
-    enlist(ledger, ANNA, BERT)
+@pytest.mark.parametrize(("failures", "leased"), [(1, [0, 1, 0]), (10, [0, 0, 1])], ids=["one failure", "fails all its tasks"])
+def test_a_retry_is_not_left_for_long_for_a_worker_that_may_be_busy_for_hours(failures: int, leased: list[int]) -> None:
+    ledger = make_ledger(1 + failures, ANNA, BERT, retries=5)
     assert lease(ledger, BERT) == [0]
-    fail(ledger, ANNA, 1)
-    assert [lease(ledger, ANNA, now=now) for now in (0.0, task_master.AVOID_TIME)] == [[], [1]]
-
-
-def test_the_retries_of_a_worker_that_fails_all_its_tasks_do_not_wait_for_hours_for_a_busy_one() -> None:
-    ledger = make_ledger(11, retries=5)
-    enlist(ledger, ANNA, BERT)
-    assert lease(ledger, BERT) == [0]
-    fail(ledger, ANNA, 10)
-    assert [len(lease(ledger, ANNA, now=now)) for now in (0.0, task_master.AVOID_TIME, 2 * task_master.LAST_PAUSE)] == [0, 0, 1]
+    fail(ledger, ANNA, failures)
+    assert [len(lease(ledger, ANNA, now=now)) for now in (0.0, task_master.AVOID_TIME, 2 * task_master.LAST_PAUSE)] == leased
 
 
 def test_a_retry_is_not_left_for_a_worker_that_fails_all_its_tasks() -> None:
-    ledger = make_ledger(11, retries=1)
-    enlist(ledger, ANNA, BERT)
+    ledger = make_ledger(11, ANNA, BERT, retries=1)
     fail(ledger, BERT, 10)
     fail(ledger, ANNA, 1)
     assert {*lease(ledger, ANNA, 100), *lease(ledger, ANNA, 100), *lease(ledger, ANNA, 100)} == {*range(11)}
@@ -652,32 +639,25 @@ def test_waiting_ends_without_a_task_when_the_time_is_over_though_the_gate_is_cl
     assert [ledger.wait_ready(ANNA, 0.01, now) for now in (0.0, 10.0)] == [False, True]
 
 
-@pytest.mark.parametrize(("limit", "value"), [("READY_LIMIT", 2), ("READY_BYTES", 2)])
+@pytest.mark.parametrize("limit", ["READY_LIMIT", "READY_BYTES"])
+@pytest.mark.parametrize("retried", [False, True], ids=["ready", "retries"])
 @pytest.mark.parametrize("move", ["lease", "drain"])
-def test_submitting_blocks_while_too_much_is_ready(monkeypatch: pytest.MonkeyPatch, limit: str, value: int, move: str) -> None:
-    monkeypatch.setattr(task_master, limit, value)
-    ledger, answers = make_ledger(2), []
+def test_submitting_blocks_while_too_much_is_ready_or_waits_for_its_delay(
+    monkeypatch: pytest.MonkeyPatch, limit: str, retried: bool, move: str
+) -> None:
+    monkeypatch.setattr(task_master, limit, 2)
+    ledger, answers = make_ledger(2, retries=1, retry_delay=10.0), []
+    for task_id in lease(ledger, ANNA, 2) if retried else ():
+        report(ledger, ANNA, {task_id: ERROR})
     reader = in_thread(lambda: answers.append(ledger.submit([(2, "2")])))
     check_blocked(reader)
     if move == "lease":
-        lease(ledger, ANNA)
+        assert lease(ledger, ANNA, 1, 10.0) == [0]
     else:
         ledger.end(Phase.DRAINING)
     check_ends([reader])
     assert answers == [move == "lease"]
     ledger.audit()
-
-
-@pytest.mark.parametrize("limit", ["READY_LIMIT", "READY_BYTES"])
-def test_submitting_blocks_while_too_many_retries_wait_for_their_time(monkeypatch: pytest.MonkeyPatch, limit: str) -> None:
-    monkeypatch.setattr(task_master, limit, 2)
-    ledger = make_ledger(2, retries=1, retry_delay=10.0)
-    for task_id in lease(ledger, ANNA, 2):
-        report(ledger, ANNA, {task_id: ERROR})
-    reader = in_thread(ledger.submit, [(2, "2")])
-    check_blocked(reader)
-    assert lease(ledger, ANNA, 2, 10.0) == [0, 1]
-    check_ends([reader])
 
 
 def test_text_of_tasks_that_were_settled_late_makes_room_again(monkeypatch: pytest.MonkeyPatch) -> None:

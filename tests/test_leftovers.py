@@ -1,8 +1,6 @@
 """However a task, a worker or a master ends, all that it started ends, too.
 
-    LEFTOVERS_ENDS=200 pytest tests/test_leftovers.py -k random
-
-makes two hundred random ends; the seed of each is its number.
+LEFTOVERS_ENDS=200 in the environment makes two hundred random ends; the seed of each is its number.
 """
 
 from __future__ import annotations
@@ -14,7 +12,6 @@ import json
 import os
 import random
 import secrets
-import shutil
 import signal
 import subprocess
 import sys
@@ -23,7 +20,7 @@ from typing import Any, Callable
 
 import psutil
 import pytest
-from lab import ROOT, Farm, Program, wait_until
+from lab import ANOTHER_USER, ROOT, Farm, Program, needs_setpriv, wait_until
 
 pytestmark = pytest.mark.skipif(not os.path.exists("/proc/self/environ"), reason="looks into /proc")
 
@@ -138,9 +135,6 @@ def wait_spread(program: Program, count: int = 1) -> dict[str, Any]:
     return said
 
 
-# ---- while the worker lives on ---------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("task", ["stay", "hold", "stop", "exit", "kill", "crash"])
 def test_what_an_attempt_has_started_is_gone_before_the_next_one_begins(scene: Scene, task: str) -> None:
     limit = ("--timeout", 8) if task in ("stay", "hold", "stop") else ()
@@ -185,8 +179,7 @@ COMMANDS = [
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_command_is_over_when_its_shell_is(scene: Scene, command: str) -> None:
-    master = scene.master('"a"', "--workers", 1, "--timeout", 20, "--command", command)
-    assert master.wait() == 0, scene.farm.records()
+    scene.farm.run_job('"a"', "--timeout", 20, "--command", command)
     (record,) = scene.farm.records()
     assert (record["result"]["exit"], record["result"]["stdout"]) == (0, "a\n")
     scene.wait_none_left()
@@ -232,32 +225,26 @@ def test_a_task_is_recorded_before_its_process_has_ended(farm: Farm) -> None:
     assert master.wait() == 0
 
 
-@pytest.mark.skipif(not shutil.which("setpriv") or os.geteuid() != 0, reason="needs setpriv and root, for a user of its own")
+@needs_setpriv
 def test_what_hides_its_environment_is_gone_with_the_worker(scene: Scene) -> None:
     """As ssh-agent does: then only its descent shows whose it is."""
     hidden = "import ctypes, time; ctypes.CDLL(None).prctl(4, 0, 0, 0, 0); print(flush=True); time.sleep(421)"  # PR_SET_DUMPABLE
     command = f"setsid {sys.executable} -c '{hidden}' >ready & until [ -s ready ]; do sleep 0.02; done; : {{}}"
     master = scene.master('"a"')
-    rights = [f"--{kind}=-all,+dac_override" for kind in ("inh-caps", "ambient-caps", "bounding-set")]  # to read what root has
-    place = ["setpriv", f"--reuid={50_000 + os.getpid() % 10_000}", "--clear-groups", *rights]
     argv = [sys.executable, str(ROOT / "task_worker.py"), "--port", str(master.port()), "--processes", "1", "--command", command]
-    worker = scene.farm.start([*place, *argv])
+    worker = scene.farm.start([*ANOTHER_USER, *argv])
     assert (master.wait(), worker.wait()) == (0, 0), worker.stderr
     scene.wait_none_left()
 
 
 def test_a_command_that_overruns_its_time_is_ended_with_all_that_it_started(scene: Scene) -> None:
     command = "[ {} = b ] || { setsid sleep 421 & (sleep 421; echo) | cat & (sleep 421 & wait) & timeout 300 sleep 421; }"
-    master = scene.master('"a"', '"b"', "--workers", 1, "--timeout", 6, "--command", command)
-    assert master.wait() == 1
+    scene.farm.run_job('"a"', '"b"', "--timeout", 6, "--command", command, status=1)
     late, good = scene.farm.in_order()
     assert late["error"]["type"] == "TimeoutError"
     assert "6 s" in late["error"]["message"]
     assert "result" in good
     scene.wait_none_left()
-
-
-# ---- the ends of workers and masters ---------------------------------------------------------------------------------
 
 
 def find_proper(worker: Program, task_pid: int) -> psutil.Process:
@@ -270,8 +257,7 @@ def find_proper(worker: Program, task_pid: int) -> psutil.Process:
 
 def leave_twice(program: Program, number: int = signal.SIGINT) -> None:
     """Two signals, the second after the first has been heard."""
-    program.signal(number)
-    program.wait_line("draining")
+    program.drain(number)
     program.signal(number)
     assert program.wait() == 128 + number
 
@@ -309,8 +295,7 @@ def test_nothing_is_left_after_a_drain(scene: Scene, number: int) -> None:
     master = scene.master('"first"', '"stay"')
     worker = scene.worker(master)
     wait_spread(worker, 2)
-    worker.signal(number)
-    worker.wait_line("draining")
+    worker.drain(number)
     (scene.farm.folder / "go").touch()
     assert (worker.wait(), master.wait()) == (0, 0)
     scene.wait_none_left()
@@ -338,9 +323,6 @@ def test_a_remote_worker_whose_master_was_killed_finishes_what_runs_and_leaves(s
     assert (scene.farm.folder / "finished").exists()
     worker.wait_line("lost the master|cannot reach the master")
     scene.wait_none_left()
-
-
-# ---- random ends -----------------------------------------------------------------------------------------------------
 
 
 def act_at_random(dice: random.Random, scene: Scene, numbers: list[int]) -> int:

@@ -11,28 +11,7 @@ import subprocess
 
 import psutil
 import pytest
-from lab import (
-    JOIN,
-    LEASE,
-    PATIENCE,
-    REPORT,
-    SETTINGS,
-    TASKS,
-    FalseServer,
-    Farm,
-    Relay,
-    answer,
-    check_ended,
-    check_once,
-    children_of,
-    descendants_of,
-    false_master,
-    good_answer,
-    make_patched,
-    name_of,
-    ok,
-    wait_until,
-)  # fmt: skip
+from lab import JOIN, LEASE, PATIENCE, REPORT, SETTINGS, TASKS, Farm, Relay, answer, check_ended, good_answer, ok, wait_until
 
 RESULTS = ("--results", "results.jsonl")
 
@@ -49,17 +28,14 @@ def test_the_time_to_look_for_a_lost_master_begins_when_it_is_lost(farm: Farm) -
         server.accept()[0].close()
 
 
-# ---- a killed worker -------------------------------------------------------------------------------------------------
-
-
 def test_the_redelivery_of_a_task_is_said_with_task_worker_attempt_and_reason_and_its_processes_end(any_farm: Farm) -> None:
     master = any_farm.master("1000", "--results", "results.jsonl")
     victim = any_farm.worker(master, "--function", "functions:nap")
     any_farm.wait_started(victim)
-    children = [psutil.Process(pid) for pid in children_of(victim.pid)]
+    children = victim.children()
     victim.kill()
     line = master.wait_line("redelivered since").string
-    assert all(text in line for text in (name_of(victim), "lost", "task 0", "attempt 1"))
+    assert all(text in line for text in (victim.name(), "lost", "task 0", "attempt 1"))
     check_ended(children)
 
 
@@ -67,7 +43,7 @@ def test_the_redelivery_of_a_task_is_said_with_task_worker_attempt_and_reason_an
 def test_a_task_whose_workers_are_lost_too_often_is_recorded_as_failed(farm: Farm, redeliveries: int) -> None:
     tasks = farm.write_tasks([*range(30), "guilty", *range(31, 60)])
     farm.run_job("--redeliveries", redeliveries, "--tasks", tasks, function="functions:kill_worker", status=1)
-    check_once(farm.records(), 60)
+    farm.check_once(60)
     (failed,) = [record for record in farm.records() if "error" in record]
     assert (failed["id"], failed["error"]["type"], failed["attempts"]) == (30, "WorkerLost", redeliveries + 1)
     assert farm.started() == ["guilty"] * (redeliveries + 1)
@@ -77,7 +53,7 @@ def test_a_worker_killed_while_idle_costs_no_task_its_only_chance(any_farm: Farm
     master = any_farm.master("--tasks", "-", "--results", "-", "--redeliveries", 0, stdin=subprocess.PIPE)
     idle = any_farm.worker(master)
     master.wait_line("worker .* connected")
-    processes = descendants_of(idle.pid)
+    processes = idle.descendants()
     idle.kill()
     check_ended(processes)
     wait_until(lambda: not [1 for conn in psutil.Process(master.pid).net_connections() if conn.status == "ESTABLISHED"])
@@ -90,18 +66,16 @@ def test_a_worker_killed_while_idle_costs_no_task_its_only_chance(any_farm: Farm
 
 def test_connections_that_end_while_they_wait_for_tasks_cost_none_its_only_chance(farm: Farm) -> None:
     master = farm.master("--tasks", "-", "--results", "-", "--redeliveries", 0, stdin=subprocess.PIPE)
-    good = farm.peer(master)
-    run = good.join()
+    good = farm.peer(master).join()
     for n in range(8):
-        peers = [farm.peer(master, f"host/{n}") for _ in range(3)]
+        peers = [farm.peer(master, f"host/{n}").join() for _ in range(3)]
         for peer in peers:
-            peer.join()
             peer.ask(TASKS, LEASE, 1, 20.0)
         for peer in peers:
             peer.close()
         master.put(f"{n}\n")
         assert wait_until(good.lease, master) == [f"{n} {n}"]
-        good.report(run, ok(n, n))
+        good.report(ok(n, n))
     good.close()
     master.end_input()
     assert master.wait() == 0
@@ -136,30 +110,27 @@ def test_a_child_killed_while_it_starts_does_not_end_its_worker(any_farm: Farm) 
     os.kill(child, signal.SIGKILL)
     worker.wait_line("worker exit", "stdout")
     assert master.wait() == 0
-    check_once(any_farm.records(), 2)
+    any_farm.check_once(2)
 
 
 def test_a_module_that_cannot_be_loaded_for_a_moment_does_not_end_the_job(farm: Farm) -> None:
     farm.write("moody.py", MOODY)
     master = farm.run_job("--tasks", farm.write_tasks(range(20)), function="moody:f", status=1)
     assert [record["id"] for record in farm.records() if "error" in record] == [3]
-    check_once(farm.records(), 20)
+    farm.check_once(20)
     assert len((farm.folder / "loads").read_text()) == 3, master.stderr
 
 
 def test_an_outcome_of_another_run_is_refused(farm: Farm) -> None:
     master = farm.master("7", *RESULTS)
-    peer = farm.peer(master)
-    peer.join()
-    peer.report("another", ok(0, "alien"))
+    peer = farm.peer(master).join()
+    peer.run_id = "another"
+    peer.report(ok(0, "alien"))
     assert peer.lease() == ["0 7"]
     peer.close()
     farm.worker(master)
     assert master.wait() == 0
     assert [record["result"] for record in farm.records()] == ["7 * 7 = 49"]
-
-
-# ---- a connection that is cut ------------------------------------------------------------------------------------------
 
 
 def test_a_worker_whose_connection_was_cut_reports_what_it_finished_meanwhile(farm: Farm) -> None:
@@ -190,9 +161,6 @@ def test_a_worker_that_meets_another_run_drops_what_it_finished(farm: Farm) -> N
     assert len(farm.records()) == 1
 
 
-# ---- a master that does not acknowledge --------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("answered", ["nothing", "an error"])
 def test_an_outcome_that_was_not_acknowledged_is_reported_again(farm: Farm, answered: str) -> None:
     """An answer to another call that comes meanwhile is no acknowledgement."""
@@ -206,7 +174,7 @@ def test_an_outcome_that_was_not_acknowledged_is_reported_again(farm: Farm, answ
             raise EOFError
         return answer("no", "#ERROR")
 
-    farm.worker(farm.closing(FalseServer(false_master(farm, reply))).port)
+    farm.worker(farm.false_master(reply).port)
     seen = [reports.get(timeout=PATIENCE) for _ in range(4)]
     assert {run for run, *_ in seen} == {"r"}
     (ids, outcome), *others = [outcomes.split("\n") for *_, outcomes in seen]
@@ -224,8 +192,8 @@ def test_a_large_report_and_a_large_task_do_not_wait_for_each_other(farm: Farm) 
         reported.extend(arguments[-1].split("\n")[:1] if method == REPORT else [])
         return answer(next(leases)) if method == LEASE else good_answer(method)
 
-    master = farm.closing(FalseServer(false_master(farm, reply)))
-    patched = make_patched(farm, REPORT_INTERVAL=60.0) / "task_worker.py"  # so that a report goes with the next lease
+    master = farm.false_master(reply)
+    patched = farm.make_patched(REPORT_INTERVAL=60.0) / "task_worker.py"  # so that a report goes with the next lease
     worker = farm.run(patched, "--port", master.port, "--processes", 1, "--function", "large:work")
     assert worker.wait() == 0
     assert (reported, master.served) == (["0", "1"], 1)
@@ -246,7 +214,7 @@ def test_the_time_limit_holds_while_the_master_records(farm: Farm) -> None:
             return answer({**SETTINGS, "timeout": 0.5})
         return answer(next(leases)) if method == LEASE else good_answer(method)
 
-    master = farm.closing(FalseServer(false_master(farm, reply)))
+    master = farm.false_master(reply)
     worker = farm.worker(master.port, "--processes", 1, "--function", "endless:work")
     assert worker.wait() == 0
     assert reports.get().startswith('0\n"result"')
@@ -261,7 +229,7 @@ def test_a_worker_that_is_thrown_out_again_and_again_takes_its_time(farm: Farm) 
             raise EOFError
         return good_answer(method)
 
-    master = farm.closing(FalseServer(false_master(farm, reply)))
+    master = farm.false_master(reply)
     worker = farm.worker(master.port)
     wait_until(lambda: master.served, worker)
     worker.pause(1.5)

@@ -7,10 +7,9 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from typing import Any
 
 import pytest
-from lab import ROOT, Farm, check_ended, check_said, descendants_of, wait_until
+from lab import ROOT, Farm, check_ended, check_said, wait_until
 
 MODULE = """
 import os, time
@@ -41,27 +40,11 @@ call = Box()
 """
 
 
-@pytest.fixture(autouse=True)
-def module(farm: Farm) -> None:
-    farm.write("mod.py", MODULE)
-
-
-def check_refused(farm: Farm, program: str, *options: object, says: str) -> None:
-    """A master with a local worker, or a worker without a master, ends with one line that says why."""
-    more = ("--results", "results.jsonl", "--workers", 1, "1") if program == "master" else ("--wait", 0.1)
-    check_said(farm.run(f"task_{program}.py", "--port", 1, *options, *more), 2, says)
-
-
-def results(farm: Farm) -> list[Any]:
-    """The results by task id; None for a task that failed."""
-    return [record.get("result") for record in farm.in_order()]
-
-
 def test_a_killed_masters_workers_end_and_do_not_serve_one_that_waits_for_workers(farm: Farm) -> None:
     first = farm.master("--results", "first.jsonl", "--workers", 2, "--function", "mod:old", *range(500))
     path = farm.folder / "first.jsonl"
     wait_until(lambda: path.exists() and path.read_bytes(), first)
-    processes = descendants_of(first.pid)
+    processes = first.descendants()
     assert len(processes) >= 3
     first.kill()
     master = farm.run("task_master.py", "--port", first.port(), "--results", "results.jsonl", "1", "2")
@@ -69,7 +52,7 @@ def test_a_killed_masters_workers_end_and_do_not_serve_one_that_waits_for_worker
     check_ended(processes)
     assert farm.worker(master, "--function", "mod:new").wait() == 0
     assert master.wait() == 0
-    assert results(farm) == ["new 1", "new 2"]
+    assert farm.values() == ["new 1", "new 2"]
 
 
 KINDS = {"mod:new": ["--function", "mod:new"], "echo hi": ["--command", "echo hi {}"], "square|demonstration": []}
@@ -81,22 +64,19 @@ PAIRS = [("option" if KINDS[job] else "worker", job, other) for job in KINDS for
 def test_a_worker_with_another_function_than_the_jobs_is_refused_naming_both(farm: Farm, by: str, job: str, other: str) -> None:
     said = KINDS[job] if by == "option" else []
     master = farm.master("--results", "results.jsonl", "--tasks", "-", *said, stdin=subprocess.PIPE)
-    workers = []
     if by == "worker":
-        workers.append(farm.worker(master, *KINDS[job]))
+        worker = farm.worker(master, *KINDS[job])
         master.wait_line("worker .* connected")
     stranger = farm.worker(master, *OTHERS[other])
     if by == "worker":  # with nothing to do the stranger would stay
         stranger.wait_line(f"connected|{other}")
-        master.put("1\n2\n")
-        master.end_input()
+    else:
+        check_said(stranger, 3, job, other)
+        worker = farm.worker(master, *KINDS[job])
+    master.give([1, 2])
     check_said(stranger, 3, job, other)
-    if by == "option":
-        workers.append(farm.worker(master, *KINDS[job]))
-        master.put("1\n2\n")
-        master.end_input()
-    assert ([worker.wait() for worker in workers], master.wait()) == ([0], 0)
-    assert {record["worker"].split("/")[1] for record in farm.records()} == {str(workers[0].pid)}
+    assert (worker.wait(), master.wait()) == (0, 0)
+    assert {record["worker"] for record in farm.records()} == {worker.name()}
 
 
 def test_a_service_that_runs_another_function_waits_for_the_next_job(farm: Farm) -> None:
@@ -129,8 +109,7 @@ def test_a_worker_whose_module_has_another_text_is_taken_and_said(farm: Farm, sa
     master = farm.master("--results", "results.jsonl", "--tasks", "-", stdin=subprocess.PIPE)
     workers = [farm.worker(master, "--function", "mod:old", cwd=cwd) for cwd in (farm.folder, folder)]
     master.wait_line("worker .* connected", count=2)
-    master.put("".join(f"{n}\n" for n in range(40)))
-    master.end_input()
+    master.give(range(40))
     assert ([worker.wait() for worker in workers], master.wait()) == ([0, 0], 0)
     said = [line for program in (master, *workers) for line in program.said(r"(?i)\bmod\b.*(text|differ|SHA)")]
     assert bool(said) != same, said
@@ -143,10 +122,9 @@ def test_a_process_that_loads_an_edited_module_in_the_midst_of_a_job_says_so(far
     master.put("1\n2\n")
     wait_until(lambda: len(farm.records()) == 2)
     farm.write("mod.py", MODULE.replace("old {n}", "edited {n}"))
-    master.put("3\n4\n5\n")
-    master.end_input()
+    master.give([3, 4, 5])
     assert (worker.wait(), master.wait()) == (0, 0)
-    assert results(farm)[-1] == "edited 5"
+    assert farm.values()[-1] == "edited 5"
     assert len(worker.said("module was edited")) == 1
 
 
@@ -176,8 +154,7 @@ def test_a_script_without_a_guard_that_names_its_own_function_is_told_what_to_wr
 def test_a_module_in_a_zip_is_imported(farm: Farm) -> None:
     with zipfile.ZipFile(farm.folder / "modules.zip", "w") as file:
         file.writestr("packed.py", "def triple(n):\n    return 3 * n\n")
-    master = farm.master("5", "--workers", 1, "--function", "packed:triple", env=farm.env(PYTHONPATH="modules.zip"))
-    assert master.wait() == 0
+    master = farm.run_master("5", "--workers", 1, "--function", "packed:triple", env=farm.env(PYTHONPATH="modules.zip"))
     assert "Result: 15" in master.stdout
 
 
@@ -189,7 +166,7 @@ def test_a_coroutine_function_is_run_to_its_end(farm: Farm, spec: str) -> None:
     where = ["--results", "results.jsonl", "--workers", 1, "--function", spec]
     assert farm.master(*where, "1", "2", "3").wait() == (1 if spec == "mod:later" else 0)
     expected = [f"{COROUTINES[spec]} {n}" for n in (1, 2, 3)]
-    assert results(farm) == ([expected[0], None, expected[2]] if spec == "mod:later" else expected)
+    assert farm.values() == ([expected[0], None, expected[2]] if spec == "mod:later" else expected)
 
 
 @pytest.mark.parametrize(
@@ -209,12 +186,14 @@ def test_a_path_or_main_or_the_name_of_a_standard_module_is_refused_and_the_erro
     farm: Farm, program: str, spec: str, says: str
 ) -> None:
     farm.write(spec.partition(":")[0].rpartition("/")[2].replace(".py", "") + ".py", "def vdp(n):\n    return n\n\nf = vdp\n")
-    check_refused(farm, program, "--function", spec.format(folder=farm.folder), says=f"--function.*{says}")
+    more = ("--results", "results.jsonl", "--workers", 1, "1") if program == "master" else ("--wait", 0.1)
+    refused = farm.run(f"task_{program}.py", "--port", 1, "--function", spec.format(folder=farm.folder), *more)
+    check_said(refused, 2, f"--function.*{says}")
 
 
 def test_the_demonstration_that_is_given_no_number_says_that_it_squares_numbers(farm: Farm) -> None:
     farm.run_job("--tasks", farm.write_tasks(["a.jpg", 3, {"to": "you"}, [1], None]), status=1)
-    assert results(farm)[1] == "3 * 3 = 9"
+    assert farm.values()[1] == "3 * 3 = 9"
     for record in farm.records():
         if record["task"] != 3:
             assert re.search("square.*number|number.*square", record["error"]["message"])

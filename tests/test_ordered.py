@@ -6,9 +6,9 @@ import json
 import signal
 
 import pytest
-from lab import Farm, Program, check_doubled, make_outcome, ok, wait_until
+from lab import Farm, Program, make_outcome, ok, wait_until
 
-UNEVEN = """
+MODULE = """
 import os, time
 from functions import stay
 
@@ -38,15 +38,10 @@ def mixed(n):
 OPTIONS = ["--tasks", "tasks.jsonl", "--results", "results.jsonl", "--ordered"]
 
 
-@pytest.fixture(autouse=True)
-def uneven(farm: Farm) -> None:
-    farm.write("uneven.py", UNEVEN)
-
-
 def start(farm: Farm, count: int, function: str, *options: object) -> Program:
     """An ordered job with three local processes."""
     farm.write_tasks(range(count))
-    return farm.master(*OPTIONS, "--workers", 3, "--function", f"uneven:{function}", *options)
+    return farm.master(*OPTIONS, "--workers", 3, "--function", f"mod:{function}", *options)
 
 
 def ids(farm: Farm) -> list[int]:
@@ -56,7 +51,7 @@ def ids(farm: Farm) -> list[int]:
 def check_in_order(farm: Farm, count: int) -> None:
     """Each task has its result, and stands in its place."""
     assert ids(farm) == list(range(count))
-    check_doubled(farm.records(), count)
+    farm.check_doubled(count)
 
 
 def test_records_are_written_as_they_come_and_put_in_order_at_the_end(farm: Farm) -> None:
@@ -84,34 +79,18 @@ def test_a_failed_task_gets_its_place_and_keeps_it_when_it_is_repeated(farm: Far
     check_in_order(farm, 30)
 
 
-def test_a_task_whose_worker_was_killed_gets_its_place(farm: Farm) -> None:
-    farm.write_tasks(range(50))
-    master = farm.master(*OPTIONS)
-    victim = farm.worker(master, "--function", "uneven:late")
-    farm.wait_started(victim)
-    other = farm.worker(master, "--function", "uneven:late")
-    farm.wait_records(master, 49)
-    victim.kill()
-    master.wait_line("redelivered since")  # else it might still be reported
-    farm.let_go()
-    assert (master.wait(), other.wait()) == (0, 0)
-    check_in_order(farm, 50)
-    assert [record["attempts"] for record in farm.records()] == [2, *[1] * 49]
-
-
 @pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGKILL])
 def test_a_job_that_was_stopped_is_in_order_after_a_drain_and_after_it_was_resumed(farm: Farm, end: int) -> None:
     farm.write_tasks(range(30))
     master = farm.master(*OPTIONS)
-    peer = farm.peer(master)
-    run_id = peer.join()
+    peer = farm.peer(master).join()
     assert [peer.lease_ids() for _ in range(6)] == [[n] for n in range(6)]
     for n in (4, 1, 5):
-        peer.report(run_id, ok(n, 2 * n))
+        peer.report(ok(n, 2 * n))
     master.signal(end)
     if end == signal.SIGTERM:
         master.wait_line("draining")
-        peer.report(run_id, ok(0, 0))
+        peer.report(ok(0, 0))
     peer.close()
     assert master.wait() == (143 if end == signal.SIGTERM else -end)
     assert ids(farm) == ([0, 1, 4, 5] if end == signal.SIGTERM else [4, 1, 5])
@@ -126,9 +105,6 @@ def test_resuming_puts_a_job_in_order_that_was_not_and_alters_no_record(farm: Fa
     assert start(farm, count, "uneven", "--resume").wait() == 0
     check_in_order(farm, count)
     assert farm.results.read_text().splitlines()[:4] == lines[::-1]
-
-
-# ---- the end comes early -------------------------------------------------------------------------------------------
 
 
 def check_stopped(master: Program, count: int) -> None:
@@ -161,11 +137,10 @@ def test_the_job_ends_at_the_last_failure_that_is_allowed_and_says_how_to_resume
 
 def test_what_runs_when_the_last_failure_comes_is_finished(farm: Farm) -> None:
     master = farm.master(*OPTIONS[2:], "--max-failures", 1, 0, 1, 2)
-    peers = [farm.peer(master), farm.peer(master)]
-    run_id, _ = [peer.join() for peer in peers]
+    peers = [farm.peer(master).join() for _ in range(2)]
     assert [peer.lease_ids() for peer in peers] == [[0], [1]]
-    peers[1].report(run_id, "1 " + make_outcome('{"type": "E", "message": "m", "traceback": ""}', "error"))
+    peers[1].report("1 " + make_outcome('{"type": "E", "message": "m", "traceback": ""}', "error"))
     assert peers[1].call("get_task_queue", "lease", 1, 20.0) is None
-    peers[0].report(run_id, ok(0, 0))
+    peers[0].report(ok(0, 0))
     check_stopped(master, 1)
     assert [("error" in record, record["id"]) for record in farm.records()] == [(False, 0), (True, 1)]

@@ -10,7 +10,7 @@ import pytest
 from lab import MEGABYTE, Farm, Program, check_once
 
 QUICK = 300  # tasks before the last one, a few milliseconds of work
-OUTCOMES = """
+MODULE = """
 import ctypes, os, signal, subprocess, sys, time
 from functions import note, stay
 
@@ -69,16 +69,11 @@ def fork_and_return_much(n):
 """
 
 
-@pytest.fixture(autouse=True)
-def outcomes(farm: Farm) -> None:
-    farm.write("outcomes.py", OUTCOMES)
-
-
 def start(farm: Farm, tasks: list[Any], function: str, *options: object) -> Program:
     """A job of a worker with one process, whose retries would show what is run again."""
     farm.write_tasks(tasks)
     master = farm.master("--tasks", "tasks.jsonl", "--results", "results.jsonl", "--retries", 0, *options)
-    farm.worker(master, "--function", f"outcomes:{function}")
+    farm.worker(master, "--function", f"mod:{function}")
     return master
 
 
@@ -156,7 +151,7 @@ def test_what_stands_behind_a_large_outcome_is_recorded_though_the_next_task_sta
 def test_lines_that_are_no_tasks_get_records_that_no_large_outcome_tears(farm: Farm) -> None:
     """The reader records them, while others record outcomes, and whoever reads them is slow."""
     master = farm.master("--tasks", "-", "--results", "-", stdin=subprocess.PIPE)
-    farm.worker(master, "--processes", 2, "--function", "outcomes:repeat")
+    farm.worker(master, "--processes", 2, "--function", "mod:repeat")
     for n in range(100):
         master.put(f"{n % 10}\n{'bad' * 30_000}\n")
         master.pause(0.01)
@@ -167,11 +162,10 @@ def test_lines_that_are_no_tasks_get_records_that_no_large_outcome_tears(farm: F
     assert [record["id"] % 2 for record in records] == ["error" in record for record in records]
 
 
-@pytest.mark.skipif("not hasattr(__import__('os'), 'fork')", reason="there is no fork")
 @pytest.mark.parametrize("way", ["by_c", "and_raise", "and_return_later", "and_return_much"])
 def test_a_forked_copy_that_comes_back_adds_nothing(farm: Farm, way: str) -> None:
     tasks = [*range(100)]
     assert start(farm, tasks, f"fork_{way}").wait() == 0
     check_run_once(farm, tasks)
-    results = [record["result"] for record in farm.in_order()]
+    results = farm.values()
     assert [result[0] if isinstance(result, list) else result for result in results] == tasks

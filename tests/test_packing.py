@@ -68,7 +68,6 @@ def test_both_commands_run_when_the_wheel_is_installed(packed: tuple[Path, Path]
     env = farm.env(PYTHONPATH=str(place))
     master = farm.start([str(place / "bin" / "task-master"), "--port", "0", "--tasks", "-"], env, stdin=subprocess.PIPE)
     worker = farm.start([str(place / "bin" / "task-worker"), "--port", str(master.port()), "--processes", "1"], env)
-    master.put("7\n")
-    master.end_input()
+    master.give([7])
     assert (master.wait(), worker.wait()) == (0, 0), (master.lines, worker.lines)
     assert master.stdout[-1] == "Result: 7 * 7 = 49"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import re
 import subprocess
 from collections.abc import Iterator
@@ -13,7 +12,7 @@ from typing import Any
 import pytest
 from lab import Farm, check_once, check_silence
 
-POISON = r'''
+MODULE = r'''
 import ctypes, io, os, re, signal, subprocess, sys, threading, time
 
 class Unspeakable(Exception):
@@ -225,32 +224,22 @@ def run(task):
     return 2 * task
 '''
 NAMES: dict[str, Any] = {}
-exec(POISON, NAMES)
+exec(MODULE, NAMES)
 FAILING, HARMLESS = NAMES["FAILING"], NAMES["HARMLESS"]
 GOOD = 12  # good tasks behind each bad one
 TIME_LIMIT = 8  # seconds; no good task takes as long, however busy the machine is
-
-
-@pytest.fixture
-def poison_farm(farm: Farm) -> Farm:
-    farm.write("poison.py", POISON)
-    return farm
-
-
-# ---- one job in which all of them stand among good tasks ---------------------------------------------------------------
 
 
 class Job:
     """What became of it."""
 
     def __init__(self, farm: Farm) -> None:
-        farm.write("poison.py", POISON)
         tasks: list[Any] = []
         for way in [*FAILING, *HARMLESS]:
             tasks += [*range(len(tasks), len(tasks) + GOOD), way]
         farm.write_tasks([*tasks, *range(len(tasks), len(tasks) + GOOD)])
         self.master = farm.master("--tasks", "tasks.jsonl", "--results", "results.jsonl", "--timeout", TIME_LIMIT)
-        self.worker = farm.worker(self.master, "--processes", 6, "--function", "poison:run")
+        self.worker = farm.worker(self.master, "--processes", 6, "--function", "mod:run")
         self.statuses = self.master.wait(250), self.worker.wait()
         self.records = farm.records()
         self.bad = {record["task"]: record for record in self.records if isinstance(record["task"], str)}
@@ -258,7 +247,7 @@ class Job:
 
 @pytest.fixture(scope="module")
 def job(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Job]:
-    with contextlib.closing(Farm(tmp_path_factory.mktemp("poison"))) as farm:
+    with contextlib.closing(Farm(tmp_path_factory.mktemp("poison"), MODULE)) as farm:
         yield Job(farm)
 
 
@@ -308,17 +297,14 @@ def test_failures_that_are_alike_are_said_once_and_counted_in_the_end(job: Job) 
     assert counted.split(" x ") == [f"task_master: {count:7}", text]
 
 
-# ---- jobs of their own -------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("way", NAMES["SPOILING"])
-def test_a_task_that_tampers_with_its_process_hurts_no_other(poison_farm: Farm, way: str) -> None:
-    poison_farm.write_tasks([way, *range(1, 40), way, *range(41, 160)])  # the first one is leased alone
-    master = poison_farm.master("--tasks", "tasks.jsonl", "--results", "results.jsonl")
-    worker = poison_farm.worker(master, "--function", "poison:run")
+def test_a_task_that_tampers_with_its_process_hurts_no_other(farm: Farm, way: str) -> None:
+    farm.write_tasks([way, *range(1, 40), way, *range(41, 160)])  # the first one is leased alone
+    master = farm.master("--tasks", "tasks.jsonl", "--results", "results.jsonl")
+    worker = farm.worker(master, "--function", "mod:run")
     assert master.wait() in (0, 1)
     assert worker.wait() == 0
-    records = poison_farm.records()
+    records = farm.records()
     check_once(records, 160)
     assert [record for record in records if "error" in record and record["id"] not in (0, 40)] == []
     assert {record["attempts"] for record in records} == {1}
@@ -326,14 +312,12 @@ def test_a_task_that_tampers_with_its_process_hurts_no_other(poison_farm: Farm, 
 
 
 @pytest.mark.parametrize("way", ["hang", "end"])
-def test_a_process_that_does_not_get_to_its_next_task_is_replaced(poison_farm: Farm, way: str) -> None:
-    poison_farm.write_tasks([way, *range(1, 20)])
-    master = poison_farm.master(
-        "--tasks", "tasks.jsonl", "--results", "results.jsonl", *["--timeout", TIME_LIMIT] * (way == "hang")
-    )
-    poison_farm.worker(master, "--function", "poison:run")
+def test_a_process_that_does_not_get_to_its_next_task_is_replaced(farm: Farm, way: str) -> None:
+    farm.write_tasks([way, *range(1, 20)])
+    master = farm.master("--tasks", "tasks.jsonl", "--results", "results.jsonl", *["--timeout", TIME_LIMIT] * (way == "hang"))
+    farm.worker(master, "--function", "mod:run")
     assert master.wait() == (way == "end")
-    first, *others = poison_farm.in_order()
+    first, *others = farm.in_order()
     assert first.get("error", {}).get("type") == (None if way == "hang" else "ProcessDied")
     assert [record["result"] for record in others] == [2 * n for n in range(1, 20)]
 
@@ -357,8 +341,7 @@ def test_a_process_that_cannot_load_its_function_again_holds_no_tasks(farm: Farm
     master = farm.master("--tasks", "-", "--results", "results.jsonl", "--timeout", 20, stdin=subprocess.PIPE)
     workers = [farm.worker(master, "--function", "fragile_setup:run") for _ in range(2)]
     master.wait_line("worker .* connected", count=2)
-    master.put("".join(f"{n}\n" for n in range(100)))
-    master.end_input()
+    master.give(range(100))
     assert master.wait() == 1
     assert [worker.wait() for worker in workers] == [0, 0], "also the one that still loads hears that the job is over"
     assert [record["id"] for record in farm.in_order() if "error" in record] == [5]
@@ -400,7 +383,6 @@ def run(task):
 """
 
 
-@pytest.mark.skipif(not hasattr(os, "set_blocking"), reason="needs pipes that do not block")
 def test_what_a_task_prints_is_out_at_once_if_wanted_and_a_pipe_that_does_not_block_hurts_nobody(farm: Farm) -> None:
     farm.write("mod.py", PRINTING)
     master = farm.master("--results", "results.jsonl", "--timeout", 5, *range(5))
@@ -411,18 +393,18 @@ def test_what_a_task_prints_is_out_at_once_if_wanted_and_a_pipe_that_does_not_bl
     assert [record["id"] for record in farm.records() if "error" in record] == [0]
 
 
-def test_standard_input_is_empty_for_a_task(poison_farm: Farm) -> None:
-    tasks = poison_farm.write_tasks([*NAMES["READING"], "read standard input"])
-    master = poison_farm.master("--tasks", tasks, "--results", "results.jsonl", "--timeout", 10)
-    poison_farm.worker(master, "--function", "poison:run", stdin=subprocess.PIPE)  # which stays open and silent
-    assert master.wait() == 0, poison_farm.records()
-    assert [record["result"] for record in poison_farm.records()] == [0, "", ""]
+def test_standard_input_is_empty_for_a_task(farm: Farm) -> None:
+    tasks = farm.write_tasks([*NAMES["READING"], "read standard input"])
+    master = farm.master("--tasks", tasks, "--results", "results.jsonl", "--timeout", 10)
+    farm.worker(master, "--function", "mod:run", stdin=subprocess.PIPE)  # which stays open and silent
+    assert master.wait() == 0, farm.records()
+    assert [record["result"] for record in farm.records()] == [0, "", ""]
 
 
-def test_retries_of_a_task_that_misbehaves_are_counted_and_said(poison_farm: Farm) -> None:
-    tasks = poison_farm.write_tasks([1, "segfault", 2, "system exit", 3])
-    master = poison_farm.run_job("--tasks", tasks, "--retries", 2, function="poison:run", status=1)
-    attempts = {record["task"]: record["attempts"] for record in poison_farm.records()}
+def test_retries_of_a_task_that_misbehaves_are_counted_and_said(farm: Farm) -> None:
+    tasks = farm.write_tasks([1, "segfault", 2, "system exit", 3])
+    master = farm.run_job("--tasks", tasks, "--retries", 2, function="mod:run", status=1)
+    attempts = {record["task"]: record["attempts"] for record in farm.records()}
     assert attempts == {1: 1, 2: 1, 3: 1, "segfault": 3, "system exit": 3}
     first, second = master.said("task 1 is retried")
     assert "attempt 1" in first and "attempt 2" in second

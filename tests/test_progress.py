@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
+import pty
 import re
 import shlex
 import socket
 import struct
 import subprocess
 import sys
+import termios
 import threading
 import time
 from typing import Any
 
 import pytest
-from lab import PATIENCE, ROOT, Farm, Program, make_patched, wait_until
+from lab import PATIENCE, ROOT, Farm, Program, wait_until
 
 from task_worker import PROTOCOL
 
-pty = pytest.importorskip("pty", reason="terminals are of POSIX")
-fcntl = pytest.importorskip("fcntl")
-termios = pytest.importorskip("termios")
-
-JOB = """
+MODULE = """
 import time
 from functions import note, stay
 
@@ -136,16 +135,12 @@ class Terminal:
 @pytest.fixture
 def open_terminal(farm: Farm) -> Any:
     """Opens a Terminal that is closed with the farm."""
-    farm.write("job.py", JOB)
     return lambda columns, *argv, **options: farm.closing(Terminal(farm, columns, *argv, **options))
 
 
-JOB_OPTIONS = ["--workers", 2, "--function", "job:steps"]
+JOB_OPTIONS = ["--workers", 2, "--function", "mod:steps"]
 STEPS = list(range(20))
-STAY = ["--workers", 1, "--function", "job:stay", 1]
-
-
-# ---- on a terminal -------------------------------------------------------------------------------------------------
+STAY = ["--workers", 1, "--function", "mod:stay", 1]
 
 
 @pytest.mark.parametrize(
@@ -276,13 +271,9 @@ def test_quiet_shows_nothing_on_a_terminal(open_terminal: Any) -> None:
     assert [line for line in terminal.rows() if line and "listening" not in line] == []
 
 
-# ---- elsewhere -----------------------------------------------------------------------------------------------------
-
-
 def run_patched(farm: Farm, *argv: object, **options: Any) -> Program:
     """A master for which the time between two lines is short."""
-    farm.write("job.py", JOB)
-    return farm.run(make_patched(farm, PROGRESS_INTERVAL=0.3) / "task_master.py", "--port", 0, *FILE, *argv, **options)
+    return farm.run(farm.make_patched(PROGRESS_INTERVAL=0.3) / "task_master.py", "--port", 0, *FILE, *argv, **options)
 
 
 def test_without_a_terminal_there_is_a_plain_line_now_and_then(farm: Farm) -> None:
@@ -325,8 +316,6 @@ def test_quiet_leaves_the_lines_on_standard_output_and_a_quiet_worker_says_nothi
     assert worker.stderr == []
 
 
-# ---- failures, and the summary -------------------------------------------------------------------------------------
-
 LAST = r"task_master: (\d+) done, (\d+) failed, (\d+) retried, (\d+) redelivered, (\d+:\d\d), ([\d.]+) tasks/s$"
 
 
@@ -338,14 +327,13 @@ def last_line(master: Program) -> tuple[str, ...]:
 
 
 def test_the_summary_counts_what_happened_and_names_the_hosts(farm: Farm) -> None:
-    farm.write("job.py", JOB)
-    master = farm.master(*FILE, "--retries", 1, "--function", "job:moody", *range(4))
+    master = farm.master(*FILE, "--retries", 1, "--function", "mod:moody", *range(4))
     lost = farm.peer(master, "far/7")
-    assert lost.call("get_task_queue", "join", PROTOCOL, '{"function": "job:moody"}')["refused"] is None
+    assert lost.call("get_task_queue", "join", PROTOCOL, '{"function": "mod:moody"}')["refused"] is None
     assert lost.lease_ids() == [0]
     lost.close()
     master.wait_line(r"redelivered since far/7 was lost: task 0 \(attempt 1\)$")
-    worker = farm.worker(master, "--function", "job:moody", "--processes", 1)
+    worker = farm.worker(master, "--function", "mod:moody", "--processes", 1)
     assert (master.wait(), worker.wait()) == (1, 0)
     assert last_line(master)[:4] == ("3", "1", "2", "1")
     assert "task_master: host far: 1 process, 0 runs, 0 failed, 0 % busy" in master.stderr
@@ -357,9 +345,8 @@ def test_the_summary_counts_what_happened_and_names_the_hosts(farm: Farm) -> Non
 
 def run_failing(farm: Farm, kinds: dict[int, int]) -> Program:
     """A job with so many failures of each kind, the most frequent last."""
-    farm.write("job.py", JOB)
     farm.write_tasks([[kind, number] for kind, count in kinds.items() for number in range(count)])
-    return farm.run_job("--tasks", "tasks.jsonl", function="job:fail", status=1)
+    return farm.run_job("--tasks", "tasks.jsonl", function="mod:fail", status=1)
 
 
 def test_the_first_failure_of_each_kind_is_said_and_the_summary_counts_the_kinds(farm: Farm) -> None:
@@ -391,9 +378,8 @@ def test_the_summary_has_ten_kinds_of_failures_at_most(farm: Farm) -> None:
 
 
 def test_of_the_retries_of_a_kind_the_first_are_said_and_all_are_counted(farm: Farm) -> None:
-    farm.write("job.py", JOB)
     tasks = farm.write_tasks([[kind, number] for kind in (0, 1) for number in range(30)])
-    master = farm.run_job("--tasks", tasks, "--retries", 1, function="job:fail", status=1)
+    master = farm.run_job("--tasks", tasks, "--retries", 1, function="mod:fail", status=1)
     assert len(master.said("is retried: ValueError")) == len(master.said("is retried: OSError")) == 10
     assert last_line(master)[:3] == ("0", "60", "60")
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import psutil
 import pytest
-from lab import PATIENCE, ROOT, Farm, is_alive, name_of, wait_until
+from lab import PATIENCE, ROOT, Farm, is_alive, wait_until
 
 import task_master
 from task_master import Failure, TaskMaster
@@ -88,9 +88,6 @@ def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Mine]:
     mine = Mine()
     yield mine
     mine.check()
-
-
-# ---- records -------------------------------------------------------------------------------------------------------
 
 
 def test_records_say_what_became_of_each_task(mine: Mine) -> None:
@@ -187,8 +184,8 @@ def test_a_worker_from_elsewhere_may_do_the_work(farm: Farm, mine: Mine) -> None
         worker = farm.worker(master.address[1], "--function", "functions:double")
         records = list(master.run(["ab"]))
     assert worker.wait() == 0
-    assert [(record.result, record.worker) for record in records] == [("abab", name_of(worker))]
-    assert said.count(f"worker {name_of(worker)} connected") == 1
+    assert [(record.result, record.worker) for record in records] == [("abab", worker.name())]
+    assert said.count(f"worker {worker.name()} connected") == 1
 
 
 def test_a_farm_may_be_run_by_any_thread(mine: Mine) -> None:
@@ -197,9 +194,6 @@ def test_a_farm_may_be_run_by_any_thread(mine: Mine) -> None:
     thread.start()
     thread.join(PATIENCE)
     assert results == [1, 2]
-
-
-# ---- tasks that are read lazily ------------------------------------------------------------------------------------
 
 
 def test_the_next_task_is_asked_for_before_there_is_one_and_meanwhile_no_other_run_begins(mine: Mine) -> None:
@@ -236,9 +230,6 @@ def test_an_endless_iterable_is_read_while_there_is_room_and_ends_with_the_inter
                 time.sleep(1)
             break
         assert closed.wait(PATIENCE)
-
-
-# ---- tasks that cannot be read -------------------------------------------------------------------------------------
 
 
 class OfMyOwn(BaseException):
@@ -279,9 +270,6 @@ def test_what_the_iterable_raises_or_has_that_is_no_json_is_raised_after_the_rec
         assert [record.result for record in master.run([4])] == [2]
     assert sorted(seen) == [1, 2]
     assert raised.type is error
-
-
-# ---- blocks that end early: what is left is looked for behind each test ------------------------------------------------
 
 
 @pytest.mark.parametrize("at", ["the start", "a record", "the end", "no time"])
@@ -340,8 +328,6 @@ def test_failures_are_counted_for_each_run_and_the_last_task_counts(mine: Mine) 
         with pytest.raises(Failure, match="max-failures 2"):
             list(master.run([1, 3]))
 
-
-# ---- a farm that cannot start --------------------------------------------------------------------------------------
 
 WRONG: list[tuple[str, Any]] = [
     *[("port", value) for value in (70000, -1, "5000", "http", None, 1.5, b"80")],
@@ -414,16 +400,12 @@ with TaskMaster(port=0, workers=1, function="mine:halve") as master:
 """
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="nothing forks here")
 def test_a_farm_belongs_to_the_process_that_has_opened_it(farm: Farm) -> None:
     """A fork, as of a web server that loads the program before it forks, can neither use nor close it."""
     farm.write("mine.py", MINE)
     script = farm.run(farm.write("forked.py", FORKED), env=farm.env(PYTHONPATH=str(ROOT)))
     assert script.wait() == 0, script.stderr
     assert "has forked this one" in script.stdout[0] and script.stdout[1] == "[2]"
-
-
-# ---- scripts -------------------------------------------------------------------------------------------------------
 
 
 def test_the_module_offers_three_names() -> None:

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
-import signal
+import resource
 import subprocess
 import sys
 from typing import Any
 
 import pytest
-from lab import ROOT, Farm, Program, check_doubled, check_once, check_silence, descendants_of
+from lab import ANOTHER_USER, ROOT, Farm, Program, check_silence, needs_setpriv
 
 import task_worker
 
-resource = pytest.importorskip("resource")
-
 TASKS = 60
-FUNCTIONS = """
+MODULE = """
 import time
 from functions import stay
 
@@ -33,7 +30,6 @@ def wait(n):
 
 @pytest.fixture(autouse=True)
 def tasks(farm: Farm) -> None:
-    farm.write("scarce.py", FUNCTIONS)
     farm.write_tasks(range(TASKS))
 
 
@@ -44,14 +40,17 @@ def run_in_shell(farm: Farm, place: list[str], script: str, *argv: object) -> Pr
     )
 
 
-def start_master(farm: Farm, *options: object) -> Program:
-    """A master for which a task that is lost once has failed."""
-    return farm.master("--tasks", "tasks.jsonl", "--results", "results.jsonl", "--redeliveries", 0, *options)
+JOB = ("--port", 0, "--tasks", "tasks.jsonl", "--results", "results.jsonl", "--redeliveries", 0)
+
+
+def start_master(farm: Farm, *options: object, after: str = "") -> Program:
+    """A master, after something was done in its process, for which a task that is lost once has failed."""
+    return farm.run_after(after, "task_master.py", *JOB, *options)
 
 
 def check_all_done(farm: Farm) -> None:
     """Each task was run once, and well."""
-    check_doubled(farm.records(), TASKS)
+    farm.check_doubled(TASKS)
     assert {record["attempts"] for record in farm.records()} == {1}
 
 
@@ -65,8 +64,6 @@ def check_lines(program: Program, pattern: str) -> None:
         check_silence(program)
 
 
-# ---- limits ----------------------------------------------------------------------------------------------------------
-
 LIMITS = {
     "files": ("RLIMIT_NOFILE", 64, 30, r"(open files|descriptors|ulimit -n).*(ulimit -n|--processes)"),
     "address space": ("RLIMIT_AS", 700 << 20, 100, r"(memory|threads?|ulimit).*(ulimit -|--processes|memory)"),
@@ -78,10 +75,9 @@ LIMITS = {
 def test_a_worker_goes_on_with_the_processes_that_it_could_start(farm: Farm, limit: str, local: bool) -> None:
     name, value, processes, pattern = LIMITS[limit]
     preparation = f"resource.setrlimit(resource.{name}, ({value}, {value}))"
-    what = ("--function", "scarce:work")
+    what = ("--function", "mod:work")
     if local:
-        options = ("--port", 0, "--tasks", "tasks.jsonl", "--results", "results.jsonl", "--redeliveries", 0)
-        worker = master = farm.run_after(preparation, "task_master.py", *options, "--workers", processes, *what)
+        worker = master = start_master(farm, "--workers", processes, *what, after=preparation)
     else:
         master = start_master(farm)
         where = ("--port", master.port(), "--processes", processes, *what)
@@ -93,13 +89,11 @@ def test_a_worker_goes_on_with_the_processes_that_it_could_start(farm: Farm, lim
     assert worker.said(f"(?i){pattern}"), worker.stderr
 
 
-@pytest.mark.skipif(not shutil.which("setpriv") or os.geteuid() != 0, reason="needs setpriv and root, for a user of its own")
+@needs_setpriv
 def test_a_worker_whose_user_may_have_no_more_processes_goes_on_with_what_it_has(farm: Farm) -> None:
     master = start_master(farm)
-    rights = [f"--{kind}=-all,+dac_override" for kind in ("inh-caps", "ambient-caps", "bounding-set")]  # to read what root has
-    place = ["setpriv", f"--reuid={50_000 + os.getpid() % 10_000}", "--clear-groups", *rights, "prlimit", "--nproc=26"]
-    options = ("--port", master.port(), "--processes", 12, "--function", "scarce:work")
-    worker = run_in_shell(farm, place, ":", "task_worker.py", *options)
+    options = ("--port", master.port(), "--processes", 12, "--function", "mod:work")
+    worker = run_in_shell(farm, [*ANOTHER_USER, "prlimit", "--nproc=26"], ":", "task_worker.py", *options)
     assert (master.wait(), worker.wait()) == (0, 0)
     check_all_done(farm)
     check_lines(worker, r"(ulimit -u|processes|threads).*(ulimit -u|--processes)")
@@ -108,14 +102,14 @@ def test_a_worker_whose_user_may_have_no_more_processes_goes_on_with_what_it_has
 def test_a_worker_that_runs_out_of_files_later_loses_no_task(farm: Farm) -> None:
     """Its processes cannot be replaced any more; another worker does the rest."""
     master = start_master(farm)
-    worker = farm.worker(master, "--processes", 2, "--tasks-per-process", 1, "--function", "scarce:wait")
+    worker = farm.worker(master, "--processes", 2, "--tasks-per-process", 1, "--function", "mod:wait")
     worker.wait_line("it runs", "stdout", count=2)
-    for process in [worker, *descendants_of(worker.pid)]:
+    for process in [worker, *worker.descendants()]:
         with contextlib.suppress(ProcessLookupError):
             resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (8, 8))
     farm.let_go()
     worker.wait_line(LIMITS["files"][3])
-    other = farm.worker(master, "--function", "scarce:wait")
+    other = farm.worker(master, "--function", "mod:wait")
     assert (master.wait(), other.wait()) == (0, 0)
     check_all_done(farm)
     assert worker.wait() in (0, 2, 3)
@@ -123,16 +117,12 @@ def test_a_worker_that_runs_out_of_files_later_loses_no_task(farm: Farm) -> None
 
 
 def test_a_master_with_few_files_serves_as_many_workers_as_it_can(farm: Farm) -> None:
-    preparation = "resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40))"
-    options = ("--port", 0, "--tasks", "tasks.jsonl", "--results", "results.jsonl", "--redeliveries", 0)
-    master = farm.run_after(preparation, "task_master.py", *options)
-    worker = farm.worker(master, "--processes", 60, "--function", "scarce:work")
+    master = start_master(farm, after="resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40))")
+    worker = farm.worker(master, "--processes", 60, "--function", "mod:work")
     assert (master.wait(), worker.wait()) == (0, 0)
     check_all_done(farm)
     check_silence(master, worker)
 
-
-# ---- shared memory, and the current directory ------------------------------------------------------------------------
 
 PLACES = {
     "read-only": "mount -t tmpfs -o ro none /dev/shm",
@@ -165,8 +155,7 @@ def test_a_process_needs_no_memfd_where_that_is_forbidden(monkeypatch: pytest.Mo
 def test_a_job_needs_no_shared_memory_of_the_system(farm: Farm, place: str) -> None:
     if not may_mount():
         pytest.skip("no mount namespaces here")
-    options = ("--port", 0, "--tasks", "tasks.jsonl", "--results", "results.jsonl", "--workers", 2)
-    command = ("task_master.py", *options, "--redeliveries", 0, "--function", "scarce:work")
+    command = ("task_master.py", *JOB, "--workers", 2, "--function", "mod:work")
     master = run_in_shell(farm, ["unshare", "--mount"], PLACES[place], *command)
     assert master.wait() == 0, master.stderr
     check_all_done(farm)
@@ -190,7 +179,7 @@ def test_a_worker_whose_current_directory_was_deleted_loses_no_task(farm: Farm, 
         assert farm.worker(master, "--processes", 2, *what).wait() == 0
     assert master.wait() == 0
     check_silence(worker)
-    check_once(farm.records(), TASKS)
+    farm.check_once(TASKS)
     assert {record["attempts"] for record in farm.records()} == {1}
 
 
@@ -201,11 +190,10 @@ def test_a_worker_that_cannot_replace_a_process_finishes_what_the_others_run(far
     master = start_master(farm)
     worker = farm.worker(master, "--processes", 2, "--tasks-per-process", 1, "--function", "rare:work")
     worker.wait_line("No module named 'rare' .*; finishing what runs")
-    worker.signal(signal.SIGTERM)  # which is the first, and so asks for the same
-    worker.wait_line("draining")
+    worker.drain()  # which is the first, and so asks for the same
     farm.let_go()
     assert worker.wait() == 2
-    assert [record["result"] for record in farm.in_order()] == [2, 0]
+    assert farm.values() == [2, 0]
     farm.write("rare.py", code)
     assert (farm.worker(master, "--function", "rare:work").wait(), master.wait()) == (0, 0)
     assert {record["attempts"] for record in farm.records()} == {1}

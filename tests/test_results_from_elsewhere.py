@@ -8,7 +8,7 @@ import subprocess
 from typing import Any
 
 import pytest
-from lab import Farm, Program, check_said, check_silence
+from lab import Farm, Program, check_one_line, check_silence
 
 COUNT = 10
 FAILED = 7
@@ -16,11 +16,6 @@ MEMORY = 1 << 30  # bytes of addresses that a master may use
 LIMITED = f"resource.setrlimit(resource.RLIMIT_AS, ({MEMORY}, {MEMORY}))"
 FILE = ["--results", "results.jsonl"]
 WORK = ["--workers", 1, "--function", "functions:mendable"]
-
-
-@pytest.fixture(autouse=True)
-def tasks(farm: Farm) -> None:
-    farm.write_tasks(list(range(COUNT)))
 
 
 def record(n: int, **more: Any) -> str:
@@ -31,14 +26,9 @@ def record(n: int, **more: Any) -> str:
 
 def resume(farm: Farm, *options: object, **more: Any) -> Program:
     """A master that resumes the job with a worker of its own, or is refused; in little memory."""
+    farm.write_tasks(range(COUNT))
     where = ["--port", 0, "--tasks", "tasks.jsonl", *FILE, "--resume", *WORK]
     return farm.run_after(LIMITED, "task_master.py", *where, *options, **more)
-
-
-def check_one_line(master: Program, *patterns: str) -> None:
-    """Refused, in one line that says all of these, before any task was started."""
-    check_said(master, 2, *patterns)
-    assert len([line for line in master.stderr if not line.startswith(("usage:", " "))]) == 1
 
 
 def check_complete(farm: Farm, kept: set[int], may_be_kept: frozenset[int] = frozenset()) -> None:
@@ -58,7 +48,7 @@ def test_resuming_without_the_tasks_is_refused(farm: Farm, workers: list[object]
     text = "".join(record(n) + "\n" for n in range(5)) if content else content
     if text is not None:
         farm.results.write_text(text)
-    check_one_line(farm.master(*FILE, "--resume", *workers), "--resume", "task")
+    check_one_line(farm.master(*FILE, "--resume", *workers), 2, "--resume", "task")
     assert (farm.results.read_text() if farm.results.exists() else None) == text
 
 
@@ -116,7 +106,7 @@ def test_a_file_that_was_rewritten_is_resumed_rightly_or_refused_with_a_remedy(f
     farm.mend()
     master = resume(farm)
     if kind in MUST_BE_REFUSED or (master.wait() == 2 and kind not in MUST_BE_RESUMED):
-        check_one_line(master, r"results\.jsonl", "[:;(,]")
+        check_one_line(master, 2, r"results\.jsonl", "[:;(,]")
         assert farm.results.read_bytes() == before
         assert farm.started() == []
     else:
@@ -131,7 +121,7 @@ ZEROS = record(1).replace('"started_at": 1', '"started_at": ' + "\0" * 20)  # as
 def test_a_line_that_is_no_record_is_refused_and_named_and_costs_no_memory(farm: Farm, line: str) -> None:
     before = "".join(f"{text}\n" for text in (record(0), line, record(1)))
     farm.results.write_text(before)
-    check_one_line(resume(farm), r"results\.jsonl, line 2: .*mend or remove")
+    check_one_line(resume(farm), 2, r"results\.jsonl, line 2: .*mend or remove")
     assert farm.results.read_text() == before
     assert farm.started() == []
 
@@ -174,8 +164,7 @@ def test_a_record_nested_as_deeply_as_a_task_may_be_is_resumed(farm: Farm, depth
     status = farm.master(*options).wait()
     assert status in (0, 1)  # 1: this is too deep for a task, and its record says so
     before = farm.results.read_bytes().splitlines()
-    master = farm.master(*options, "--resume")
-    assert master.wait() == status, master.stderr
+    master = farm.run_master(*options, "--resume", status=status)
     check_silence(master)
     after = farm.results.read_bytes().splitlines()
     assert len(before) == len(after) == 2

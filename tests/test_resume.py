@@ -6,13 +6,14 @@ import json
 import os
 import random
 import re
+import resource
 import signal
 import stat
 import tracemalloc
 from typing import Any
 
 import pytest
-from lab import REPORT, RESULTS, Farm, Program, check_doubled, check_once, check_said, check_silence, join_outcomes, ok
+from lab import REPORT, RESULTS, Farm, Program, check_said, check_silence, join_outcomes, ok
 
 from task_master import ResultsFile
 
@@ -69,9 +70,6 @@ def give_input(farm: Farm, kind: str, tasks: list[Any]) -> tuple[list[object], d
     return (JOB[:2], {}) if kind == "file" else (["--tasks", "-"], {"stdin": farm.closing(path.open("rb"))})
 
 
-# ---- what is run, and what is kept ---------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("kind", INPUTS)
 def test_resuming_runs_only_what_failed_and_says_so(farm: Farm, kind: str) -> None:
     run_half(farm)
@@ -80,7 +78,7 @@ def test_resuming_runs_only_what_failed_and_says_so(farm: Farm, kind: str) -> No
     master = resume(farm, *WORK, *options, **more)
     assert master.wait() == 0
     assert started(farm) == BAD
-    check_doubled(farm.records(), COUNT)
+    farm.check_doubled(COUNT)
     to_do = "" if kind == "stream" else ", 20 to do"  # a stream is compared as it comes
     assert f"task_master: resuming results.jsonl: 180 done are kept, 20 failed are repeated{to_do}" in master.stderr
     assert "200 done, 0 failed" in master.stderr[-1] and "180 kept from before" in master.stderr[-1]
@@ -102,7 +100,7 @@ def test_resuming_a_finished_job_runs_nothing_but_what_is_new_and_leaves_the_fil
     master = run(farm, "--resume")
     assert master.wait() == 0
     assert started(farm) == list(range(COUNT, COUNT + 25))
-    check_doubled(farm.records(), COUNT + 25)
+    farm.check_doubled(COUNT + 25)
     assert master.said("resuming results.jsonl: 200 done are kept, 0 failed are repeated, 25 to do$")
 
 
@@ -136,12 +134,9 @@ def test_a_last_record_without_a_line_end_is_kept(farm: Farm) -> None:
     master = run(farm, "--resume", "--ordered")
     assert master.wait() == 0, master.stderr
     assert master.said("200 done are kept, 0 failed are repeated, 1 to do$")
+    farm.check_doubled(COUNT + 1)
     records = farm.records()
-    check_doubled(records, COUNT + 1)
     assert [record for record in before if record not in records] == []
-
-
-# ---- torn ends -----------------------------------------------------------------------------------------------------
 
 
 LINE = '{"id": %d, "task": "\\u00fc \\ud83d", "result": {"n": [%d]}, "seconds": 0.1, "worker": "host/1", "attempts": 1}\n'
@@ -171,9 +166,6 @@ def test_a_line_that_a_full_disk_has_torn_spoils_no_other_when_the_file_is_put_r
     assert [line for line in lines if line != torn] == sorted(whole.splitlines(keepends=True), reverse=not ordered)
 
 
-# ---- one master at a time ------------------------------------------------------------------------------------------
-
-
 def test_a_second_master_on_the_same_file_is_refused_and_the_first_goes_on(farm: Farm) -> None:
     first = farm.master(*JOB)
     first.port()
@@ -184,7 +176,7 @@ def test_a_second_master_on_the_same_file_is_refused_and_the_first_goes_on(farm:
     farm.mend()
     farm.worker(first, *WORK[2:])
     assert first.wait() == 0
-    check_doubled(farm.records(), COUNT)
+    farm.check_doubled(COUNT)
 
 
 def test_a_killed_master_loses_no_record_that_it_acknowledged(farm: Farm) -> None:
@@ -192,22 +184,18 @@ def test_a_killed_master_loses_no_record_that_it_acknowledged(farm: Farm) -> Non
     acknowledged: set[int] = set()
     for _ in range(4):
         master = farm.master(*JOB, "--resume")  # which begins a file where there is none
-        peer = farm.peer(master)
-        run_id = peer.join()
+        peer = farm.peer(master).join()
         for _ in range(dice.randrange(1, 20)):
             ids = peer.lease_ids(dice.randrange(1, 6))
             assert not acknowledged & set(ids)
-            peer.report(run_id, *[ok(n, 2 * n) for n in ids])
+            peer.report(*[ok(n, 2 * n) for n in ids])
             acknowledged |= set(ids)
         master.kill()
         assert {record["id"] for record in farm.records()} == acknowledged
     farm.mend()
     assert run(farm, "--resume").wait() == 0
     assert not acknowledged & set(started(farm))
-    check_doubled(farm.records(), COUNT)
-
-
-# ---- only appended to while the job runs, and put right at the end ---------------------------------------------------
+    farm.check_doubled(COUNT)
 
 
 def start_repeating(farm: Farm, code: str = "") -> tuple[Program, bytes]:
@@ -233,15 +221,14 @@ os.open = tell
 def test_a_resumed_job_only_appends_and_drops_superseded_lines_at_its_end(farm: Farm) -> None:
     master, before = start_repeating(farm, TELL)
     kept = [line for line in before.splitlines() if b'"error"' not in line]
-    peer = farm.peer(master)
-    run_id = peer.join()
+    peer = farm.peer(master).join()
     for n in BAD:
         assert peer.lease_ids() == [n]
         assert farm.results.read_bytes().startswith(before)
-        peer.report(run_id, ok(n, 2 * n))
+        peer.report(ok(n, 2 * n))
     assert master.wait() == 0
     assert farm.results.read_bytes().splitlines()[: len(kept)] == kept
-    check_doubled(farm.records(), COUNT)
+    farm.check_doubled(COUNT)
     assert [path.name for path in farm.folder.glob("results*")] == ["results.jsonl"]
     (line,) = master.stdout
     assert re.search(r"results\.jsonl\.[0-9a-f]{8,} is new and private$", line)
@@ -251,24 +238,23 @@ def test_a_resumed_job_only_appends_and_drops_superseded_lines_at_its_end(farm: 
 def test_the_last_records_count_of_a_job_that_was_drained_or_killed(farm: Farm, end: int) -> None:
     """A drain leaves them alone in the file; a kill leaves the file as it was, and they stand behind that."""
     master, before = start_repeating(farm)
-    peer = farm.peer(master)
-    run_id = peer.join()
+    peer = farm.peer(master).join()
     assert peer.lease_ids() == [BAD[0]]
-    peer.report(run_id, ok(BAD[0], 2 * BAD[0]))
+    peer.report(ok(BAD[0], 2 * BAD[0]))
     master.signal(end)
     assert master.wait() == (143 if end == signal.SIGTERM else -end)
     if end == signal.SIGTERM:
-        check_once(farm.records(), COUNT)
+        farm.check_once(COUNT)
         assert sorted(record["id"] for record in farm.records() if "error" in record) == BAD[1:]
     else:
         assert farm.results.read_bytes().startswith(before)
         assert len(farm.records()) == COUNT + 1
     assert run(farm, "--resume").wait() == 0
     assert started(farm) == BAD[1:]
-    check_doubled(farm.records(), COUNT)
+    farm.check_doubled(COUNT)
 
 
-@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid(), reason="only root can give a file to somebody else")
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file to somebody else")
 def test_a_file_that_was_put_right_has_its_mode_and_owner_and_stays_behind_its_link(farm: Farm) -> None:
     real = farm.folder / "elsewhere/real.jsonl"
     real.parent.mkdir()
@@ -284,7 +270,7 @@ def test_a_file_that_was_put_right_has_its_mode_and_owner_and_stays_behind_its_l
     assert (after.st_uid, after.st_gid, stat.S_IMODE(after.st_mode)) == (12345, 23456, 0o664)
     assert farm.results.is_symlink() and (farm.folder / "treasure").read_text() == "precious"
     assert sorted(os.listdir(farm.folder / "elsewhere")) == ["real.jsonl", "real.jsonl.new"]
-    check_doubled(farm.records(), COUNT)
+    farm.check_doubled(COUNT)
 
 
 @pytest.mark.parametrize("function", ["chmod", "replace"])
@@ -302,10 +288,7 @@ def test_a_file_that_cannot_be_put_right_is_one_line_and_the_status_is_as_withou
     assert [path.name for path in farm.folder.glob("results*")] == ["results.jsonl"]
     farm.mend()
     assert run(farm, "--resume").wait() == 0
-    check_doubled(farm.records(), COUNT)
-
-
-# ---- disks that fail -----------------------------------------------------------------------------------------------
+    farm.check_doubled(COUNT)
 
 
 TEAR = """
@@ -322,11 +305,9 @@ os.write = tear
 def test_nothing_is_written_behind_a_torn_line(farm: Farm) -> None:
     """As when a disk is full for a moment, and then a worker is lost: the record of that would spoil the file."""
     master = farm.altered_master(TEAR, *JOB, "--redeliveries", 0)
-    reporting, lost = farm.peer(master), farm.peer(master)
-    run_id = reporting.join()
-    lost.join()
+    reporting, lost = farm.peer(master).join(), farm.peer(master).join()
     assert [peer.lease_ids() for peer in (reporting, lost)] == [[0], [1]]
-    assert reporting.try_call(RESULTS, REPORT, run_id, 0.0, join_outcomes(ok(0, 0))) != "#RETURN"
+    assert reporting.try_call(RESULTS, REPORT, reporting.run_id, 0.0, join_outcomes(ok(0, 0))) != "#RETURN"
     lost.close()
     assert master.wait() == 1
     *lines, _ = farm.results.read_bytes().split(b"\n")
@@ -337,21 +318,17 @@ def test_nothing_is_written_behind_a_torn_line(farm: Farm) -> None:
 @pytest.mark.parametrize("how", ["report", "loss"])
 def test_a_full_disk_ends_the_job_without_acknowledging_what_is_not_written(farm: Farm, how: str) -> None:
     master = farm.master("1", "2", "--results", "/dev/full", "--redeliveries", 0)
-    peer = farm.peer(master)
-    run_id = peer.join()
+    peer = farm.peer(master).join()
     assert peer.lease_ids() == [0]
     if how == "report":
-        assert peer.try_call(RESULTS, REPORT, run_id, 0.0, join_outcomes(ok(0, 0))) != "#RETURN"
+        assert peer.try_call(RESULTS, REPORT, peer.run_id, 0.0, join_outcomes(ok(0, 0))) != "#RETURN"
     peer.close()
     line = check_said(master, 1, "^task_master: ", "/dev/full", "writ.*no space left on device")
     assert line == master.stderr[-1] and len(line) < 300
 
 
-@pytest.mark.skipif(not hasattr(signal, "SIGXFSZ"), reason="needs a limit on the size of files")
 @pytest.mark.parametrize("options", [[], ["--ordered"]], ids=["as they come", "ordered"])
 def test_a_file_that_may_not_grow_is_resumed_when_it_may_and_repeats_no_record(farm: Farm, options: list[str]) -> None:
-    import resource  # not on every system
-
     for limit, more in ((5_000, []), (10_000, ["--resume"])):
         master = farm.master(*JOB, *options, *more)
         master.port()
@@ -367,7 +344,7 @@ def test_a_file_that_may_not_grow_is_resumed_when_it_may_and_repeats_no_record(f
         assert farm.results.stat().st_size <= limit
     started(farm)
     assert run(farm, *options, "--resume", "--function", "functions:work").wait() == 0
-    check_doubled(farm.records(), COUNT)
+    farm.check_doubled(COUNT)
     assert len(started(farm)) == COUNT - len(lines)
 
 
@@ -385,7 +362,7 @@ def test_a_master_whose_messages_nobody_reads_any_more_does_its_job(farm: Farm) 
     alone = "ours, theirs = os.pipe()\nos.close(ours)\nos.dup2(theirs, 2)"
     master = farm.run_after(alone, "task_master.py", "--port", 0, *JOB, *WORK)
     assert master.wait() == 0
-    check_doubled(farm.records(), COUNT)
+    farm.check_doubled(COUNT)
 
 
 def test_memory_for_a_resumed_job_is_at_most_twenty_four_bytes_a_record(farm: Farm) -> None:

@@ -8,23 +8,19 @@ import signal
 import socket
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-from lab import FalseServer, Farm, check_silence, free_port, make_patched, name_of, wait_until
-
-# ---- connecting, waiting, losing each other ------------------------------------------------------------------------
+from lab import FalseServer, Farm, check_silence, free_port, wait_until
 
 
 def test_both_sides_say_in_one_line_that_they_are_connected_and_with_whom(farm: Farm) -> None:
     master = farm.master("--results", "results.jsonl", "1", "2", "3", "4")
     worker = farm.worker(master, "--processes", 3, "--function", "functions:stay")
     worker.wait_line("it runs", "stdout", count=3)
-    worker.signal(signal.SIGTERM)
-    worker.wait_line("draining")
+    worker.drain()
     farm.let_go()
     assert worker.wait() == 0
-    name = re.escape(name_of(worker))
+    name = re.escape(worker.name())
     master.wait_line(rf"^task_master: worker {name} disconnected$")
     assert (farm.worker(master, "--function", "functions:stay").wait(), master.wait()) == (0, 0)
     assert len(master.said(rf"^task_master: worker {name} connected$")) == 1
@@ -38,7 +34,7 @@ def test_a_lost_worker_is_one_line_that_names_it(farm: Farm) -> None:
     worker.wait_line("it runs", "stdout", count=2)
     worker.kill()
     master.wait_line("disconnected|lost$")
-    name = re.escape(name_of(worker))
+    name = re.escape(worker.name())
     assert len(master.said(rf"worker {name} (disconnected|lost)")) == 1
     assert len(master.said(rf"redelivered since {name} was lost")) in (1, 2)  # a line for each connection
 
@@ -46,7 +42,7 @@ def test_a_lost_worker_is_one_line_that_names_it(farm: Farm) -> None:
 def test_a_lost_master_is_one_line_while_the_tasks_run_and_so_is_its_return(farm: Farm) -> None:
     master = farm.master("--results", "results.jsonl", "1", "2")
     options = ("--port", master.port(), "--processes", 2, "--function", "functions:stay")
-    worker = farm.run(make_patched(farm, BEAT_INTERVAL=0.2) / "task_worker.py", *options)
+    worker = farm.run(farm.make_patched(BEAT_INTERVAL=0.2) / "task_worker.py", *options)
     worker.wait_line("it runs", "stdout", count=2)
     master.kill()
     worker.wait_line(rf"^task_worker: lost the master at 127\.0\.0\.1:{master.port()} \(.+\)$")
@@ -80,9 +76,6 @@ def test_a_worker_that_was_started_first_waits_for_its_master(farm: Farm) -> Non
     assert sorted(master.stdout[-2:]) == ["Result: 3 * 3 = 9", "Result: 4 * 4 = 16"]
 
 
-# ---- one worker, several jobs --------------------------------------------------------------------------------------
-
-
 def test_a_worker_that_waits_for_ever_serves_one_master_after_the_other_with_the_code_as_it_is_then(farm: Farm) -> None:
     port = 0
     for number, text in enumerate(["first", "second", "third"]):
@@ -96,7 +89,7 @@ def test_a_worker_that_waits_for_ever_serves_one_master_after_the_other_with_the
         assert master.wait() == 0, master.stderr
         (farm.folder / "go").unlink()
         found = [(record["result"], record["worker"]) for record in farm.records(f"{text}.jsonl")]
-        assert found == [(text, name_of(worker))] * 2
+        assert found == [(text, worker.name())] * 2
         worker.wait_line("the job is over; waiting for the next master", count=number + 1)
     worker.signal(signal.SIGTERM)
     assert worker.wait() == 0
@@ -151,12 +144,9 @@ def test_a_process_that_was_too_late_for_a_job_does_not_run_the_code_of_then_in_
     assert [record["result"] for record in farm.records("second.jsonl")] == ["newer", "newer"]
 
 
-# ---- another version -----------------------------------------------------------------------------------------------
-
-
 def test_a_worker_of_another_version_takes_no_task_and_its_master_says_so_too(farm: Farm) -> None:
     master = farm.master("--results", "results.jsonl", "--redeliveries", 0, "3")
-    other = farm.run(make_patched(farm, PROTOCOL=99) / "task_worker.py", "--port", master.port(), "--processes", 3)
+    other = farm.run(farm.make_patched(PROTOCOL=99) / "task_worker.py", "--port", master.port(), "--processes", 3)
     assert other.wait() == 3
     assert len(other.said(rf"the master at 127\.0\.0\.1:{master.port()} speaks protocol \d+, this worker 99: copy ")) == 1
     assert (farm.worker(master).wait(), master.wait()) == (0, 0)  # it goes on with those of its own version
@@ -167,7 +157,7 @@ def test_a_worker_of_another_version_takes_no_task_and_its_master_says_so_too(fa
 
 
 def test_a_master_of_another_version_and_its_worker_both_say_so(farm: Farm) -> None:
-    master = farm.run(make_patched(farm, PROTOCOL=99) / "task_master.py", "--port", 0, "3")
+    master = farm.run(farm.make_patched(PROTOCOL=99) / "task_master.py", "--port", 0, "3")
     worker = farm.worker(master)
     assert worker.wait() == 3
     assert len(worker.said(r"speaks protocol 99, this worker \d+: copy ")) == 1
@@ -175,20 +165,11 @@ def test_a_master_of_another_version_and_its_worker_both_say_so(farm: Farm) -> N
     assert master.is_running()
 
 
-# ---- a function that is not everywhere -----------------------------------------------------------------------------
-
-
-def make_host(farm: Farm, name: str, mailer: str = "") -> Path:
-    """A folder with mailer.py, as a host of its own would have it."""
-    (farm.folder / name).mkdir()
-    if mailer:
-        farm.write(f"{name}/mailer.py", mailer)
-    return farm.folder / name
-
-
 def test_a_function_that_one_host_has_does_the_job_there_and_the_other_says_where_it_was_looked_for(farm: Farm) -> None:
-    complete = make_host(farm, "complete", mailer="import os\ndef send(task): return [task, os.getcwd()]\n")
-    bare = make_host(farm, "bare host")
+    complete, bare = farm.folder / "complete", farm.folder / "bare host"
+    for host in (complete, bare):
+        host.mkdir()
+    farm.write("complete/mailer.py", "import os\ndef send(task): return [task, os.getcwd()]\n")
     master = farm.master("--results", "results.jsonl", *range(20))
     unable = farm.worker(master, "--function", "mailer:send", cwd=bare)
     assert unable.wait() == 2
@@ -208,7 +189,9 @@ def test_a_master_whose_own_worker_cannot_load_the_function_goes_on_with_another
     alone = farm.master(*job)
     assert alone.wait() == 2
     assert alone.said(r"no worker is left \(.*: the local worker ended with exit status 2, see standard error\)$")
-    complete = make_host(farm, "complete", mailer=f"def send(task):\n    {WAITS}")
+    complete = farm.folder / "complete"
+    complete.mkdir()
+    farm.write("complete/mailer.py", f"def send(task):\n    {WAITS}")
     farm.write("mailer.py", f"{WAITS}\nraise ImportError('no licence')\n")
     master = farm.master(*job)
     other = farm.worker(master, "--function", "mailer:send", "--processes", 1, cwd=complete, env=farm.env(PYTHONPATH=None))
@@ -217,14 +200,3 @@ def test_a_master_whose_own_worker_cannot_load_the_function_goes_on_with_another
     master.wait_line("cannot import it")
     (complete / "go").touch()
     assert (master.wait(), other.wait()) == (0, 0), master.stderr
-
-
-def test_a_function_that_fails_on_one_host_names_that_host_in_each_record(farm: Farm) -> None:
-    broken = make_host(farm, "broken", mailer="def send(task):\n    import no_such_library\n")
-    master = farm.master("--results", "results.jsonl", "1")
-    worker = farm.worker(master, "--function", "mailer:send", cwd=broken)
-    assert (worker.wait(), master.wait()) == (0, 1)
-    (record,) = farm.records()
-    assert (record["error"]["type"], record["worker"]) == ("ModuleNotFoundError", name_of(worker))
-    assert str(broken) in record["error"]["traceback"]
-    master.wait_line(rf"task 0 failed: ModuleNotFoundError: .*no_such_library.* on {re.escape(name_of(worker))}")

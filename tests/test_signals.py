@@ -12,21 +12,9 @@ from typing import Any
 
 import psutil
 import pytest
-from lab import (
-    ROOT,
-    Farm,
-    Program,
-    check_doubled,
-    check_ended,
-    check_silence,
-    children_of,
-    descendants_of,
-    free_port,
-    ok,
-    wait_until,
-)
+from lab import ROOT, Farm, Program, check_ended, check_silence, free_port, ok, wait_until
 
-WAIT = """
+MODULE = """
 import time
 from functions import note, stay
 
@@ -42,14 +30,8 @@ SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
 each_signal = pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
 
 
-@pytest.fixture
-def farm(farm: Farm) -> Farm:
-    farm.write("signals.py", WAIT)
-    return farm
-
-
 def start_worker(farm: Farm, master: Program, *argv: object, **options: Any) -> Program:
-    return farm.worker(master, "--function", "signals:wait", *argv, **options)
+    return farm.worker(master, "--function", "mod:wait", *argv, **options)
 
 
 def start_job(farm: Farm, *options: object) -> tuple[Program, Program]:
@@ -64,11 +46,6 @@ def open_text(farm: Farm, text: str) -> Any:
     return farm.write("input.txt", text).open("rb")
 
 
-def drain(program: Program, number: int = signal.SIGINT) -> None:
-    program.signal(number)
-    program.wait_line("^task_(master|worker): draining")
-
-
 def find_command(master: Program) -> str:
     """The command that it says carries on."""
     return master.wait_line("to carry on: (.*)$").group(1)
@@ -78,27 +55,23 @@ def finish(farm: Farm, master: Program) -> None:
     """Give a master a worker; the job comes to its end."""
     start_worker(farm, master, "--processes", 2)
     assert master.wait() == 0
-    check_doubled(farm.records(), TASKS)
+    farm.check_doubled(TASKS)
 
 
 def recorded(farm: Farm) -> list[int]:
     return sorted(record["id"] for record in farm.records())
 
 
-# ---- terminals, and the start ------------------------------------------------------------------------------------------
-
-
 def test_a_draining_worker_begins_no_task_that_comes_meanwhile(farm: Farm) -> None:
     master = farm.master("--tasks", "-", *RESULTS, stdin=subprocess.PIPE)
     worker = start_worker(farm, master)
     master.wait_line("worker .* connected")
-    drain(worker)
+    worker.drain()
     master.put("1\n")
     assert worker.wait() == 0
     assert farm.started() == []
 
 
-@pytest.mark.skipif(not hasattr(os, "openpty"), reason="needs a terminal")
 @pytest.mark.parametrize("which", [0, 1], ids=["master", "worker"])
 def test_a_terminal_that_is_closed_is_one_signal_though_shell_and_system_both_say_so(farm: Farm, which: int) -> None:
     ours, theirs = os.openpty()
@@ -108,7 +81,7 @@ def test_a_terminal_that_is_closed_is_one_signal_though_shell_and_system_both_sa
     os.close(ours)
     os.close(theirs)
     closed = (master, worker)[which]
-    drain(closed, signal.SIGHUP)
+    closed.drain(signal.SIGHUP)
     closed.signal(signal.SIGHUP)
     farm.let_go()
     assert (worker.wait(), closed.wait()) == (0, (129, 0)[which])
@@ -132,15 +105,12 @@ def test_a_signal_during_the_start_makes_no_traceback(farm: Farm, name: str) -> 
     check_silence(program)
 
 
-# ---- the master --------------------------------------------------------------------------------------------------------
-
-
 @each_signal
 def test_the_first_signal_drains_the_master_and_the_printed_command_resumes_as_often_as_it_is_drained(
     farm: Farm, number: int
 ) -> None:
     master, worker = start_job(farm, *RESULTS, "--retries", 0)
-    drain(master, number)
+    master.drain(number)
     farm.let_go()
     assert (master.wait(), worker.wait()) == (128 + number, 0)
     assert worker.stdout[-1] == "worker exit."
@@ -151,31 +121,26 @@ def test_the_first_signal_drains_the_master_and_the_printed_command_resumes_as_o
     command = find_command(master)
     again = farm.start(shlex.split(command))
     again.port()
-    drain(again, number)
+    again.drain(number)
     assert again.wait() == 128 + number
     assert find_command(again) == command
     finish(farm, farm.start(shlex.split(command)))
     assert len(farm.started()) == TASKS, "no task was run twice"
 
 
-def test_the_printed_command_quotes_what_a_shell_would_split(farm: Farm) -> None:
-    master = farm.master("--tasks", farm.write_tasks([1, 2], "my tasks.jsonl"), "--results", "my $results.jsonl")
+@pytest.mark.parametrize("given", [["--tasks", "my tasks.jsonl"], ["--", "-5", "3"]], ids=["file", "arguments"])
+def test_the_printed_command_quotes_what_a_shell_would_split_and_adds_no_task_to_those_behind_dashes(
+    farm: Farm, given: list[str]
+) -> None:
+    farm.write_tasks([-5, 3], "my tasks.jsonl")
+    master = farm.master("--results", "my $results.jsonl", *given)
     master.port()
-    drain(master)
+    master.drain()
     master.wait()
-    assert farm.start(["sh", "-c", f"exec {find_command(master)} --workers 1"]).wait() == 0
-    assert len(farm.records("my $results.jsonl")) == 2
-
-
-def test_the_printed_command_adds_no_task_to_those_behind_two_dashes(farm: Farm) -> None:
-    master = farm.master("--results", "results.jsonl", "--", "-5", "3")
-    master.port()
-    drain(master)
-    master.wait()
-    again = farm.start(shlex.split(find_command(master)))
+    again = farm.start(["sh", "-c", f"exec {find_command(master)}"])
     farm.worker(again)
     assert again.wait() == 0
-    assert [record["task"] for record in farm.in_order()] == [-5, 3]
+    assert [record["task"] for record in farm.in_order("my $results.jsonl")] == [-5, 3]
 
 
 @pytest.mark.parametrize("resumed", [False, True], ids=["new", "resumed"])
@@ -204,7 +169,7 @@ def test_a_signal_is_answered_though_the_job_has_come_to_its_last_failure(farm: 
     start_worker(farm, master, "--processes", 2)
     farm.wait_started(master, 3)
     master.wait_line("task 1 failed")
-    drain(master)
+    master.drain()
     farm.let_go()
     assert master.wait() == 1
 
@@ -212,23 +177,23 @@ def test_a_signal_is_answered_though_the_job_has_come_to_its_last_failure(farm: 
 def test_the_demonstration_cannot_be_resumed(farm: Farm) -> None:
     master = farm.master(*RESULTS)
     master.port()
-    drain(master)
+    master.drain()
     assert "use --tasks FILE" in master.wait_line("stopped").string
 
 
 @pytest.mark.parametrize("where", [[], ["--results", os.devnull]])
 def test_a_drained_master_without_a_results_file_says_that_it_cannot_resume(farm: Farm, where: list[str]) -> None:
     master, worker = start_job(farm, *where)
-    drain(master)
+    master.drain()
     farm.let_go()
-    assert (master.wait(), worker.wait()) == (130, 0)
+    assert (master.wait(), worker.wait()) == (143, 0)
     assert "not remembered" in master.wait_line("stopped").string
 
 
 @each_signal
 def test_the_second_signal_makes_the_master_leave_at_once(farm: Farm, number: int) -> None:
     master, worker = start_job(farm, *RESULTS)
-    drain(master, signal.SIGTERM)
+    master.drain()
     master.signal(number)
     master.wait_line("leaving at once")
     assert master.wait() == 128 + number
@@ -241,10 +206,9 @@ def test_the_second_signal_makes_the_master_leave_at_once(farm: Farm, number: in
 
 def test_a_signal_that_comes_when_the_job_is_over_does_not_say_that_it_was_stopped(farm: Farm) -> None:
     master = farm.master("3", *RESULTS)
-    peer = farm.peer(master)  # which stays, so that the master waits a while for it to leave
-    run_id = peer.join()
+    peer = farm.peer(master).join()  # which stays, so that the master waits a while for it to leave
     (task_id,) = peer.lease_ids()
-    peer.report(run_id, ok(task_id, 9))
+    peer.report(ok(task_id, 9))
     master.signal(signal.SIGTERM)
     assert master.wait() == 0, master.stderr
     assert not master.said("stopped|draining")
@@ -253,9 +217,9 @@ def test_a_signal_that_comes_when_the_job_is_over_does_not_say_that_it_was_stopp
 
 def test_a_drained_master_with_local_workers_waits_for_what_they_run(farm: Farm) -> None:
     tasks = farm.write_tasks(range(TASKS))
-    master = farm.master("--tasks", tasks, *RESULTS, "--workers", 2, "--function", "signals:wait")
+    master = farm.master("--tasks", tasks, *RESULTS, "--workers", 2, "--function", "mod:wait")
     farm.wait_started(master, 3)
-    local = descendants_of(master.pid)
+    local = master.descendants()
     os.killpg(master.pid, signal.SIGINT)  # what a terminal does
     master.wait_line("draining")
     farm.let_go()
@@ -269,12 +233,9 @@ def test_a_signal_that_comes_with_the_listening_line_drains(farm: Farm) -> None:
     for number in SIGNALS:
         master = farm.master("1")
         master.port()
-        drain(master, number)
+        master.drain(number)
         assert master.wait() == 128 + number
         check_silence(master)
-
-
-# ---- the worker --------------------------------------------------------------------------------------------------------
 
 
 @each_signal
@@ -288,7 +249,7 @@ def test_the_first_signal_drains_the_worker_and_another_finishes_the_job(farm: F
     farm.let_go()
     assert [program.wait() for program in (first, second, master)] == [0, 0, 0]
     assert first.stdout[-1] == "worker exit."
-    check_doubled(farm.records(), TASKS)
+    farm.check_doubled(TASKS)
     assert len(farm.started()) == TASKS, "each was run once"
     assert master.said("0 redelivered")
     check_silence(first, second, master)
@@ -297,8 +258,8 @@ def test_the_first_signal_drains_the_worker_and_another_finishes_the_job(farm: F
 @each_signal
 def test_the_second_signal_makes_the_worker_leave_at_once(farm: Farm, number: int) -> None:
     master, worker = start_job(farm, *RESULTS)
-    children = [psutil.Process(pid) for pid in children_of(worker.pid)]
-    drain(worker, number)
+    children = worker.children()
+    worker.drain(number)
     worker.signal(number)
     worker.wait_line("leaving at once")
     assert worker.wait() == 128 + number
@@ -326,9 +287,6 @@ def test_a_signal_ends_a_worker_that_waits(farm: Farm, number: int, missing: str
     worker.signal(number)
     assert worker.wait() in ((0, 128 + number, -number) if missing == "key" else (0,))  # nothing is lost yet
     check_silence(worker)
-
-
-# ---- both --------------------------------------------------------------------------------------------------------------
 
 
 @each_signal

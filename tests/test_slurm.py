@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import psutil
 import pytest
-from lab import ROOT, Farm, check_once, find_block, free_port, is_alive, wait_until
+from lab import ROOT, Farm, find_block, free_port, is_alive, wait_until
 
 PATH = os.pathsep.join([os.environ["PATH"], "/usr/sbin", "/usr/local/sbin"])
 MODULE = "import functions\ndef count(n):\n    return (functions.note if n < 20 else functions.stay)(n)\n"
@@ -91,16 +91,14 @@ class Cluster:
 
     def close(self) -> None:
         """Kill what a job has left: all that works in the folder, as slurmstepd does, or has its configuration."""
-        while found := [process for process in psutil.process_iter() if self._owns(process)]:
+        while found := [process for process in psutil.process_iter(["cwd", "environ"]) if self._owns(process)]:
             for process in found:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     process.kill()
 
     def _owns(self, process: psutil.Process) -> bool:
-        with contextlib.suppress(psutil.Error):
-            traces = {process.cwd(), process.environ().get("SLURM_CONF")}
-            return is_alive(process) and not traces.isdisjoint({str(self._farm.folder), self._config})
-        return False
+        traces = {process.info["cwd"], (process.info["environ"] or {}).get("SLURM_CONF")}
+        return is_alive(process) and not traces.isdisjoint({str(self._farm.folder), self._config})
 
     def wait(self, condition: Callable[[], object]) -> None:
         """Block until a condition is true; fails when one of the three ends."""
@@ -111,7 +109,7 @@ def test_a_job_runs_to_its_end(any_farm: Farm) -> None:
     cluster = Cluster(any_farm)
     any_farm.let_go()
     cluster.wait_job(cluster.submit(), "JobState=COMPLETED", "ExitCode=0:0")
-    check_once(any_farm.records("counts.jsonl"), 100)
+    any_farm.check_once(100, "counts.jsonl")
 
 
 @pytest.mark.parametrize("options", [[], ["--time=1", "--signal=TERM@60"]], ids=["scancel", "time limit"])
@@ -127,7 +125,7 @@ def test_a_job_that_must_leave_drains_and_is_carried_on_from_the_queue(farm: Far
     assert 20 < len(farm.records("counts.jsonl")) == len(farm.started()) < 100
     cluster.call("scontrol", "update", f"job={job}", "StartTime=now")
     cluster.wait_job(job, "JobState=COMPLETED", "ExitCode=0:0", "Restarts=1")
-    check_once(farm.records("counts.jsonl"), 100)
+    farm.check_once(100, "counts.jsonl")
     assert sorted(map(int, farm.started())) == [*range(100)]
 
 
@@ -139,7 +137,7 @@ def test_a_job_that_was_cancelled_is_carried_on_when_it_is_submitted_again(farm:
     cluster.wait_job(job, "JobState=CANCELLED")
     farm.let_go()
     cluster.wait_job(cluster.submit(), "JobState=COMPLETED", "ExitCode=0:0")
-    check_once(farm.records("counts.jsonl"), 100)
+    farm.check_once(100, "counts.jsonl")
     assert [farm.started().count(str(n)) for n in range(20)] == [1] * 20
 
 

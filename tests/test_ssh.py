@@ -1,8 +1,6 @@
 """Workers on other hosts through the real ssh: real sshds on loopback, each with a port, keys and a home of its own.
 
-    SSH_SILENCE=1 pytest tests/test_ssh.py
-
-is the long form: a host falls asleep, and is noticed with the times that are built in.
+SSH_SILENCE=1 in the environment is the long form: a host falls asleep, and is noticed with the times that are built in.
 """
 
 from __future__ import annotations
@@ -22,23 +20,7 @@ from typing import Any
 
 import psutil
 import pytest
-from lab import (
-    Farm,
-    Program,
-    SshHost,
-    SshNet,
-    check_doubled,
-    check_ended,
-    check_silence,
-    descendants_of,
-    find_pythons,
-    is_alive,
-    make_patched,
-    make_script,
-    needs_sshd,
-    tls_python,
-    wait_until,
-)
+from lab import Farm, Program, SshHost, SshNet, check_ended, check_silence, find_pythons, make_script, needs_sshd, wait_until
 
 import task_master
 from task_master import Failure, TaskMaster
@@ -67,12 +49,8 @@ def start_long_tasks(net: SshNet, *argv: object, program: Any = "task_master.py"
 
 def give(master: Program, tasks: Iterable[int]) -> None:
     """Put tasks into its standard input, and let it run them to the end."""
-    master.put("".join(f"{task}\n" for task in tasks))
-    master.end_input()
+    master.give(tasks)
     assert master.wait() == 0, master.stderr
-
-
-# ---- it works ------------------------------------------------------------------------------------------------------
 
 
 def test_any_login_shell_and_any_python_will_do_and_nothing_is_left(net: SshNet) -> None:
@@ -110,26 +88,25 @@ def test_what_stands_in_the_home_there_is_not_used_and_a_python_below_it_can_be_
     master = net.master(*on("1/host1:~/venv/python", "1/host1:venv/python"), *options, stdin=subprocess.PIPE)
     master.wait_line("worker host1/.* connected", count=2)
     give(master, range(100))
-    check_doubled(net.farm.records(), 100)
+    net.farm.check_doubled(100)
 
 
 def test_the_key_is_in_no_argument_and_no_file_and_nothing_is_left_when_the_master_is_killed(net: SshNet) -> None:
     host, master = start_long_tasks(net)
-    words = str([process.cmdline() for process in [*host.processes(), *descendants_of(master.pid)]])
+    words = str([process.cmdline() for process in [*host.processes(), *master.descendants()]])
     assert "task_worker.py" in words
     assert net.farm.key not in words
     (folder,) = host.tmp.iterdir()
     assert folder.stat().st_mode & 0o777 == 0o700
     assert not [path for path in folder.rglob("*") if path.is_file() and net.farm.key.encode() in path.read_bytes()]
-    ssh = descendants_of(master.pid)
+    ssh = master.descendants()
     master.kill()
     host.check_clean()
     check_ended(ssh)
 
 
 def test_options_for_workers_reach_the_host_and_tls_goes_through_the_tunnel(farm: Farm) -> None:
-    farm.python, farm.tls = tls_python(), ["--tls"]
-    net = SshNet(farm)
+    net = SshNet(farm.use_tls())
     net.host("host1", python=farm.python)
     options = ("--command", 'echo {} "$PPID"', "--tasks-per-process", 1, "--quiet", "--results", "results.jsonl")
     master = net.master(*on("1/host1"), *options, 1, 2)
@@ -183,9 +160,6 @@ def test_a_folder_with_the_name_of_the_module_stays(tmp_path: Path, monkeypatch:
         assert sorted(archive.namelist()) == ["task_worker.py", "words.py"]
 
 
-# ---- hosts that fail: one clear line, and the job goes on with the others --------------------------------------------
-
-
 def test_hosts_that_cannot_work_are_given_up_with_the_reason(net: SshNet) -> None:
     farm = net.farm
     old = [*Path("~/.pyenv/versions").expanduser().glob("[23].[678].*/bin/python")]
@@ -220,7 +194,7 @@ def test_hosts_that_cannot_work_are_given_up_with_the_reason(net: SshNet) -> Non
     if other:
         assert master.said("^needy: task_worker: --function needy:double: .* ModuleNotFoundError: No module named 'nosuch'")
     give(master, range(10))
-    check_doubled(farm.records(), 10)
+    farm.check_doubled(10)
     for host in (*hosts.values(), good):
         host.check_clean()
     for name in names:
@@ -267,9 +241,6 @@ def test_another_worker_that_is_connected_does_the_job_until_it_leaves(net: SshN
     assert "no worker is left (host1: " in master.stderr[-1]
 
 
-# ---- the network ---------------------------------------------------------------------------------------------------
-
-
 def test_a_host_that_is_down_is_tried_until_it_is_up(net: SshNet) -> None:
     host = net.host("host1")
     host.stop()
@@ -307,7 +278,7 @@ def test_a_connection_that_was_cut_comes_back(farm: Farm) -> None:
     master.wait_line(r"host1: the connection was lost; trying again")
     check_ended(before)
     master.wait_line("host1: it runs", count=4)
-    for ssh in descendants_of(master.pid):
+    for ssh in master.descendants():
         ssh.kill()
     master.wait_line(r"host1: the connection was lost; trying again", count=2)
     master.wait_line("host1: it runs", count=6)
@@ -315,7 +286,6 @@ def test_a_connection_that_was_cut_comes_back(farm: Farm) -> None:
 
 
 @pytest.mark.early
-@pytest.mark.timeout(300)
 def test_a_host_that_falls_asleep_is_noticed_and_comes_back(farm: Farm) -> None:
     silence = "SSH_SILENCE" in os.environ
     net = SshNet(farm, *[] if silence else ["-o ServerAliveInterval=5"])
@@ -326,23 +296,20 @@ def test_a_host_that_falls_asleep_is_noticed_and_comes_back(farm: Farm) -> None:
     master.wait_line(r"host1: the connection was lost; trying again", timeout=100)
     master.wait_line("host1: it runs", count=4)
     if silence:
-        wait_until(lambda: not any(map(is_alive, before)), patience=100)
+        check_ended(before)
     for session in asleep:
         session.resume()
     check_ended(before)
     wait_until(lambda: len([*host.tmp.iterdir()]) == 1)
 
 
-# ---- nothing is left -----------------------------------------------------------------------------------------------
-
-
 @pytest.mark.early
 def test_a_worker_that_hears_nothing_of_its_master_leaves_and_is_started_again(farm: Farm) -> None:
-    patched = make_patched(farm, SILENCE_LIMIT=8.0, BEAT_INTERVAL=1.0) / "task_master.py"
+    patched = farm.make_patched(SILENCE_LIMIT=8.0, BEAT_INTERVAL=1.0) / "task_master.py"
     host, master = start_long_tasks(SshNet(farm), program=patched)
     before = host.processes()
     master.pause(9)
-    assert all(map(is_alive, before))
+    assert all(process.is_running() for process in before)
     master.signal(signal.SIGSTOP)
     host.check_clean()
     master.signal(signal.SIGCONT)
@@ -373,8 +340,7 @@ def test_a_worker_that_was_killed_is_replaced_and_one_that_was_told_to_leave_is_
 
 def test_the_first_ctrl_c_drains(net: SshNet) -> None:
     host, master = start_long_tasks(net, "--results", "results.jsonl", 0)
-    master.signal(signal.SIGINT)
-    master.wait_line("draining")
+    master.drain(signal.SIGINT)
     (folder,) = host.tmp.iterdir()
     (folder / "go").touch()
     assert master.wait() == 130
@@ -387,10 +353,9 @@ def test_the_second_ctrl_c_leaves_nothing_and_does_not_wait_for_a_host_that_is_d
     with socket.create_server(("127.0.0.1", 0)) as silent:  # takes connections and says nothing
         net.configure("silent", f"Port {silent.getsockname()[1]}")
         host, master = start_long_tasks(net, *on("silent"))
-        processes = descendants_of(master.pid)
+        processes = master.descendants()
         assert len(processes) == 2
-        master.signal(signal.SIGINT)
-        master.wait_line("draining")
+        master.drain(signal.SIGINT)
         master.signal(signal.SIGINT)
         assert master.wait() == 130
         host.check_clean()
@@ -401,8 +366,8 @@ def test_a_jump_host_that_hangs_keeps_no_master_from_its_end(net: SshNet) -> Non
     net.configure("beyond", "ProxyCommand sleep 1000")  # which has the standard error of ssh
     master = net.master("--workers", 1, *on("beyond"), "--function", "functions:stay", 1)
     master.wait_line("worker .* connected")
-    wait_until(lambda: any(process.name() == "sleep" for process in descendants_of(master.pid)))
-    processes = descendants_of(master.pid)
+    wait_until(lambda: any(process.name() == "sleep" for process in master.descendants()))
+    processes = master.descendants()
     net.farm.let_go()
     assert master.wait() == 0
     check_ended(processes)
@@ -414,9 +379,6 @@ def test_another_forwarding_of_the_user_is_not_taken_for_ours(net: SshNet) -> No
     master = net.master(*on("1/host1"), "--function", "functions:double", 1)
     assert master.wait() == 0
     assert not master.said("trying again")
-
-
-# ---- what is given -------------------------------------------------------------------------------------------------
 
 
 def test_a_host_is_read() -> None:

@@ -20,20 +20,17 @@ from typing import Any
 
 import psutil
 import pytest
-from lab import Farm, Program, check_ended, check_once, check_silence, descendants_of, wait_until
+from lab import Farm, Program, check_ended, check_once, check_silence, wait_until
 
-pytestmark = [
-    pytest.mark.skipif(not hasattr(fcntl, "F_SETPIPE_SZ"), reason="needs pipes whose size can be set"),
-    pytest.mark.timeout(300),
-]
+pytestmark = pytest.mark.skipif(not hasattr(fcntl, "F_SETPIPE_SZ"), reason="needs pipes whose size can be set")
 
 STANDSTILL = float(os.environ.get("SUSPENDED_SECONDS", "80"))
 LARGE = 30_000_000  # characters of a result that does not fit into the buffers of the network
 RESULTS = ("--results", "results.jsonl")
 STAY = ("--function", "functions:stay")
-WORK = ("--function", "suspended:work")
+WORK = ("--function", "mod:work")
 
-FUNCTIONS = f"""
+MODULE = f"""
 import os, subprocess, time
 from functions import note
 
@@ -76,17 +73,12 @@ class Pipe:
             return reader.read()
 
 
-# ---- what stands still -----------------------------------------------------------------------------------------------
-
-
 class Standstill:
     """A stopped master with workers of all sorts, and masters whose standard output nobody reads, one of large results."""
 
     def __init__(self, folder: Path) -> None:
-        self.farms = [Farm(folder / name) for name in ("stopped", "unread", "large")]
+        self.farms = [Farm(folder / name, MODULE) for name in ("stopped", "unread", "large")]
         self.farm, self.unread_farm, large_farm = self.farms
-        for farm in self.farms:
-            farm.write("suspended.py", FUNCTIONS)
         self.master = self.farm.master("--tasks", "-", *RESULTS, "--workers", 1, *WORK, stdin=subprocess.PIPE)
         self.workers = []
         for task in ("meanwhile", "large", "go"):  # the local worker gets the first of them
@@ -125,9 +117,6 @@ def standstill(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Standstill]
         farm.close()
 
 
-# ---- a dropped session, and what the parent has ignored --------------------------------------------------------------
-
-
 def test_a_hangup_that_was_ignored_stays_so(farm: Farm) -> None:
     ignore = "signal.signal(signal.SIGHUP, signal.SIG_IGN)"  # what nohup does
     options = ("--tasks", "-", *RESULTS, "--workers", 1, *STAY)
@@ -135,12 +124,11 @@ def test_a_hangup_that_was_ignored_stays_so(farm: Farm) -> None:
     worker = farm.run_after(ignore, "task_worker.py", "--port", master.port(), "--processes", 1, *STAY)
     master.put("1\n2\n")
     wait_until(lambda: len(farm.started()) == 2, master, worker)
-    for process in [*descendants_of(master.pid), *descendants_of(worker.pid), worker, master]:
+    for process in [*master.descendants(), *worker.descendants(), worker, master]:
         with contextlib.suppress(psutil.NoSuchProcess):
             os.kill(process.pid, signal.SIGHUP)
     farm.let_go()
-    master.put("3\n")
-    master.end_input()
+    master.give([3])
     assert (master.wait(), worker.wait()) == (0, 0)
     assert [record["attempts"] for record in farm.records()] == [1, 1, 1]
     assert not master.said("draining") + worker.said("draining")
@@ -153,7 +141,7 @@ def test_a_terminal_that_goes_away_drains_the_job_and_leaves_nothing(farm: Farm)
     master = farm.run_after(take, "task_master.py", "--port", 0, *RESULTS, "--workers", 1, *STAY, 1, 2, 3, pass_fds=[theirs])
     os.close(theirs)
     farm.wait_started(master)
-    processes = descendants_of(master.pid)
+    processes = master.descendants()
     os.close(ours)
     with contextlib.suppress(subprocess.TimeoutExpired):
         master.process.wait(1)
@@ -163,10 +151,9 @@ def test_a_terminal_that_goes_away_drains_the_job_and_leaves_nothing(farm: Farm)
     assert 1 in [record["result"] for record in farm.records()]
 
 
-@pytest.mark.parametrize("what", [("--command", "exit {}"), ("--function", "suspended:count")], ids=["command", "function"])
+@pytest.mark.parametrize("what", [("--command", "exit {}"), ("--function", "mod:count")], ids=["command", "function"])
 @pytest.mark.parametrize("whom", ["master", "worker"])
 def test_an_exit_status_counts_though_the_parent_ignores_the_end_of_children(farm: Farm, whom: str, what: Any) -> None:
-    farm.write("suspended.py", FUNCTIONS)
     ignore = "signal.signal(signal.SIGCHLD, signal.SIG_IGN)"
     local = ("--workers", 1, *what) if whom == "master" else ()
     master = farm.run_after(ignore, "task_master.py", "--port", 0, *RESULTS, *local, "0", "3")
@@ -177,9 +164,6 @@ def test_an_exit_status_counts_though_the_parent_ignores_the_end_of_children(far
     first, second = farm.records()
     assert "result" in first and second.get("error", {}).get("exit") == (3 if failed else None)
     assert failed or (first["result"], second["result"]) == (0, 3)
-
-
-# ---- blocked output --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("descriptor", [1, 2], ids=["standard output", "standard error"])
@@ -203,14 +187,10 @@ def test_the_second_signal_ends_a_program_whose_output_is_blocked_without_a_trac
     check_silence(blocked)
 
 
-# ---- what stood still goes on ----------------------------------------------------------------------------------------
-
-
 def test_a_worker_comes_and_goes_while_nobody_reads_the_records(standstill: Standstill) -> None:
     worker = standstill.unread_farm.worker(standstill.unread, *WORK)
     worker.wait_line("connected to")
-    worker.signal(signal.SIGTERM)
-    worker.wait_line("draining")
+    worker.drain()
     worker.signal(signal.SIGTERM)  # since it may wait until somebody reads what it has reported
     assert worker.wait() in (0, 143)
     assert standstill.unread.is_running()
@@ -238,9 +218,8 @@ def test_a_master_that_was_stopped_goes_on_with_all_its_workers(standstill: Stan
     master.signal(signal.SIGCONT)
     farm.let_go()
     farm.wait_records(master, 4)
-    master.put("".join(f"{n}\n" for n in range(20)))
-    master.end_input()
+    master.give(range(20))
     assert [program.wait() for program in [master, *workers]] == [0] * 4
-    check_once(farm.records(), 24)
+    farm.check_once(24)
     assert all(record["result"] == ("x" * LARGE if record["task"] == "large" else record["task"]) for record in farm.records())
     check_silence(master)

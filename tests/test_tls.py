@@ -7,21 +7,12 @@ What crashes cost is looked at with TLS, too, where it is without: see the tests
 from __future__ import annotations
 
 import itertools
-import json
 import socket
 import subprocess
 from typing import Any, NamedTuple
 
 import pytest
-from lab import ROOT, Farm, Program, Relay, check_said, check_silence, find_pythons, has_psk, make_patched
-
-
-def test_results_are_the_same_with_and_without_tls(any_farm: Farm) -> None:
-    master = any_farm.master("--workers", 2, "--tasks", any_farm.write_tasks(range(500)), "--results", "results.jsonl")
-    assert master.wait() == 0
-    records = {record["id"]: json.dumps(record["result"]) for record in any_farm.records()}
-    assert records == {n: f'"{n} * {n} = {n * n}"' for n in range(500)}
-
+from lab import ROOT, Farm, Program, Relay, check_one_line, check_said, check_silence, find_pythons, has_psk
 
 IMPOSTOR = """
 import socket, ssl, sys
@@ -86,7 +77,7 @@ def test_a_flipped_byte_costs_a_connection_and_not_the_job(tls_farm: Farm) -> No
 @pytest.mark.parametrize("stopped", ["worker", "master"])
 def test_silence_is_noticed_with_tls(tls_farm: Farm, stopped: str) -> None:
     """With a tenth of the product's patience."""
-    patched = make_patched(tls_farm, SILENCE_LIMIT=6.0, ANSWER_LIMIT=4.4, BEAT_INTERVAL=1.5)
+    patched = tls_farm.make_patched(SILENCE_LIMIT=6.0, ANSWER_LIMIT=4.4, BEAT_INTERVAL=1.5)
     master = tls_farm.run(patched / "task_master.py", "--tls", "--port", 0, 300)
     options: Any = ("--port", master.port(), "--tls", "--processes", 1, "--function", "functions:nap", "--wait", 1)
     worker = tls_farm.run(patched / "task_worker.py", *options)
@@ -98,8 +89,6 @@ def test_silence_is_noticed_with_tls(tls_farm: Farm, stopped: str) -> None:
     else:
         worker.wait_line("(lost|cannot reach) the master")
 
-
-# ---- every pair of Pythons, choices and addresses --------------------------------------------------------------------
 
 CHOICES = ["--tls", "--no-tls", ""]
 LOOPBACK, BEYOND = "loopback", "beyond"
@@ -124,24 +113,9 @@ def addresses() -> dict[str, str]:
     return found
 
 
-def find_mode(age: str, choice: str, place: str) -> str:
-    """What an end does: `tls`, `plain`, or `refuses` to start."""
-    wants = choice == "--tls" or (not choice and place == BEYOND)
-    return ("tls" if age == "new" else "refuses") if wants else "plain"
-
-
 def check_refused(program: Program, choice: str) -> None:
     """One line that names the Python that is needed, and the ways out."""
-    assert program.wait() == 2
-    (line,) = program.stderr
-    for word in ["3.13", "--ssh", *([] if choice else ["--no-tls"])]:
-        assert word in line
-
-
-def check_warned(program: Program, mode: str, place: str) -> None:
-    """Who listens or connects in plain text beyond loopback says who can then read and alter what."""
-    warned = bool(program.said("can read|read and alter"))
-    assert warned == (mode == "plain" and place == BEYOND), program.stderr
+    check_one_line(program, 2, "3.13", "--ssh", *([] if choice else ["--no-tls"]))
 
 
 class End(NamedTuple):
@@ -151,15 +125,19 @@ class End(NamedTuple):
 
     @property
     def mode(self) -> str:
-        return find_mode(*self)
+        """What it does: `tls`, `plain`, or `refuses` to start."""
+        wants = self.choice == "--tls" or (not self.choice and self.place == BEYOND)
+        return ("tls" if self.age == "new" else "refuses") if wants else "plain"
 
 
-PAIRS = [
-    (End(master_age, master_choice, place), End(worker_age, worker_choice, place))
-    for place in (LOOPBACK, BEYOND)
-    for master_age, worker_age in itertools.product(["old", "new"], repeat=2)
-    for master_choice, worker_choice in itertools.product(CHOICES, repeat=2)
-]
+def check_warned(program: Program, end: End) -> None:
+    """Who listens or connects in plain text beyond loopback says who can then read and alter what."""
+    warned = bool(program.said("can read|read and alter"))
+    assert warned == (end.mode == "plain" and end.place == BEYOND), program.stderr
+
+
+ENDS = [End(*end) for end in itertools.product(["old", "new"], CHOICES, [LOOPBACK, BEYOND])]
+PAIRS = [(master, worker) for master, worker in itertools.product(ENDS, repeat=2) if master.place == worker.place]
 
 
 @pytest.mark.parametrize(("listens", "connects"), PAIRS, ids=" ".join)
@@ -168,7 +146,7 @@ def test_a_pair(farm: Farm, pythons: dict[str, str], addresses: dict[str, str], 
     if {listens.age, connects.age} - set(pythons) or listens.place not in addresses:
         pytest.skip(f"here are only {pythons} and {addresses}")
     silent = (listens.mode, connects.mode) == ("tls", "plain")
-    patched = make_patched(farm, HANDSHAKE_LIMIT=2.0) if silent else ROOT
+    patched = farm.make_patched(HANDSHAKE_LIMIT=2.0) if silent else ROOT
 
     def start(end: End, program: str, *options: object) -> Program:
         where = ("--host", addresses[end.place], *end.choice.split())
@@ -188,23 +166,19 @@ def test_a_pair(farm: Farm, pythons: dict[str, str], addresses: dict[str, str], 
     else:
         assert (worker.wait(), master.wait()) == (0, 0), worker.stderr + master.stderr
         assert "Result: 3 * 3 = 9" in master.stdout
-        check_warned(worker, connects.mode, connects.place)
-    check_warned(master, listens.mode, listens.place)
+        check_warned(worker, connects)
+    check_warned(master, listens)
     check_silence(master, worker)
 
 
-@pytest.mark.parametrize("age", ["old", "new"])
-@pytest.mark.parametrize("choice", CHOICES)
-@pytest.mark.parametrize("place", [LOOPBACK, BEYOND])
-def test_a_local_worker_does_as_its_master(
-    farm: Farm, pythons: dict[str, str], addresses: dict[str, str], age: str, choice: str, place: str
-) -> None:
-    if age not in pythons or place not in addresses:
+@pytest.mark.parametrize("end", ENDS, ids=" ".join)
+def test_a_local_worker_does_as_its_master(farm: Farm, pythons: dict[str, str], addresses: dict[str, str], end: End) -> None:
+    if end.age not in pythons or end.place not in addresses:
         pytest.skip(f"here are only {pythons} and {addresses}")
-    argv = ("--port", 0, "--host", addresses[place], *choice.split(), "--workers", 1, "3")
-    master = farm.run("task_master.py", *argv, python=pythons[age])
-    if find_mode(age, choice, place) == "refuses":
-        check_refused(master, choice)
+    argv = ("--port", 0, "--host", addresses[end.place], *end.choice.split(), "--workers", 1, "3")
+    master = farm.run("task_master.py", *argv, python=pythons[end.age])
+    if end.mode == "refuses":
+        check_refused(master, end.choice)
     else:
         assert master.wait() == 0, master.stderr
         assert "Result: 3 * 3 = 9" in master.stdout
