@@ -111,7 +111,7 @@ REFUSED = {
     "np.datetime64('2025-01-02')": ("result", "datetime"),
     "np.array([1j])": ("result", "complex"),
     "{np.datetime64('2025-01-02'): 1}": ("result", "datetime"),
-    "Awaited()": ("result is a values.Awaited",),
+    "Awaited()": ("result is a mod.Awaited",),
     "np.array([1], dtype=np.longdouble)": ("result[0]", "longdouble"),
 }
 
