@@ -124,7 +124,7 @@ DOUBT_AFTER = 10  # error outcomes in a row after which a worker gets one task a
 FIRST_PAUSE, LAST_PAUSE = 0.25, 60.0  # seconds before such a worker's next task, doubled each time
 OTHERS_TIME = 2.0  # seconds after the first worker came, while others may be on their way, and may do better
 AVOID_TIME = 10.0  # seconds that a retry is left for another worker, whose processes may all be busy for hours
-AVOID_LIMIT, AVOID_PAUSE = 1000, 0.1  # retries that one lease leaves for others, and seconds until a worker asks again
+AVOID_LIMIT, AVOID_PAUSE = 1000, 0.1  # retries that one lease leaves for others, and seconds until a worker may ask again
 KINDS_LIMIT = 1000  # kinds of failures that are told apart
 KINDS_SHOWN = 10  # kinds of failures in the summary, and retries of each kind that are told
 
@@ -308,10 +308,8 @@ class Ledger:
     def begin(self) -> None:
         """There will be tasks. Raises Failure when the last job is not over or was ended early, or what has ended it."""
         with self._lock:
-            if self.phase == Phase.FAILED and self.reason:
-                raise self.reason
             if self.phase != Phase.OVER:
-                raise Failure("this TaskMaster was closed, or a run of it ended early: make another one")
+                raise self.reason or Failure("this TaskMaster was closed, or a run of it ended early: make another one")
             self.phase, self.reason = Phase.OPEN, None
 
     def end(self, phase: Phase, reason: BaseException | None = None) -> None:
@@ -905,9 +903,9 @@ def load_plain(data: bytes) -> Any:
     return value
 
 
-def count_objects(value: Any) -> int:
+def count_objects(value: Any) -> float:
     """How many objects JSON would have for a value, up to about OBJECT_LIMIT; 600 characters or digits count as one, too."""
-    count, stack = 1, [value]
+    count, stack = 1.0, [value]
     while stack and count <= OBJECT_LIMIT:  # a list may stand in itself, or in another one many times
         item = stack.pop()
         if isinstance(item, (list, tuple, dict)):
@@ -915,9 +913,9 @@ def count_objects(value: Any) -> int:
             stack += parts
             count += len(parts)
         elif isinstance(item, (str, bytes)):
-            count += len(item) // 600
+            count += len(item) / 600
         elif isinstance(item, int):
-            count += item.bit_length() // 1800
+            count += item.bit_length() / 1800
     return count
 
 
@@ -1167,7 +1165,9 @@ class Refusal(Failure):
 
 # Records as they were written, of tasks that are whole numbers or strings without escapes; and the beginning of any record.
 find_plain_records = re.compile(
-    r'^\{"id": ([0-9]{1,15}), "task": (-?[0-9]+|"[^"\\\n\0]*"), "(?:(result)|error)": [^\n\0]*\}$', re.MULTILINE
+    r'^\{"id": ([0-9]{1,15}), "task": (-?[0-9]+|"[^"\\\n\0]*"), '
+    r'"(?:(result)|error)": (?!null, "[re])[^\n\0]*"attempts": [0-9]+\}$',
+    re.MULTILINE,
 ).findall
 match_record = re.compile(r'\{"id": ([0-9]{1,15}), "task": ').match
 
@@ -1258,8 +1258,7 @@ class ResultsFile:
                 text = b"".join(lines).decode("utf-8", "replace")
                 plain = find_plain_records(text)
                 ids = [int(task_id) for task_id, _, _ in plain]
-                whole = text.count('{"id": ') == text.count(RESULT) + text.count(ERROR) == len(lines) == len(ids)
-                if whole and max(ids, default=0) - len(self._offsets) < GAP_LIMIT:
+                if len(ids) == len(lines) == text.count('{"id": ') and max(ids, default=0) - len(self._offsets) < GAP_LIMIT:
                     self._note(ids, offsets, [hash(task) | 1 if result else hash(task) & -2 for _, task, result in plain])
                 else:
                     for position, line in enumerate(lines):
@@ -1330,7 +1329,7 @@ class ResultsFile:
         path = self._new_path = f"{self.path}.{random.getrandbits(64):x}"
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o600)
         try:
-            with open(fd, "wb", buffering=1 << 20) as new, open(self.path, "rb") as old:  # where seeks empty the buffer
+            with open(fd, "wb", buffering=1 << 20) as new, open(self.path, "rb", buffering=1 << 13) as old:
                 new.writelines(self._choose_lines(old, ordered))
                 new.flush()
                 os.fsync(fd)
@@ -1379,7 +1378,8 @@ def read_record(line: str) -> tuple[int, str, bool]:
     if match and "\0" not in line:  # which a power cut may leave
         end = scan_strictly(line, match.end())[1]
         ok = line.startswith(f", {RESULT}", end)
-        whole = line.count('{"id": ') == line.count(RESULT) + line.count(ERROR) == 1 and line.rstrip().endswith("}")
+        filled = line.startswith((f", {RESULT}null", f", {ERROR}null"), end) and line.count(RESULT) + line.count(ERROR) > 1
+        whole = line.rstrip().endswith("}") and line.count('{"id": ') == 1 and not filled
         if whole and (ok or line.startswith(f", {ERROR}", end)):
             return int(match[1]), line[match.end() : end], ok
     record = json.loads(line)  # it was written by another program
@@ -1532,9 +1532,10 @@ class LocalWorker:
     def _may_go_on(self, status: int) -> bool:
         """Whether to start it again after this exit status; blocks for as long as one should wait before that."""
         self._master.restarts += 1
-        self.reason = f"the local worker ended with exit status {status}, see standard error"
-        self.status = 2 if status == 2 else 1
+        self.reason = f"the local worker ended with exit status {status}"
         if status in (2, 3) or self._master.restarts > RESTARTS:
+            self.reason += ", see standard error"
+            self.status = 2 if status == 2 else 1
             return False
         self._master._log(f"{self.reason}: starting another")
         return not self._stopping.wait(1.0)
@@ -1900,7 +1901,7 @@ class TaskMaster:
         """Stop the job as if drained when no started worker is left, and no other one is connected."""
         gone = [f"{worker.host}: {worker.reason}" for worker in self.started if worker.ended.is_set()]
         if gone and len(gone) == len(self.started) and not self.peers and self.ledger.phase < Phase.OVER:
-            status = max([worker.status for worker in self.started])
+            status = 1 if self.ledger.done else max([worker.status for worker in self.started])
             self.ledger.end(Phase.DRAINING, Failure(f"no worker is left ({'; '.join(gone)})", status))
 
     # Called by the server's threads
@@ -2031,7 +2032,7 @@ class TaskMaster:
             self._log(f"task {task.id} failed: {count[1]}, attempt {task.attempts}")
         self._failures_left -= 1
         if not self._failures_left:
-            problem = f"stopped, as --max-failures {self._max_failures} asks (--resume begins with what failed)"
+            problem = f"stopped, as --max-failures {self._max_failures} asks"
             self.ledger.end(Phase.DRAINING, Failure(problem, 1))
 
     def _log(self, text: str) -> None:
@@ -2403,8 +2404,10 @@ class Job:
         if not self._results or not self._results.regular or not (self._options.task or self._options.tasks):
             return "what is not done is not remembered: use --tasks FILE and --results FILE to be able to resume"
         argv = [sys.executable, self._argv[0], *["--resume"] * (not self._options.resume), *self._argv[1:]]
-        same = " (with the same input)" if self._options.tasks and not os.path.isfile(self._options.tasks) else ""
-        return f"to carry on: {shlex.join(argv)}{same}"
+        hints = ["the same input"] if self._options.tasks and not os.path.isfile(self._options.tasks) else []
+        hints += ["a higher limit, since what failed is repeated"] if self._options.max_failures else []
+        hint = f" (with {' and '.join(hints)})" if hints else ""
+        return f"to carry on: {shlex.join(argv)}{hint}"
 
     def _conclude(self) -> int:
         """Say how it went; returns the exit status. Raises Failure."""

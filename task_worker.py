@@ -545,7 +545,7 @@ split_template = re.compile(
     (?P<body> \n (?: .*? \n )?? \t* (?P=end) $ )  # and its text
     | (?<! [^\s;&|()] ) (?<! \\. ) \# [^\n]*  # a comment
     | \\. | '[^']*'? | "(?:\\.|[^"\\])*"?  # what is quoted
-    | \$\{\w+\} | \{\w*\} | .  # a variable, braces, or a character
+    | \$\{ (?: \\. | '[^'{}]*' | "[^"{}]*" | [^{}"'\n] )* \} | \{\w*\} | .  # a variable, braces, or a character
     """,
     re.DOTALL | re.MULTILINE | re.VERBOSE,
 ).finditer
@@ -1323,7 +1323,7 @@ class Slot(threading.Thread):
             if answer[:1] == b"-":
                 problem = answer[1:].decode()
                 self._stop_child()
-                if not linked:
+                if not linked or attempt == START_ATTEMPTS - 1:
                     break
                 self._worker.leaving.wait(2.0**attempt)  # what it needs may be back: it could be loaded before
                 continue
@@ -1373,6 +1373,7 @@ class Slot(threading.Thread):
     def _join(self, link: Link) -> bool:
         """State what we run. Returns whether to work for this master; if not, waits a little."""
         if link.run_id == self._worker.finished:
+            link.close()  # a connection would count as a worker that may help
             self._worker.leaving.wait(random.uniform(0.5, 2.0))
             return False
         if self._started_after != self._worker.finished or self._run_id not in ("", link.run_id):
@@ -1476,7 +1477,7 @@ class Slot(threading.Thread):
     # with the child
 
     def _work(self, lines: list[str]) -> int:
-        """Run a lease to its end. Returns how many tasks would be worth the next round trip."""
+        """Run a lease, or as much of it as there is time for. Returns how many tasks would be worth the next round trip."""
         finished, begun_at = 0, time.monotonic()
         wanted = max(LEASE_SECONDS, min(MAX_LEASE_SECONDS, self._link.round_trip / ROUND_TRIP_SHARE) if self._link else 0.0)
         self._busy_from, self._lease_until = begun_at, begun_at + LEASE_SLACK * wanted
@@ -1586,7 +1587,7 @@ class Worker:
         self._failure: Failure | None = None
         self._slots = [Slot(self) for _ in range(options.processes)]
         self._slots_left = options.processes
-        self.folder: str | None = None  # where the children load the function: None when it was deleted
+        self.folder: str | None = None  # where the children load the function: None when it cannot be entered
         with contextlib.suppress(OSError):
             os.chdir(os.curdir)  # as a child will: it may belong to another user
             self.folder = os.getcwd()
