@@ -844,7 +844,12 @@ class RequestConnection(PlainConnection):
         silence_limit = self.sock.gettimeout()
         for part in range(LARGE, size + LARGE, LARGE):
             self.deadline = time.monotonic() + LARGE_LIMIT
-            super().fill(min(part, size))
+            try:
+                super().fill(min(part, size))
+            except EOFError:
+                if time.monotonic() > self.deadline:
+                    self.problem = f"a message of {size >> 20} MiB came too slowly: return less, or write it to a file"
+                raise
         self.end_handshake(silence_limit)
 
     def end_turn(self) -> None:
@@ -1541,13 +1546,17 @@ class LocalWorker:
         return not self._stopping.wait(1.0)
 
 
-SSH = "ssh -T -o BatchMode=yes -o ExitOnForwardFailure=yes -o ControlPath=none -o LogLevel=INFO -o ServerAliveInterval=15".split()
+SSH = (
+    "ssh -T -o BatchMode=yes -o ExitOnForwardFailure=yes -o ClearAllForwardings=no -o ControlPath=none -o LogLevel=INFO "
+    "-o ConnectTimeout=30 -o ServerAliveInterval=15"
+).split()
 # So the next attempt would end, too: told to leave (0), an old Python, a full disk (1), no such function (2), no Python (127).
 HOPELESS = (0, 1, 2, 3, 126, 127)
 find_hopeless = re.compile(  # in what ssh says
     r"Permission denied \(|Too many authentication failures|Host key (verification failed|for .* has changed)|"
-    r"no matching .* found|forwarding (failed|is disabled)|Could not resolve hostname(?!.*emporary)|Bad (owner|configuration)|"
-    r"invalid characters"
+    r"no matching .* found|(?<!stdio )forwarding (failed|is disabled)|administratively prohibited|"
+    r"Could not resolve hostname(?!.*emporary)|Bad (owner|configuration)|invalid characters|"
+    r"Cannot execute command-line and remote"
 ).search
 # No part of [N/]HOST[:PYTHON] may begin with `-`: ssh would take it for an option.
 match_ssh_host = re.compile(r"(?:([1-9]\d*)/)?(?!-)([^\s/:,\[\]]+)(?::(?![-:]|\d+$)(\S.*))?").fullmatch
@@ -1567,7 +1576,9 @@ while len(data) < size:
     data += sys.stdin.buffer.read(min(1 << 18, size - len(data))) or sys.exit(255)
 signal.alarm(0)
 with tempfile.TemporaryDirectory(prefix="task_worker-") as folder:
-    zipfile.ZipFile(io.BytesIO(data)).extractall(folder)
+    archive = zipfile.ZipFile(io.BytesIO(data))
+    for member in archive.infolist():
+        os.chmod(archive.extract(member, folder), member.external_attr >> 16 | 0o600)
     command = [sys.executable, folder + "/task_worker.py", *arguments]
     worker = subprocess.Popen(command, cwd=folder, env={**os.environ, **environment})
     print("task_worker", worker.pid, "started", flush=True)
@@ -1611,7 +1622,7 @@ class SshWorker(LocalWorker):
         text = line.decode("utf-8", "replace").rstrip()
         if self._said is None:
             console.write(f"{self.host}: {text}\n".encode("utf-8", "replace"))
-        elif allocated := re.match(rf"Allocated port (\d+) for remote forward to .*:{self._master.address[1]}$", text):
+        elif allocated := re.search(rf"Allocated port (\d+) for remote forward to .*:{self._master.address[1]}$", text):
             threading.Thread(target=self._feed, args=(process, allocated[1]), daemon=True).start()
         elif started := re.search(r"task_worker (\d+) started$", text):
             self._said, self._pause, self._known = None, 1.0, True
@@ -1675,8 +1686,8 @@ def pack_files(function: str | None) -> bytes:
             archive.write(WORKER_FILE, "task_worker.py")
             for path in paths:
                 archive.write(path)
-    except OSError as error:
-        raise Failure(f"--function {function}: cannot read {error.filename}: {explain_error(error)}") from None
+    except (OSError, UnicodeError) as error:  # UnicodeError: the name of a file
+        raise Failure(f"--function {function}: cannot pack {os.path.abspath(top)} for --ssh: {explain_error(error)}") from None
     return content.getvalue()
 
 
@@ -1976,8 +1987,9 @@ class TaskMaster:
 
     def _goodbye(self, peer: Peer) -> None:
         """A connection has ended: what it held is READY again, or given up."""
-        if peer.conn.problem and peer.taken:
+        if peer.conn.problem:
             self._log(f"closed the connection of {peer.name}: {peer.conn.problem}")
+        if peer.conn.problem and peer.taken:
             with contextlib.suppress(EOFError):
                 self._take_result(peer, format_error("TypeError", f"the result cannot be recorded: {peer.conn.problem}"))
         again, given_up = self.ledger.drop(peer)

@@ -20,7 +20,19 @@ from typing import Any
 
 import psutil
 import pytest
-from lab import Farm, Program, SshHost, SshNet, check_ended, check_silence, find_pythons, make_script, needs_sshd, wait_until
+from lab import (
+    Farm,
+    Program,
+    SshHost,
+    SshNet,
+    check_ended,
+    check_said,
+    check_silence,
+    find_pythons,
+    make_script,
+    needs_sshd,
+    wait_until,
+)
 
 import task_master
 from task_master import Failure, TaskMaster
@@ -149,6 +161,23 @@ def test_a_package_travels_whole_and_nothing_else_does_and_one_above_20_mib_is_r
     assert master.wait() == 2
     said = f"--function pkg.inner.deep:look: {net.farm.folder}/pkg has more than 20 MiB, too much for --ssh"
     assert master.stderr == [f"task_master: {said}"]
+
+
+def test_a_program_in_a_package_can_be_run_there(net: SshNet) -> None:
+    net.host("host1")
+    (net.farm.folder / "tool").mkdir()
+    call = "subprocess.check_output([os.path.dirname(__file__) + '/hi']).decode()"
+    net.farm.write("tool/__init__.py", f"import os, subprocess\n\ndef f(n):\n    return {call}\n")
+    make_script(net.farm.folder / "tool" / "hi", "echo hi")
+    assert net.master(*on("1/host1"), "--function", "tool:f", "--results", "results.jsonl", 1).wait() == 0
+    assert net.farm.records()[0]["result"] == "hi\n"
+
+
+def test_a_file_name_that_is_no_text_is_refused(net: SshNet) -> None:
+    (net.farm.folder / "tool").mkdir()
+    net.farm.write("tool/__init__.py", "")
+    (net.farm.folder / "tool" / os.fsdecode(b"\xff")).touch()
+    check_said(net.master(*on("host1"), "--function", "tool:f", 1), 2, "--function tool:f: cannot pack .*/tool for --ssh")
 
 
 def test_a_folder_with_the_name_of_the_module_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -379,6 +408,26 @@ def test_another_forwarding_of_the_user_is_not_taken_for_ours(net: SshNet) -> No
     master = net.master(*on("1/host1"), "--function", "functions:double", 1)
     assert master.wait() == 0
     assert not master.said("trying again")
+
+
+def test_neither_a_banner_without_a_line_end_nor_cleared_forwardings_keep_a_worker_away(net: SshNet) -> None:
+    net.host("host1", more=f"Banner {net.farm.write('banner', 'Authorized users only')}")
+    net.configure("host1", "ClearAllForwardings yes")
+    assert net.master(*on("1/host1"), "--function", "functions:double", 1).wait() == 0
+
+
+@pytest.mark.parametrize(
+    ("said", "hopeless"),
+    [
+        ("Error: remote port forwarding failed for listen port 0", True),
+        ("stdio forwarding failed", False),  # a jump host, when the host behind it is down
+        ("channel 0: open failed: administratively prohibited: open failed", True),
+        ("Cannot execute command-line and remote command.", True),
+        ("connect to host 127.0.0.1 port 22: Connection refused", False),
+    ],
+)
+def test_what_another_attempt_would_not_mend_is_hopeless(said: str, hopeless: bool) -> None:
+    assert bool(task_master.find_hopeless(said)) == hopeless
 
 
 def test_a_host_is_read() -> None:
