@@ -161,8 +161,16 @@ for _ in range(20):
 def test_a_task_that_cannot_be_sent_does_not_shift_the_results_of_those_taken_before_it(farm: Farm) -> None:
     farm.write("tasks", "\n".join(['"a"', "[" * 900 + "]" * 900, '"b"']))
     master = farm.master("--tasks", "tasks", "--results", "results.jsonl")
-    client = start_client(farm, master, "taken = [tasks.get(), tasks.get()]\nfor task in taken:\n    results.put(task.upper())\n")
-    assert (client.wait(), master.wait()) == (0, 1), client.stderr
+    code = """
+taken = []
+while not tasks.empty():
+    taken.append(tasks.get())
+for task in taken:
+    results.put(task.upper() if isinstance(task, str) else "list")
+"""
+    client = start_client(farm, master, code)
+    assert client.wait() == 0, client.stderr
+    assert master.wait() in (0, 1)  # from Python 3.14 on it can be sent
     text = (farm.folder / "results.jsonl").read_text()
     assert sorted(re.findall(r'"task": "(\w)", "result": "(\w+)"', text)) == [("a", "A"), ("b", "B")]
 
