@@ -2213,32 +2213,30 @@ def make_parser() -> Parser:
         epilog="examples:\n  task_master.py --workers 2\n"
         "  task_master.py --tasks mails.jsonl --results sent.jsonl --workers 4 --function mailer:send\n",
     )
-    group = parser.add_argument_group("tasks")
-    group.add_argument("task", nargs="*", metavar="TASK", help="a JSON value (default: ten random integers)")
-    group.add_argument("--tasks", metavar="FILE", help="JSON Lines, one task a line; -: standard input")
-    group.add_argument("--text", action="store_true", help="a task is a line of text, not of JSON")
-    group.add_argument("-0", "--null", action="store_true", help="a task is a text before a zero byte (find -print0)")
+    add = parser.add_argument_group("tasks").add_argument
+    add("task", nargs="*", metavar="TASK", help="a JSON value (default: ten random integers)")
+    add("--tasks", metavar="FILE", help="JSON Lines, one task a line; -: standard input")
+    add("--text", action="store_true", help="a task is a line of text, not of JSON")
+    add("-0", "--null", action="store_true", help="a task is a text before a zero byte (find -print0)")
     parser._has_negative_number_optionals.clear()  # of -0; so that --port -1 is a bad port, and -5 a TASK
-    group = parser.add_argument_group("results")
-    group.add_argument("--results", metavar="FILE", help="a record of each task; -: standard output")
-    group.add_argument("--resume", action="store_true", help="carry on with the job of the results file")
-    group.add_argument("--ordered", action="store_true", help="put the file in the order of the tasks")
+    add = parser.add_argument_group("results").add_argument
+    add("--results", metavar="FILE", help="a record of each task; -: standard output")
+    add("--resume", action="store_true", help="carry on with the job of the results file")
+    add("--ordered", action="store_true", help="put the file in the order of the tasks")
     group = parser.add_argument_group("workers")
     group.add_argument("--workers", type=TYPES["workers"], default=0, metavar="N", help="start so many processes here, too")
     text = "start a worker on a host, through ssh (repeatable)"
     group.add_argument("--ssh", type=check_ssh_host, action="append", default=[], metavar="[N/]HOST[:PYTHON]", help=text)
     add_function_options(group)
-    group = parser.add_argument_group("limits")
+    add = parser.add_argument_group("limits").add_argument
+    add("--timeout", type=TYPES["timeout"], metavar="S", help="seconds that a task may take (default: no limit)")
+    add("--retries", type=NUMBER, default=0, metavar="N", help="of a task, after errors (default: %(default)s)")
     text = "seconds before a retry, doubled each time (default: %(default)g)"
-    group.add_argument("--timeout", type=TYPES["timeout"], metavar="S", help="seconds that a task may take (default: no limit)")
-    group.add_argument("--retries", type=NUMBER, default=0, metavar="N", help="of a task, after errors (default: %(default)s)")
-    group.add_argument("--retry-delay", type=TYPES["retry_delay"], default=0.0, metavar="S", help=text)
-    text = "of a task, after lost workers (default: %(default)s)"
-    group.add_argument("--redeliveries", type=NUMBER, default=2, metavar="N", help=text)
-    group.add_argument("--max-failures", type=COUNT, metavar="N", help="failed tasks that end the job (default: no limit)")
+    add("--retry-delay", type=TYPES["retry_delay"], default=0.0, metavar="S", help=text)
+    add("--redeliveries", type=NUMBER, default=2, metavar="N", help="of a task, after lost workers (default: %(default)s)")
+    add("--max-failures", type=COUNT, metavar="N", help="failed tasks that end the job (default: no limit)")
     group = parser.add_argument_group("where workers reach it")
-    host_help = "where to listen (default: %(default)s; 0.0.0.0: any)"
-    add_connection_options(group, 0, host_help, ", made if missing")
+    add_connection_options(group, 0, "where to listen (default: %(default)s; 0.0.0.0: any)", ", made if missing")
     return parser
 
 

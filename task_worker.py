@@ -415,10 +415,9 @@ def parse_host(text: str) -> str:
 
 def add_function_options(group: Any) -> None:
     """What is run, and for how long in one process."""
-    what = group.add_mutually_exclusive_group()
-    text = "called with each task (default: squares a number)"
-    what.add_argument("--function", type=check_spec, metavar="MODULE:NAME", help=text)
-    what.add_argument("--command", type=check_template, metavar="TEMPLATE", help="run in a shell for each task; {} is the task")
+    add = group.add_mutually_exclusive_group().add_argument
+    add("--function", type=check_spec, metavar="MODULE:NAME", help="called with each task (default: squares a number)")
+    add("--command", type=check_template, metavar="TEMPLATE", help="run in a shell for each task; {} is the task")
     group.add_argument("--tasks-per-process", type=COUNT, metavar="N", help="a fresh process after N tasks (default: no limit)")
 
 
@@ -430,9 +429,9 @@ def add_connection_options(group: Any, lowest_port: int, host_help: str, key_hin
     group.add_argument("--port", type=port, default=5000, help=f"(default: %(default)s{any_port})")
     text = f"the key, unless TASK_AUTHKEY is set (default: {DEFAULT_KEY_FILE}{key_hint})"
     group.add_argument("--authkey-file", metavar="FILE", help=text)
-    tls = group.add_mutually_exclusive_group()
-    tls.add_argument("--tls", action="store_true", default=None, help="encrypt (default beyond loopback; Python 3.13+)")
-    tls.add_argument("--no-tls", dest="tls", action="store_false", help="do not encrypt")
+    add = group.add_mutually_exclusive_group().add_argument
+    add("--tls", action="store_true", default=None, help="encrypt (default beyond loopback; Python 3.13+)")
+    add("--no-tls", dest="tls", action="store_false", help="do not encrypt")
 
 
 # ---- end of what the master imports --------------------------------------------------------------------------------
