@@ -2460,23 +2460,19 @@ class Job:
 
 def check_options(parser: Parser, options: argparse.Namespace) -> None:
     """Ends the program when options do not go together, or a stream is closed that they need."""
-    to_file = options.results not in (None, "-")
-    if sys.stdout is None and not to_file:
-        parser.error("standard output is closed, where the results should go: use --results FILE")
-    if sys.stdin is None and options.tasks == "-":
-        parser.error("standard input is closed, where the tasks should come from: use --tasks FILE")
-    if options.task and options.tasks is not None:
-        parser.error("TASK and --tasks: give one of them")
-    if (options.text or options.null) and not options.task and options.tasks is None:
-        parser.error("--text and -0 need tasks: give TASK or --tasks FILE (-: standard input)")
-    if options.resume and not to_file:
-        parser.error("--resume needs the --results FILE of the job to carry on")
-    if options.resume and not options.task and options.tasks is None:
-        parser.error("--resume needs the tasks again, as TASK or with --tasks FILE")
-    if options.results == "":
-        parser.error("--results takes the name of a file, and has none")
-    if options.ordered and not to_file:
-        parser.error("--ordered needs --results FILE: the file is put in order in the end")
+    no_file, no_tasks = options.results in (None, "-"), not options.task and options.tasks is None
+    problems = {
+        "standard output is closed, where the results should go: use --results FILE": not sys.stdout and no_file,
+        "standard input is closed, where the tasks should come from: use --tasks FILE": not sys.stdin and options.tasks == "-",
+        "TASK and --tasks: give one of them": options.task and options.tasks is not None,
+        "--text and -0 need tasks: give TASK or --tasks FILE (-: standard input)": (options.text or options.null) and no_tasks,
+        "--resume needs the --results FILE of the job to carry on": options.resume and no_file,
+        "--resume needs the tasks again, as TASK or with --tasks FILE": options.resume and no_tasks,
+        "--results takes the name of a file, and has none": options.results == "",
+        "--ordered needs --results FILE: the file is put in order in the end": options.ordered and no_file,
+    }
+    for problem in [problem for problem, is_so in problems.items() if is_so]:
+        parser.error(problem)
 
 
 def main(argv: list[str] | None = None) -> int:
