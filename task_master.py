@@ -1125,9 +1125,7 @@ def skip_recorded(batches: Iterable[list[str]], results: ResultsFile) -> Iterato
     """The tasks with "" for each that has a record already. Raises Refusal when these are not the tasks of the records."""
     task_id = 0
     for tasks in batches:
-        for position, text in enumerate(tasks):
-            if results.has(task_id + position, text):
-                tasks[position] = ""
+        tasks[:] = ["" if results.has(number, text) else text for number, text in enumerate(tasks, task_id)]
         yield tasks
         task_id += len(tasks)
     if task_id < results.least:
