@@ -881,14 +881,11 @@ class PlainUnpickler(pickle._Unpickler):
 
     dispatch = {getattr(pickle, name)[0]: pickle._Unpickler.dispatch[getattr(pickle, name)[0]] for name in PLAIN_OPCODES}
 
-    def load_setitems(self) -> None:
-        self._set_items(self.pop_mark())  # type: ignore[attr-defined]
-
     def load_setitem(self) -> None:
-        value, key = self.stack.pop(), self.stack.pop()  # type: ignore[attr-defined]
-        self._set_items([key, value])
+        self.load_setitems([self.stack.pop(-2), self.stack.pop()])  # type: ignore[attr-defined]
 
-    def _set_items(self, items: list[Any]) -> None:
+    def load_setitems(self, items: list[Any] | None = None) -> None:
+        items = self.pop_mark() if items is None else items  # type: ignore[attr-defined]
         if not all(isinstance(key, (str, bytes, int, float, type(None))) for key in items[::2]):
             raise pickle.UnpicklingError("a key is no scalar")  # to hash tuples nested deeply would overflow the stack
         self.stack[-1].update(zip(items[::2], items[1::2]))  # type: ignore[attr-defined]
