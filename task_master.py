@@ -141,8 +141,7 @@ def check_digits(text: str) -> int:
     return len(text)
 
 
-# The scanner that json.loads calls: a third of the time, without what stands around it there. The rough one reads every
-# number as a small one, which takes no memory of its own.
+# What json.loads calls: a third of the time. The rough one reads each number as a small one, which takes no memory of its own.
 scan_strictly = json.JSONDecoder(parse_constant=refuse_constant).scan_once  # type: ignore[attr-defined]
 scan_roughly = json.JSONDecoder(parse_constant=refuse_constant, parse_int=check_digits, parse_float=len).scan_once  # type: ignore[attr-defined]
 
@@ -242,10 +241,7 @@ class Task:
 
 
 class Standing:
-    """How a worker has done: one whose host lacks a program or a mount fails at once, and would eat the whole queue.
-
-    Users of HTCondor know such a host as a black hole.
-    """
+    """How a worker has done: one whose host lacks a program or a mount fails at once, and would eat the queue (a black hole)."""
 
     def __init__(self, proven: bool = False) -> None:
         self.proven = proven  # whether it ever had a result
@@ -278,10 +274,7 @@ class Outcomes(NamedTuple):
 
 
 class Ledger:
-    """The state of every task and of the job: pure decisions under one lock, without I/O and without a clock.
-
-    A holder is any hashable object that stands for a connection; `now` is a time in seconds, of any clock.
-    """
+    """The state of every task and of the job: pure decisions under one lock, without I/O; `now` is in seconds, of any clock."""
 
     def __init__(self, retries: int = 0, redeliveries: int = 2, retry_delay: float = 0.0, others_time: float = 0.0) -> None:
         self._retries, self._redeliveries, self._retry_delay = retries, redeliveries, retry_delay
@@ -295,7 +288,7 @@ class Ledger:
         self._delayed: list[tuple[float, int, Task]] = []  # a heap: when READY tasks may be retried
         self._ready_bytes = 0
         self._tasks: dict[int, Task] = {}  # all that are not DONE
-        self._held: dict[object, dict[int, Task]] = {}
+        self._held: dict[object, dict[int, Task]] = {}  # by holder: any hashable object that stands for a connection
         self._recording = 0  # how many the RECORDER holds
         self._slots: dict[object, Standing] = {}  # by holder: its worker
         self._workers: dict[object, Standing] = {}
@@ -372,10 +365,7 @@ class Ledger:
             return self._leasable.wait_for(lambda: self.phase > Phase.OVER or self._can_lease(), timeout)
 
     def lease(self, holder: object, limit: int, now: float) -> list[Task] | None:
-        """Up to `limit` tasks for a holder, [] when there is none yet, None when the job is over. Never blocks.
-
-        Slots share what is READY, but not down to a few tasks a call. What was lost before, or must not be lost, goes alone.
-        """
+        """Up to `limit` tasks for a holder, [] when there is none yet, None when the job is over. Never blocks."""
         with self._lock:
             if self.phase > Phase.OVER:
                 return None
@@ -384,7 +374,7 @@ class Ledger:
                 self._wake_next()  # the signal was perhaps for a task that this holder must not have
                 return []
             self._queue_due(now)
-            share = len(self._ready) // (len(self._slots) or 1)
+            share = len(self._ready) // (len(self._slots) or 1)  # of what is READY, but not down to a few tasks a call
             limit = max(1, min(limit, max(share, limit // LEASE_PART)))
             doubtful = self._is_in_doubt(standing, now)
             lease = self._take(1 if doubtful or not standing.proven else limit, len(self._held.get(holder, ())), standing, now)
@@ -596,7 +586,7 @@ class Ledger:
                 put_back.append(task)
                 continue
             room -= len(task.text)
-            alone = task.losses or not self._redeliveries
+            alone = task.losses or not self._redeliveries  # it was lost before, or must not be lost
             if tasks and (alone or room < 0):
                 put_back.append(task)
                 break
@@ -790,10 +780,7 @@ def load_outcome(outcome: str, scan: Callable[..., Any] = scan_strictly) -> tupl
 
 
 class RequestConnection(PlainConnection):
-    """The server's end of a connection: a worker sends text (see task_worker.py), a plain client pickles, as BaseManager does.
-
-    Each is answered in its own language.
-    """
+    """The server's end: a worker sends text (see task_worker.py), a plain client pickles, each is answered in its own way."""
 
     _large = threading.Lock()  # held by the connection that receives or serves a large message
 
@@ -873,11 +860,8 @@ PLAIN_OPCODES = (
 ).split()
 
 
-class PlainUnpickler(pickle._Unpickler):
-    """Reads a pickle that holds nothing but plain data: no opcode that imports, calls or sets attributes is known.
-
-    To refuse in `find_class` is not enough: a few bytes can make the C unpickler allocate gigabytes (CPython issue 115952).
-    """
+class PlainUnpickler(pickle._Unpickler):  # a few bytes can make the one in C allocate gigabytes (CPython issue 115952)
+    """Reads a pickle that holds nothing but plain data: no opcode that imports, calls or sets attributes is known."""
 
     dispatch = {getattr(pickle, name)[0]: pickle._Unpickler.dispatch[getattr(pickle, name)[0]] for name in PLAIN_OPCODES}
 
@@ -942,8 +926,7 @@ class QueueServer(managers.Server):
         self._pending: dict[RequestConnection, None] = {}  # in the handshake, oldest first
         self._accepting = threading.Thread(target=self.accepter, daemon=True)
         self.start = self._accepting.start  # in this process, so that the queues need not be pickled for a child
-        # The objects live as long as the server, under the name of their type, so there are no references to count
-        # (the counts of BaseManager can reach 0 while another client connects).
+        # They live as long as the server: the counts of BaseManager can reach 0 while another client connects.
         for typeid, (make, exposed, *_) in registry.items():
             self.id_to_obj[typeid] = (make(), set(exposed), {})
 
@@ -1130,14 +1113,11 @@ def skip_recorded(batches: Iterable[list[str]], results: ResultsFile) -> Iterato
 
 
 def read_lines(descriptor: int, name: str, end: bytes) -> Iterator[list[bytes]]:
-    """Lines without their end, in batches as they arrive; one that is too long comes cut, as far as it was read. Raises Failure.
-
-    From the descriptor, since a thread that waits in sys.stdin.buffer would crash the interpreter at its end.
-    """
+    """Lines without their end, in batches as they arrive; one too long comes cut, as far as it was read. Raises Failure."""
     rest = bytearray()
     skipping = False  # what comes is the rest of a line that was too long
     try:
-        while chunk := os.read(descriptor, 1 << 18):
+        while chunk := os.read(descriptor, 1 << 18):  # to wait in sys.stdin.buffer would crash the interpreter at its end
             if skipping:
                 _, found, chunk = chunk.partition(end)
                 skipping = not found

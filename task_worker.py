@@ -245,13 +245,10 @@ def is_loopback(host: str) -> bool:
 
 
 def make_poll(file: Any) -> Callable[[float], bool]:
-    """A function that tells whether something can be read, if only the end; it blocks for that many seconds at most.
-
-    `connection.wait` makes a selector for each call, a tenth of what it costs to pass a task on (row `latency` of the benchmark).
-    """
+    """A function that tells whether something can be read, if only the end; it blocks for that many seconds at most."""
     if not hasattr(select, "poll"):
         return lambda timeout: bool(connection.wait([file], timeout))
-    poll = select.poll()
+    poll = select.poll()  # once: `connection.wait` makes one for each call, a tenth of what a task costs (row `latency`)
     poll.register(file, select.POLLIN)
     return lambda timeout: bool(poll.poll(timeout * 1000))
 
@@ -314,13 +311,10 @@ CLOSED: set[int] = set()  # SIGHUP, when it has come since these were closed
 
 
 def catch_signals(handler: Callable[[int, Any], None]) -> None:
-    """Call `handler` for the signals that stop a program, except SIGHUP where the parent ignores it, as `nohup` does.
-
-    A terminal that is closed counts as one signal, though the shell and the system both send a SIGHUP then.
-    """
+    """Call `handler` for the signals that stop a program, except SIGHUP where the parent ignores it, as `nohup` does."""
 
     def handle(number: int, frame: Any) -> None:
-        again = number in CLOSED
+        again = number in CLOSED  # when a terminal is closed, the shell and the system both send a SIGHUP: it counts once
         if number not in (signal.SIGINT, signal.SIGTERM) and TERMINALS and not any(map(os.isatty, TERMINALS)):
             CLOSED.add(number)
         if not again:
@@ -551,10 +545,7 @@ split_template = re.compile(
 
 
 def parse_template(template: str) -> tuple[str, list[str], list[str]]:
-    """The script of a --command TEMPLATE, the members of a task that it names, and those that it names in quotes. Raises Failure.
-
-    Only variables come into the script, never a task's text: a shell does not read what a variable holds as code.
-    """
+    """The script of a --command TEMPLATE, the members of a task that it names, and those in quotes. Raises Failure."""
     shown = f"--command {' '.join(template.split())}"
     if "\0" in template:
         raise Failure(f"{shown!r}: it has a zero byte, which no command can have: take it out")
@@ -579,7 +570,7 @@ def parse_template(template: str) -> tuple[str, list[str], list[str]]:
             keep(text[match.start() : max(end, match.end())])
         elif MEMBER.fullmatch(part):
             names.append(part[1:-1])
-            return f'"$TASK__{part[1:-1]}"'
+            return f'"$TASK__{part[1:-1]}"'  # never a task's text: a shell does not read what a variable holds as code
         return '"$TASK"' if part == "{}" else part
 
     def keep(text: str) -> str:
@@ -657,10 +648,8 @@ def to_bytes(value: Any) -> bytes:
 
 
 def open_output() -> Any:
-    """A file without a name for what a command prints, so that nothing waits for what it left in the background.
-
-    As `tempfile.TemporaryFile` makes it, whose checks took a twentieth of a command's time (row `command` of the benchmark).
-    """
+    """A file without a name for what a command prints, so that nothing waits for what it left in the background."""
+    # As `tempfile.TemporaryFile` makes it, whose checks took a twentieth of a command's time (row `command` of the benchmark).
     with contextlib.suppress(OSError, AttributeError):  # not every system, and not every file system, has these
         return io.FileIO(os.open(tempfile.gettempdir(), os.O_RDWR | os.O_APPEND | os.O_TMPFILE, 0o600), "r+")
     return tempfile.TemporaryFile("a+b", buffering=0)
@@ -827,10 +816,7 @@ def make_memory() -> Any:
 
 
 def run_tasks(function: Callable[[Any], Any], lines: list[str], memory: Memory, pipe: Any, streams: Any) -> bool:
-    """Run tasks (`ID TEXT`) in this order, until the rest is revoked.
-
-    Returns whether this process is fit for more: not if a task took too long, or has damaged the standard streams.
-    """
+    """Run tasks (`ID TEXT`) in this order, until the rest is revoked. Returns whether this process is fit for more."""
     clock, words, place, stdout = time.perf_counter, memory.words, memory.bytes, sys.stdout
     command = function if isinstance(function, Command) else None
     getpid, pid = os.getpid, os.getpid()
@@ -920,11 +906,8 @@ def describe_error(error: BaseException, **more: Any) -> str:
 
 
 def share_compiled_code() -> None:
-    """Let children import this file by its name: what Python has compiled before makes their start a fifth shorter.
-
-    `multiprocessing` runs the main module again in each child, from its text if it knows nothing but its path.
-    """
-    path = os.path.realpath(__file__)
+    """Let children import this file by its name: what Python has compiled before makes their start a fifth shorter."""
+    path = os.path.realpath(__file__)  # if a child knows nothing else of the main module, it runs it again from its text
     if __name__ != "__main__":
         return
     sys.modules["__main__"].__spec__ = None  # that of `python -m` would have them look for it
@@ -1191,13 +1174,10 @@ class Link:
     """One connection to the master. OSError, EOFError and AuthenticationError say what went wrong. `close` it when done."""
 
     def __init__(self, address: tuple[str, int], key: bytes, name: str, context: Any = None, limit: float | None = None) -> None:
-        """Connect, and prove to each other that both know the key; blocks for HANDSHAKE_LIMIT seconds at most for each of these.
-
-        A later call blocks for `limit` seconds (None: for as long as the connection lives).
-        """
+        """Connect, and prove to each other that both know the key; blocks for HANDSHAKE_LIMIT seconds at most for each."""
         self._connection = PlainConnection(socket.create_connection(address, HANDSHAKE_LIMIT))
         self.answered_at = 0.0  # the time of the last answer
-        self._answer_limit = limit
+        self._answer_limit = limit  # seconds that a later call may block (None: for as long as the connection lives)
         self.close, self.has_answer = self._connection.close, self._connection.has_data
         try:
             if context:
@@ -1223,12 +1203,9 @@ class Link:
         return self.receive()
 
     def send(self, *calls: bytes, patient: bool = False) -> None:
-        """Make calls, whose answers `receive` will give one by one.
-
-        With `patient` that may take its time, as long as the connection lives: the master's disk may be slow.
-        """
+        """Make calls, whose answers `receive` will give one by one; `patient`: as long as the connection lives."""
         try:
-            self._connection.sock.settimeout(None if patient else self._answer_limit)
+            self._connection.sock.settimeout(None if patient else self._answer_limit)  # None: the master's disk may be slow
         except OSError as error:  # it is closed, since a call before this one was its end
             raise EOFError(str(error)) from error
         waits = patient and len(calls[0]) > LARGE_CALL  # then Linux would end a connection whose peer lives and takes no byte
@@ -1295,10 +1272,7 @@ class Slot(threading.Thread):
             self._stop_child()
 
     def _start_child(self) -> Child:
-        """Start the child and wait until it has loaded the function, or the worker leaves. Raises Failure, OSError.
-
-        Raises EOFError when the connection is lost meanwhile, or the job is over. What was leased does not wait for a long load.
-        """
+        """Start the child; wait until it has loaded the function or the worker leaves. Raises Failure, OSError, EOFError."""
         linked, begun_at = self._link is not None, time.monotonic()
         before = self._digest if self._started_after == self._worker.finished else ""  # of the same job
         for attempt in range(START_ATTEMPTS):
@@ -1310,12 +1284,12 @@ class Slot(threading.Thread):
                         child.kill()  # it has nothing to finish
                         return child
                     if time.monotonic() - begun_at > SLOW_TASK:
-                        self._release(self._done)
+                        self._release(self._done)  # what was leased does not wait for a long load
                     self._keep_in_touch(LOAD_BEAT)
                     if linked and (not self._link or self._started_after != self._worker.finished):
                         child.kill()
                         self._stop_child()
-                        raise EOFError("the connection was lost")
+                        raise EOFError("the connection was lost")  # or the job is over
             except ChildDied as died:
                 problem = f"a process ended before it could run a task: {died}"
                 continue
@@ -1389,10 +1363,7 @@ class Slot(threading.Thread):
         return joined
 
     def _lease(self, link: Link, limit: int) -> str | None:
-        """Report what is finished and lease anew, in one round trip. Returns lines; None when the job is over.
-
-        A report of many outcomes is sent when the lease is there, so that the child works while the master records.
-        """
+        """Report what is finished and lease anew, in one round trip. Returns lines; None when the job is over."""
         self._report(keep=1)
         many = bool(self._outcomes) and self._outcomes[0].count("\n") > LARGE_REPORT
         asked_at = time.monotonic()
@@ -1403,7 +1374,7 @@ class Slot(threading.Thread):
             link.send(call)
         self._tell()
         lease = link.receive()
-        if many:
+        if many:  # they are sent when the lease is there, so that the child works while the master records
             link.round_trip = min(link.answered_at - asked_at, 1.25 * link.round_trip)
             self._send_report()
         if lease is not None and not isinstance(lease, str):
