@@ -1073,11 +1073,7 @@ def kill_started(mark: str, root: int | None = None) -> None:
 
 
 def supervise(leaving: threading.Event) -> None:
-    """Go on in a child of this process; `leaving` is set there when a signal comes here.
-
-    This process passes signals on, and kills all that is left when the worker has ended, however it did: a process whose
-    parent is gone becomes a child of the next "subreaper" (see prctl(2)).
-    """
+    """Go on in a child of this process, which passes signals on (`leaving` is set there), and kills what is left at its end."""
     theirs, ours = os.pipe()
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # until both know what to do with them
     worker = os.fork()
@@ -1111,28 +1107,17 @@ def supervise(leaving: threading.Event) -> None:
     catch_signals(pass_on)
     signal.signal(signal.SIGTSTP, pause)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
-    become_subreaper()
-    leave_at_once(await_end(worker))
+    with contextlib.suppress(ImportError, OSError, AttributeError):
+        import ctypes
 
-
-def await_end(worker: int) -> int:
-    """Block until the worker has ended; returns the exit status for a shell, and says which signal has killed it."""
+        ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER: a process whose parent is gone becomes a child of this
     pid = status = 0
     while pid != worker:
         pid, status = os.wait()
     code = os.waitstatus_to_exitcode(status)
-    if code >= 0:
-        return code
-    write_last_line(f"task_worker: the worker was {explain_exit(code)}")
-    return 128 - code
-
-
-def become_subreaper() -> None:
-    """Have this process adopt what its descendants leave behind, where Python has ctypes."""
-    with contextlib.suppress(ImportError, OSError, AttributeError):
-        import ctypes
-
-        ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER
+    if code < 0:
+        write_last_line(f"task_worker: the worker was {explain_exit(code)}")
+    leave_at_once(code if code >= 0 else 128 - code)
 
 
 def drain(leaving: threading.Event) -> None:
