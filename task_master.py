@@ -1007,13 +1007,10 @@ def make_server(master: TaskMaster) -> QueueServer:
     class QueueManager(managers.BaseManager):
         """The tutorial's manager: a class for each master, since each registers its own two queues."""
 
-        def get_server(self) -> QueueServer:
-            return QueueServer(master, self._registry)  # type: ignore[attr-defined]
-
     QueueManager.register("get_task_queue", lambda: TaskQueue(master), exposed=TaskQueue.exposed)
     QueueManager.register("get_result_queue", lambda: ResultQueue(master), exposed=ResultQueue.exposed)
     try:
-        return QueueManager().get_server()
+        return QueueServer(master, QueueManager._registry)  # type: ignore[attr-defined]
     except OSError as error:
         hint = "is --host one of this machine?"
         if error.errno in (errno.EADDRINUSE, errno.EADDRNOTAVAIL):
