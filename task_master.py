@@ -528,9 +528,8 @@ class Ledger:
     def _queue_due(self, now: float) -> None:
         """Queue the retries whose delay is over."""
         while self._delayed and self._delayed[0][0] <= now:
-            task = heapq.heappop(self._delayed)[2]
-            self._ready_bytes -= len(task.text)
-            self._queue([task])
+            self._ready.append(heapq.heappop(self._delayed)[2])
+            self._wake_next()
 
     def _wake_next(self) -> None:
         """Wake one that waits for tasks; it wakes the next if it leaves some. So a thousand do not wake for a few tasks."""
