@@ -688,25 +688,21 @@ def encode_result(value: Any) -> str:
     return text
 
 
-def make_plain(value: Any, place: str) -> Any:
+def make_plain(value: Any, place: str, is_key: bool = False) -> Any:
     """A value as JSON has it: what has `tolist` converted, and None for NaN and the infinities. Raises TypeError."""
     if hasattr(type(value), "tolist") and type(plain := value.tolist()) is not type(value):  # numpy, pandas, torch
-        return make_plain(plain, place)
+        return make_plain(plain, place, is_key)
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if value is None or isinstance(value, (str, int, float)):
         return value
-    if isinstance(value, (list, tuple)):
+    if isinstance(value, (list, tuple)) and not is_key:
         return [make_plain(item, f"{place}[{index}]") for index, item in enumerate(value)]
-    strange = [value]
-    if isinstance(value, dict):
-        strange = [
-            key for key in value if not (key is None or isinstance(key, (str, int, float)) or hasattr(type(key), "tolist"))
-        ]
-    for item in strange:
-        kind = f"{type(item).__module__}.{type(item).__qualname__}".replace("builtins.", "")
-        raise TypeError(f"{place} {'has a key that ' if item is not value else ''}is a {kind}, which JSON does not have")
-    return {make_plain(key, place): make_plain(item, f"{place}[{json.dumps(key, default=str)}]") for key, item in value.items()}
+    if isinstance(value, dict) and not is_key:
+        keys = [make_plain(key, f"{place} has a key that", is_key=True) for key in value]
+        return dict(zip(keys, [make_plain(item, f"{place}[{json.dumps(key, default=str)}]") for key, item in value.items()]))
+    kind = f"{type(value).__module__}.{type(value).__qualname__}".replace("builtins.", "")
+    raise TypeError(f"{place} is a {kind}, which JSON does not have")
 
 
 # ---- child: the only process that runs the function ----------------------------------------------------------------
@@ -727,9 +723,8 @@ def run_child(pipe: Any, memory: Memory, folder: str | None, function: str | Non
             os.environ.pop(LOADING, None)  # the module may have cleared them all
         pipe.send_bytes(b"+" + digest_module(function).encode())
     except (Failure, OSError, RuntimeError) as failure:  # RuntimeError: there may be no more threads
-        pipe.send_bytes(
-            b"!" if isinstance(failure, RuntimeError) else b"-" + str(failure)[:ERROR_SIZE].encode("utf-8", "replace")
-        )
+        answer = b"!" if isinstance(failure, RuntimeError) else b"-" + str(failure)[:ERROR_SIZE].encode("utf-8", "replace")
+        pipe.send_bytes(answer)
         return
     streams = identify_streams()
     with pipe, contextlib.suppress(EOFError, OSError):  # the slot closed the pipe
