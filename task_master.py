@@ -792,7 +792,6 @@ class RequestConnection(PlainConnection):
 
     def recv(self) -> Any:
         """The next (id, method, args, kwds). Raises EOFError for what is not plain data, ValueError for what is no request."""
-        self.end_turn()
         data = self.recv_bytes()
         self._pickles = data[:1] == pickle.PROTO  # which begins no text
         try:
@@ -839,7 +838,7 @@ class RequestConnection(PlainConnection):
         self.end_handshake(silence_limit)
 
     def end_turn(self) -> None:
-        """Let the next large message come."""
+        """Let the next large message come; called with each answer, so before the next request, and at the end."""
         if self._has_turn:
             self._has_turn = False
             self._large.release()
