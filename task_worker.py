@@ -1475,19 +1475,14 @@ class Slot(threading.Thread):
     def _receive(self, child: Child) -> bytes:
         """The child's next message, b"" when there is none for a while; its outcomes so far are kept. Raises ChildDied."""
         message = child.receive(min(POLL_INTERVAL, max(0.01, self._time_limit - child.running_for()))) or b""
-        self._collect(child, message)
+        self._keep(child.take_outcomes() + (message.decode() if len(message) > 1 else ""))  # what the memory has no room for
         return message
 
-    def _collect(self, child: Child, message: bytes = b"") -> None:
-        """Keep the outcomes that the child has written into the memory, or sent, if it does not fit there."""
-        lines = child.take_outcomes() + (message.decode() if len(message) > 1 else "")
-        if lines:
-            self._keep(lines[:-1])
-
     def _keep(self, outcomes: str) -> None:
-        """Note outcomes, a line each, of the first tasks without one."""
-        before, self._done = self._done, self._done + outcomes.count("\n") + 1
-        self._outcomes.append(f"{join_ids(self._fed[before : self._done])}\n{outcomes}")
+        """Note outcomes, each with its line end, of the first tasks without one."""
+        before, self._done = self._done, self._done + outcomes.count("\n")
+        if outcomes:
+            self._outcomes.append(f"{join_ids(self._fed[before : self._done])}\n{outcomes[:-1]}")
 
     def _shorten(self, child: Child) -> None:
         """Release what stands behind a slow task, or any in a long lease, or when the worker leaves or the master is lost."""
@@ -1499,12 +1494,12 @@ class Slot(threading.Thread):
     def _bury(self, child: Child, death: ChildDied) -> None:
         """After the child's death: keep the outcomes that it left, and note one for the task that ran."""
         self._child = None
-        self._collect(child)
+        self._keep(child.take_outcomes())
         if self._done <= child.position() < len(self._fed):
             members = format_error("ProcessDied", str(death))
             if child.overdue:
                 members = format_error("TimeoutError", f"no result within the time limit of {self._time_limit:g} s")
-            self._keep(format_outcome(members, death.started_at, death.seconds))
+            self._keep(format_outcome(members, death.started_at, death.seconds) + "\n")
         self._report()
 
 
