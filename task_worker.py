@@ -1103,9 +1103,8 @@ def supervise(leaving: threading.Event) -> None:
     signal.signal(signal.SIGTSTP, pause)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     with contextlib.suppress(ImportError, OSError, AttributeError):
-        import ctypes
-
-        ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER: a process whose parent is gone becomes a child of this
+        # PR_SET_CHILD_SUBREAPER, see prctl(2): a process whose parent is gone becomes a child of this one
+        importlib.import_module("ctypes").CDLL(None).prctl(36, 1, 0, 0, 0)
     pid = status = 0
     while pid != worker:
         pid, status = os.wait()
