@@ -241,7 +241,7 @@ class Task:
 
 
 class Standing:
-    """How a worker has done: one whose host lacks a program or a mount fails at once, and eats the queue (HTCondor's black hole)."""
+    """How a worker has done: one that lacks a program or a mount fails at once, and eats the queue (HTCondor's black hole)."""
 
     def __init__(self, proven: bool = False) -> None:
         self.proven = proven  # whether it ever had a result
