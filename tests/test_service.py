@@ -200,3 +200,11 @@ def test_a_master_whose_own_worker_cannot_load_the_function_goes_on_with_another
     master.wait_line("cannot import it")
     (complete / "go").touch()
     assert (master.wait(), other.wait()) == (0, 0), master.stderr
+
+
+def test_a_worker_of_another_job_that_looks_in_does_not_keep_one_that_nobody_can_do(farm: Farm) -> None:
+    port = free_port()
+    service = farm.worker(port, "--wait", 0, "--processes", 4, "--function", "functions:double")
+    master = farm.run("task_master.py", "--port", port, "--workers", 1, "--function", "nothing:f", "1")
+    assert master.wait() == 2
+    service.drain()
