@@ -538,7 +538,7 @@ split_template = re.compile(
     (?P<body> \n (?: .*? \n )?? \t* (?P=end) $ )  # and its text
     | (?<! [^\s;&|()] ) (?<! \\. ) \# [^\n]*  # a comment
     | \\. | '[^']*'? | "(?:\\.|[^"\\])*"?  # what is quoted
-    | \$\{ (?: \\. | '[^'{}]*' | "[^"{}]*" | [^{}"'\n] )* \} | \{\w*\} | .  # a variable, braces, or a character
+    | \$\{ (?: \\. | '[^'{}]*' | "[^"{}]*" | [^{}"'\\\n] )* \} | \{\w*\} | .  # a variable, braces, or a character
     """,
     re.DOTALL | re.MULTILINE | re.VERBOSE,
 ).finditer

@@ -5,6 +5,7 @@ No task's text ever becomes code: where one tries to, there would be a file `sto
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -14,6 +15,8 @@ from typing import Any
 
 import pytest
 from lab import MEGABYTE, ROOT, Farm, Program, check_one_line
+
+from task_worker import Failure, parse_template
 
 CODE = "$(touch stolen) `touch stolen`; touch stolen & touch stolen | touch stolen\n\"; touch stolen; '; touch stolen; \\"
 WORDS = [
@@ -96,6 +99,12 @@ def test_the_braces_of_the_shell_and_of_awk_stay(farm: Farm, template: str, expe
     (got,) = outputs(farm, template, ["/a/b c.tar.gz"])
     assert got is not None
     assert got.endswith(" /a/b c.tar.gz\n") if expected is None else got == expected + "\n"
+
+
+@pytest.mark.parametrize("part", ["\\", "a", "${", "${'", "'a'", '"', "#", " # ", "<<E\n", "\\ "])
+def test_no_template_takes_long_to_read(part: str) -> None:
+    with contextlib.suppress(Failure):
+        parse_template("echo {} ${" + 1000 * part)
 
 
 def test_a_name_in_braces_stands_for_a_member(farm: Farm) -> None:

@@ -341,7 +341,7 @@ def test_a_result_that_holds_itself_a_trillion_times_does_not_stop_the_master(fa
 
 
 def test_long_numbers_and_texts_count_as_more_than_one_object() -> None:
-    assert count_objects([1, "a"]) == 3
+    assert int(count_objects([1, "a"])) == 3
     for long in (10**4000, "x" * 4000):
         assert count_objects([[long] * 100] * 100) > 60_000
 
