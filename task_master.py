@@ -105,6 +105,7 @@ VALUE_LIMIT = 2_000_000  # strings and lists in an outcome, some 60 bytes of mem
 OBJECT_LIMIT = 200_000  # values in a plain client's message
 LARGE = 1 << 20  # bytes; larger messages are received one at a time
 LARGE_LIMIT = 20.0  # seconds for each LARGE bytes of one
+TOO_SLOW = "a large message came too slowly, or not to its end: return less, or write it to a file"
 OTHER_KEY = "its key is another one: copy the key file of this host there"
 PENDING_LIMIT = 256  # connections that have not finished the handshake; the oldest must give way
 BACKLOG = 1024  # connections that the system holds for us; multiprocessing's 16 would lose those of many workers
@@ -302,7 +303,7 @@ class Ledger:
         """There will be tasks. Raises Failure when the last job is not over or was ended early, or what has ended it."""
         with self._lock:
             if self.phase != Phase.OVER:
-                raise self.reason or Failure("this TaskMaster was closed, or a run of it ended early: make another one")
+                raise Failure("this TaskMaster was closed, or a run of it ended early: make another one")
             self.phase, self.reason = Phase.OPEN, None
 
     def end(self, phase: Phase, reason: BaseException | None = None) -> None:
@@ -833,7 +834,7 @@ class RequestConnection(PlainConnection):
                 super().fill(min(part, size))
             except EOFError:
                 if time.monotonic() > self.deadline:
-                    self.problem = f"a message of {size >> 20} MiB came too slowly: return less, or write it to a file"
+                    self.problem = TOO_SLOW
                 raise
         self.end_handshake(silence_limit)
 
@@ -1138,13 +1139,12 @@ class Refusal(Failure):
     """The input is not the one that it should be: the job does not even finish what was read."""
 
 
-# Records as they were written, of tasks that are whole numbers or strings without escapes; and the beginning of any record.
+# Records as they were written, of tasks that are whole numbers or strings without escapes; and the two ends of any record.
 find_plain_records = re.compile(
-    r'^\{"id": ([0-9]{1,15}), "task": (-?[0-9]+|"[^"\\\n\0]*"), '
-    r'"(?:(result)|error)": (?!null, "[re])[^\n\0]*"attempts": [0-9]+\}$',
-    re.MULTILINE,
+    r'^\{"id": ([0-9]{1,15}), "task": (-?[0-9]+|"[^"\\\n\0]*"), "(?:(result)|error)": [^\n\0]*\}$', re.MULTILINE
 ).findall
 match_record = re.compile(r'\{"id": ([0-9]{1,15}), "task": ').match
+match_end = re.compile(r', "started_at": [^,"\0]*, "seconds": [^,"\0]*, "worker": "[^"\\]*", "attempts": [0-9]+\}\s*\Z').match
 
 
 class ResultsFile:
@@ -1233,7 +1233,8 @@ class ResultsFile:
                 text = b"".join(lines).decode("utf-8", "replace")
                 plain = find_plain_records(text)
                 ids = [int(task_id) for task_id, _, _ in plain]
-                if len(ids) == len(lines) == text.count('{"id": ') and max(ids, default=0) - len(self._offsets) < GAP_LIMIT:
+                whole = len(ids) == len(lines) == text.count('{"id": ') == text.count(RESULT) + text.count(ERROR)
+                if whole and max(ids, default=0) - len(self._offsets) < GAP_LIMIT:
                     self._note(ids, offsets, [hash(task) | 1 if result else hash(task) & -2 for _, task, result in plain])
                 else:
                     for position, line in enumerate(lines):
@@ -1350,14 +1351,14 @@ def is_torn(line: bytes) -> bool:
 def read_record(line: str) -> tuple[int, str, bool]:
     """The id, the task as JSON text, and whether there is a result. Raises ValueError or RecursionError for what is no record."""
     match = match_record(line)
-    if match and "\0" not in line:  # which a power cut may leave
-        end = scan_strictly(line, match.end())[1]
+    with contextlib.suppress(ValueError, StopIteration):
+        end = scan_strictly(line, match.end())[1] if match else 0
         ok = line.startswith(f", {RESULT}", end)
-        filled = line.startswith((f", {RESULT}null", f", {ERROR}null"), end) and line.count(RESULT) + line.count(ERROR) > 1
-        whole = line.rstrip().endswith("}") and line.count('{"id": ') == 1 and not filled
-        if whole and (ok or line.startswith(f", {ERROR}", end)):
-            return int(match[1]), line[match.end() : end], ok
-    record = json.loads(line)  # it was written by another program
+        if match and (ok or line.startswith(f", {ERROR}", end)):
+            _, last = scan_strictly(line, end + len(f", {RESULT if ok else ERROR}"))
+            if match_end(line, last):
+                return int(match[1]), line[match.end() : end], ok
+    record = json.loads(line, parse_constant=lambda name: None)  # of another program, which may have filled it with NaN
     if not isinstance(record, dict) or type(record.get("id")) is not int or "task" not in record:
         raise ValueError("no record")
     return record["id"], json.dumps(record["task"]), "result" in record and not record.get("error")
@@ -1959,7 +1960,7 @@ class TaskMaster:
         """A connection has ended: what it held is READY again, or given up."""
         if peer.conn.problem:
             self._log(f"closed the connection of {peer.name}: {peer.conn.problem}")
-        if peer.conn.problem and peer.taken:
+        if peer.conn.problem not in ("", TOO_SLOW) and peer.taken:
             with contextlib.suppress(EOFError):
                 self._take_result(peer, format_error("TypeError", f"the result cannot be recorded: {peer.conn.problem}"))
         again, given_up = self.ledger.drop(peer)

@@ -536,9 +536,9 @@ split_template = re.compile(
     (?P<begin> (?<!<) << -? [ \t]* (?P<quote> ["'\\]? ) (?P<end> [\w.-]+ ) (?! [\w.-] | [ \t]*\)\) ) ["']? )  # a here-document,
     (?= (?P<rest> (?: \\. | '[^']*' | "(?:\\.|[^"\\])*" | [^\n] )* ) ) (?P=rest)  # the rest of its first line,
     (?P<body> \n (?: .*? \n )?? \t* (?P=end) $ )  # and its text
-    | (?<! [^\s;&|()] ) (?<! \\. ) \# [^\n]*  # a comment
+    | (?<! [^\s;&|(] ) (?<! \\. ) \# [^\n]*  # a comment
     | \\. | '[^']*'? | "(?:\\.|[^"\\])*"?  # what is quoted
-    | \$\{ (?: \\. | '[^'{}]*' | "[^"{}]*" | [^{}"'\\\n] )* \} | \{\w*\} | .  # a variable, braces, or a character
+    | \$\$ | \$\{ (?: \\. | '[^'{}]*' | "[^"{}]*" | [^{}"'\\\n] )* \} | \{\w*\} | .  # a variable, braces, or a character
     """,
     re.DOTALL | re.MULTILINE | re.VERBOSE,
 ).finditer
@@ -811,7 +811,10 @@ def make_memory() -> Any:
 
 
 def run_tasks(function: Callable[[Any], Any], lines: list[str], memory: Memory, pipe: Any, streams: Any) -> bool:
-    """Run tasks (`ID TEXT`) in this order, until the rest is revoked. Returns whether this process is fit for more."""
+    """Run tasks (`ID TEXT`) in this order, until the rest is revoked. Returns whether this process is fit for more.
+
+    It is not if a task took too long, or has damaged the standard streams.
+    """
     clock, words, place, stdout = time.perf_counter, memory.words, memory.bytes, sys.stdout
     command = function if isinstance(function, Command) else None
     getpid, pid = os.getpid, os.getpid()

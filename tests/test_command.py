@@ -92,6 +92,7 @@ def test_a_file_name_that_is_not_utf_8_finds_its_file(farm: Farm) -> None:
         ("# don't {}\necho {} # it's $#{}", "/a/b c.tar.gz"),
         ("echo a#'b' {}; echo $# ${#TASK} \\#'c'", "a#b /a/b c.tar.gz\n0 13 #c"),
         ("x=${TASK%%r #*}; y=${TASK#'/a'}; echo $y {} ${x:+1} #'", "/b c.tar.gz /a/b c.tar.gz 1"),
+        ("printf '%s|' {} $(echo x)#{}; echo $$$${} | tr -d 0-9", "/a/b c.tar.gz|x#/a/b c.tar.gz|/a/b c.tar.gz"),
         ("echo \\ #'\n' {}", " #\n /a/b c.tar.gz"),
     ],
 )

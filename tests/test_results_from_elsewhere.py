@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import subprocess
 from typing import Any
@@ -58,6 +59,13 @@ def fill(line: str, **options: Any) -> str:
     return json.dumps({name: json.loads(line).get(name) for name in names}, **options) + "\n"
 
 
+def turn(line: str) -> str:
+    """A record with its error at the end, as of a table in which a later row has brought it, and a result that is NaN."""
+    record = json.loads(fill(line))
+    error = record.pop("error")
+    return json.dumps({**record, "result": math.nan if error else record["result"], "error": error}) + "\n"
+
+
 def shuffle(line: str) -> str:
     return json.dumps(dict(reversed(json.loads(line).items())))
 
@@ -66,6 +74,8 @@ DEEP = "[" * 5000 + "]" * 5000
 REWRITTEN = {
     "as jq -c does": lambda text: "".join(json.dumps(json.loads(t), separators=(",", ":")) + "\n" for t in text.splitlines()),
     "as pandas does": lambda text: "".join(fill(line, separators=(",", ":")) for line in text.splitlines()),
+    "with NaN": lambda text: "".join(fill(line) for line in text.splitlines()).replace(": null", ": NaN"),
+    "the error at the end": lambda text: "".join(turn(line) for line in text.splitlines()),
     "all members": lambda text: "".join(fill(line) for line in text.splitlines()),
     "other order": lambda text: "".join(shuffle(line) + "\n" for line in text.splitlines()),
     "more members": lambda text: text.replace('"id"', '"note": {"id": -1, "task": [1], "error": 1}, "id"'),
@@ -93,7 +103,7 @@ REWRITTEN = {
     "UTF-16": lambda text: text.encode("utf-16"),
     "gzip": lambda text: b"\x1f\x8b\x08\x00\x00\x00\x00\x00\x00\x03" + bytes(range(256)) * 10,
 }
-MUST_BE_RESUMED = list(REWRITTEN)[:8]
+MUST_BE_RESUMED = list(REWRITTEN)[:10]
 MUST_BE_REFUSED = list(REWRITTEN)[-7:]
 IDS: list[Any] = [10**18, 10**30, -1, True, None, 1.5, "1", [1], {}, 1e300, 2**31, 2**63]
 
