@@ -300,7 +300,7 @@ class Ledger:
         self.submitted = self.done = self.failed = self.retried = self.redelivered = 0
 
     def begin(self) -> None:
-        """There will be tasks. Raises Failure when the last job is not over or was ended early, or what has ended it."""
+        """There will be tasks. Raises Failure when the last job is not over, or was ended early."""
         with self._lock:
             if self.phase != Phase.OVER:
                 raise Failure("this TaskMaster was closed, or a run of it ended early: make another one")
