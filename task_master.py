@@ -2322,7 +2322,7 @@ class Job:
             self._drained = True
             ledger.end(Phase.DRAINING)
             say("draining: waiting for the tasks that run (once more to leave at once)")
-        self._looked_at = time.monotonic()
+        self._looked_at = now  # from before the look: a signal that came later was not seen
         if self._results:
             try:
                 self._results.sync()
