@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import re
@@ -128,21 +129,20 @@ def test_numpy_scalars_and_arrays_are_results(farm: Farm) -> None:
     assert not re.search("NaN|Infinity", (farm.folder / "results.jsonl").read_text().replace("'nan'", ""))
 
 
-@pytest.mark.parametrize("text", REFUSED)
-def test_another_result_is_an_error_that_names_type_and_place_and_is_not_retried(farm: Farm, text: str) -> None:
-    if "np." in text:
-        pytest.importorskip("numpy")
-    (record, good), _ = run(farm, "value", [text, "1"], "--retries", 3, status=1)
-    assert record["error"]["type"] == "TypeError"
-    assert all(word in record["error"]["message"] for word in REFUSED[text]), record["error"]
-    assert (record["attempts"], good["attempts"], good["result"]) == (1, 1, 1)
+def test_another_result_is_an_error_that_names_type_and_place_and_is_not_retried(farm: Farm) -> None:
+    tasks = [text for text in REFUSED if "np." not in text or importlib.util.find_spec("numpy")]
+    (*refused, good), _ = run(farm, "value", [*tasks, "1"], "--retries", 3, status=1)
+    for record in refused:
+        assert record["error"]["type"] == "TypeError", record
+        assert all(word in record["error"]["message"] for word in REFUSED[record["task"]]), record["error"]
+    assert {record["attempts"] for record in [*refused, good]} == {good["result"]} == {1}
 
 
-@pytest.mark.parametrize("text", ["Broken()", "[Endless()]", "circle", "[circle, math.nan]", "Listed(circle)"])
-def test_a_result_that_has_no_end_or_cannot_be_read_fails_its_own_task_alone(farm: Farm, text: str) -> None:
-    records, _ = run(farm, "value", ["1", text, "2"], "--retries", 1, status=1)
-    assert ["error" in record for record in records] == [False, True, False]
-    assert records[1]["error"]["type"] != "ProcessDied"
+def test_a_result_that_has_no_end_or_cannot_be_read_fails_its_own_task_alone(farm: Farm) -> None:
+    bad = ["Broken()", "[Endless()]", "circle", "[circle, math.nan]", "Listed(circle)"]
+    records, _ = run(farm, "value", ["1", *[task for text in bad for task in (text, "2")]], "--retries", 1, status=1)
+    assert [record["task"] for record in records if "error" in record] == bad
+    assert "ProcessDied" not in {record["error"]["type"] for record in records if "error" in record}
     assert len({record["worker"] for record in records}) == 1
 
 
