@@ -49,6 +49,7 @@ def meet(n):
         time.sleep(0.01)
     return n
 """
+BYTES = "b'x'"  # plain data, but not JSON
 PYTHONS = find_pythons()
 
 
@@ -132,10 +133,9 @@ for task in taken:
     assert farm.values() == ["A", "B", "C"]
 
 
-@pytest.mark.parametrize("depth", [100, 450, 600, 900])
-def test_a_task_that_cannot_be_sent_does_not_shift_the_results_of_the_others(farm: Farm, depth: int) -> None:
-    deep = "[" * depth + "]" * depth
-    farm.write("tasks", "\n".join(['"a"', deep, '"b"', deep, '"c"']))
+def test_a_task_that_cannot_be_sent_does_not_shift_the_results_of_the_others(farm: Farm) -> None:
+    tasks = [task for depth in (100, 450, 600, 900) for task in (f'"{depth}"', "[" * depth + "]" * depth) * 2]
+    farm.write("tasks", "\n".join([*tasks, '"last"']))
     master = farm.master("--tasks", "tasks", "--results", "results.jsonl")
     code = """
 for _ in range(20):
@@ -146,7 +146,7 @@ for _ in range(20):
     except Exception as error:
         print("no", type(error).__name__)
     else:
-        results.put(task.upper() if isinstance(task, str) else "list")
+        results.put(task + "!" if isinstance(task, str) else "list")
 """
     client = start_client(farm, master, code)
     assert client.wait() in (0, 1), client.stderr  # 1: the job is over
@@ -154,8 +154,9 @@ for _ in range(20):
     farm.worker(master, "--wait", 0.5, "--function", "rest:f").wait()
     assert master.wait() in (0, 1), master.stderr
     text = (farm.folder / "results.jsonl").read_text()
-    assert sorted(re.findall(r'"task": "(\w)", "result": "(\w+)"', text)) == [("a", "A"), ("b", "B"), ("c", "C")]
-    assert len(re.findall(r'\]+, ("result": "list"|"error": )', text)) == 2
+    found = re.findall(r'"task": "(\w+)", "result": "(.*?)"', text)
+    assert sorted(found) == sorted((task, f"{task}!") for task in ["100", "450", "600", "900"] * 2 + ["last"])
+    assert len(re.findall(r'\]+, ("result": "list"|"error": )', text)) == 8
 
 
 def test_a_task_that_cannot_be_sent_does_not_shift_the_results_of_those_taken_before_it(farm: Farm) -> None:
@@ -175,25 +176,27 @@ for task in taken:
     assert sorted(re.findall(r'"task": "(\w)", "result": "(\w+)"', text)) == [("a", "A"), ("b", "B")]
 
 
-@pytest.mark.parametrize(
-    "result", ["{1, 2}", "object()", "b'x'", "1j", "{(1, 2): 3}", "__import__('decimal').Decimal(1)", "__import__('os').getcwd"]
-)
-def test_a_result_that_is_refused_is_an_error_of_its_task_and_is_said(farm: Farm, result: str) -> None:
-    master = start_master(farm, "a", "b", "c")
-    code = f"""
-for value in ["first", {result}]:
+def test_a_result_that_is_refused_is_an_error_of_its_task_and_is_said(farm: Farm) -> None:
+    refused = ["{1, 2}", "object()", BYTES, "1j", "{(1, 2): 3}", "decimal.Decimal(1)", "os.getcwd"]
+    master = start_master(farm, *["good", "refused"] * len(refused), "good")
+    code = """
+import decimal, os
+for value in ["first", %s]:
     tasks.get()
     try:
         results.put(value)
     except Exception as error:
         print("refused", repr(error))
 """
-    start_client(farm, master, code).wait()
-    master.wait_line("task 1 failed|result of task 1|put.*refused|refused.*put")
+    for number, result in enumerate(refused):
+        start_client(farm, master, code % result).wait()
+        farm.wait_records(master, 2 * number + 2)
     assert start_client(farm, master, "tasks.get()\nresults.put('last')\n").wait() == 0
     assert master.wait() == 1, master.stderr
-    assert farm.values() == ["first", None, "last"]
-    assert farm.in_order()[1]["error"]["message"]
+    assert farm.values() == ["first", None] * len(refused) + ["last"]
+    assert all(record["error"]["message"] for record in farm.records() if record["task"] == "refused")
+    assert len(master.said("^task_master: closed the connection of .*not plain data")) == len(refused) - 1
+    assert master.said(f"task {2 * refused.index(BYTES) + 1} failed: TypeError: result is a bytes")
 
 
 @pytest.mark.skipif(len(PYTHONS) < 2, reason=f"only one Python from 3.9 on was found: {', '.join(PYTHONS)}")
