@@ -13,7 +13,6 @@ import pytest
 from lab import Farm, Program
 
 import task_worker
-from task_master import TaskMaster
 
 MODULE = """
 import array, collections, datetime, enum, math, os, time
@@ -182,15 +181,6 @@ def test_a_clock_that_is_set_or_has_slept_counts_from_the_next_task(monkeypatch:
     written = bytes(memory.bytes[task_worker.HEADER : int(memory.words[task_worker.LENGTH])]).decode()
     first, second = [json.loads("{" + line + "}")["started_at"] for line in written.splitlines()]
     assert 8 * 3600 <= second - first < 9 * 3600
-
-
-def test_from_python_a_record_says_the_same(farm: Farm, monkeypatch: pytest.MonkeyPatch) -> None:
-    began_at = time.time()
-    monkeypatch.chdir(farm.folder)
-    with TaskMaster(port=0, authkey=farm.key.encode(), workers=1, function="mod:value") as master:
-        (record,) = master.run(["[math.nan, Listed(1)]"])
-    assert (record.ok, record.result) == (True, [None, 1])
-    assert began_at - 0.002 <= record.started_at <= time.time() + 0.002
 
 
 def test_a_worker_that_works_all_the_time_is_said_to_be_busy(farm: Farm) -> None:
