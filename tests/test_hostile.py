@@ -33,6 +33,7 @@ from lab import (
     RELEASE,
     REPORT,
     RESULTS,
+    ROOT,
     SETTINGS,
     TASKS,
     WELCOME,
@@ -69,10 +70,12 @@ class Beside:
         self._connections: list[Any] = []
         # no redelivery is a failure: a peer that holds the key may lease what it likes
         where = ("--tasks", "-", "--results", "results.jsonl", "--redeliveries", 100_000)
-        self.master = farm.master(*where, *options, stdin=subprocess.PIPE)
+        # without asserts, on which the base class relies
+        self.master = farm.run("-OO", ROOT / "task_master.py", "--port", 0, *where, *options, stdin=subprocess.PIPE)
         self.port = self.master.port()
         self.threads = self.count_threads()
-        self.worker = farm.worker(self.master, "--function", "functions:double")
+        what = ("--port", self.port, "--processes", 1, "--function", "functions:double")
+        self.worker = farm.run("-OO", ROOT / "task_worker.py", *what)
         self.master.wait_line("connected")
         self.put(50)
         self.memory = peak_memory(self.master.pid)
@@ -383,6 +386,10 @@ def test_calls_that_are_not_for_clients_or_of_the_wrong_shape_are_refused(beside
         for conn in (beside.connect(), beside.peer().connection):
             conn.send(call)
             assert is_refused(conn), call
+    for method in SERVER_METHODS:
+        conn = beside.connect()
+        conn.send_bytes(f"server {method}\n".encode())  # as a worker says it
+        assert is_refused(conn), method
     for name in ("nothing", *(TASKS, RESULTS) * 5):
         conn = beside.connect()
         conn.send((None, "decref", (name,), {}))  # which drops no reference
