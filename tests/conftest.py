@@ -50,7 +50,8 @@ def begun(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     items = [item for item in functions if item.get_closest_marker("early")]
     farms = [make_farm(request, tmp_path_factory.mktemp("early")) for _ in items]
     with ThreadPoolExecutor(len(items) or 1) as pool:
-        yield {item.nodeid: pool.submit(item.obj, farm) for item, farm in zip(items, farms)}
+        parameters = [item.callspec.params if hasattr(item, "callspec") else {} for item in items]
+        yield {item.nodeid: pool.submit(item.obj, farm, **more) for item, farm, more in zip(items, farms, parameters)}
         for farm in farms:
             farm.close()  # so that those that nobody waits for fail soon
 

@@ -85,6 +85,7 @@ def check_run_once(farm: Farm, tasks: list[Any], *again: Any) -> None:
     assert [(record["task"], record["attempts"]) for record in records] == [(task, 1 + again.count(task)) for task in tasks]
 
 
+@pytest.mark.early
 def test_what_has_finished_is_recorded_while_each_of_several_slow_tasks_runs(farm: Farm) -> None:
     tasks = [*range(50), "stay", *range(50, 100), "more", *range(100, 150)]
     master = start(farm, tasks, "last", "--timeout", 12)
@@ -110,7 +111,7 @@ def test_a_row_of_tasks_that_are_longer_than_those_before_them_is_shared(farm: F
     [
         ("kill", "ProcessDied", [], 2),
         ("exit", "ProcessDied", [], 0),
-        ("overrun", "TimeoutError", ["--timeout", 8], 0),
+        pytest.param("overrun", "TimeoutError", ["--timeout", 8], 0, marks=pytest.mark.early),
     ],
 )
 @pytest.mark.parametrize("behind", [0, 50], ids=["at the end", "in the middle"])

@@ -206,7 +206,6 @@ SPOILING = {
     "detach stdout": detach_stdout,
     "replace stdout": replace_stdout,
     "return twice": return_twice,
-    "close stdout and never end": close_and_stay,
 }
 READING = {
     "read descriptor 0": lambda: len(os.read(0, 1)),
@@ -215,7 +214,7 @@ READING = {
 WAYS = {name: way for name, (_, way) in [*FAILING.items(), *HARMLESS.items()]}
 WAYS.update(SPOILING)
 WAYS.update(READING)
-WAYS.update(hang=hang_behind_the_task, end=end_while_it_hands_over)
+WAYS.update(stay=close_and_stay, hang=hang_behind_the_task, end=end_while_it_hands_over)
 
 def run(task):
     if isinstance(task, str):
@@ -297,7 +296,7 @@ def test_failures_that_are_alike_are_said_once_and_counted_in_the_end(job: Job) 
     assert counted.split(" x ") == [f"task_master: {count:7}", text]
 
 
-@pytest.mark.parametrize("way", NAMES["SPOILING"])
+@pytest.mark.parametrize("way", [*NAMES["SPOILING"], pytest.param("stay", marks=pytest.mark.early)])
 def test_a_task_that_tampers_with_its_process_hurts_no_other(farm: Farm, way: str) -> None:
     farm.write_tasks([way, *range(1, 40), way, *range(41, 160)])  # the first one is leased alone
     master = farm.master("--tasks", "tasks.jsonl", "--results", "results.jsonl")
@@ -311,7 +310,7 @@ def test_a_task_that_tampers_with_its_process_hurts_no_other(farm: Farm, way: st
     assert not worker.said("lost the master|Traceback")
 
 
-@pytest.mark.parametrize("way", ["hang", "end"])
+@pytest.mark.parametrize("way", [pytest.param("hang", marks=pytest.mark.early), "end"])
 def test_a_process_that_does_not_get_to_its_next_task_is_replaced(farm: Farm, way: str) -> None:
     farm.write_tasks([way, *range(1, 20)])
     master = farm.master("--tasks", "tasks.jsonl", "--results", "results.jsonl", *["--timeout", TIME_LIMIT] * (way == "hang"))
@@ -383,6 +382,7 @@ def run(task):
 """
 
 
+@pytest.mark.early
 def test_a_pipe_that_does_not_block_hurts_nobody(farm: Farm) -> None:
     farm.write("mod.py", PRINTING)
     master = farm.master("--results", "results.jsonl", "--timeout", 5, *range(5))
