@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from lab import MEGABYTE, ROOT, Farm, Program, check_one_line
 
-from task_worker import Failure, parse_template
+from task_worker import Command, CommandFailed, Failure, check_template, parse_template
 
 CODE = "$(touch stolen) `touch stolen`; touch stolen & touch stolen | touch stolen\n\"; touch stolen; '; touch stolen; \\"
 WORDS = [
@@ -24,6 +24,12 @@ WORDS = [
     "two\nlines\n", "ünï ☃ 名前", "\x01\x7f", "EOF\ntouch stolen\n", CODE, "x" * 100_000,
 ]  # fmt: skip
 OTHERS = [3, -1.5, True, None, [1, "two words"], {"to": "me@example.org", "it's": "$(touch stolen)"}]
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
 
 
 def run_command(farm: Farm, template: str, tasks: list[Any], *options: object) -> tuple[list[dict[str, Any]], Program]:
@@ -38,6 +44,13 @@ def run_command(farm: Farm, template: str, tasks: list[Any], *options: object) -
 def outputs(farm: Farm, template: str, tasks: list[Any]) -> list[str | None]:
     """What commands that succeeded wrote; None for the others."""
     return [record.get("result", {}).get("stdout") for record in run_command(farm, template, tasks)[0]]
+
+
+def call(template: str, task: Any, text: str | None = None) -> dict[str, Any]:
+    """The result of a command that is called here, in the folder of the farm, as a child calls it. Raises what it raises."""
+    command = Command(template)
+    command.task_id, command.text = "0", text or json.dumps(task)
+    return command(task)
 
 
 @pytest.mark.parametrize("template", ["printf %s", "printf %s {}", 'printf %s "$TASK"', 'x={}; printf %s "$x"', "printenv TASK"])
@@ -96,9 +109,8 @@ def test_a_file_name_that_is_not_utf_8_finds_its_file(farm: Farm) -> None:
         ("echo \\ #'\n' {}", " #\n /a/b c.tar.gz"),
     ],
 )
-def test_the_braces_of_the_shell_and_of_awk_stay(farm: Farm, template: str, expected: str | None) -> None:
-    (got,) = outputs(farm, template, ["/a/b c.tar.gz"])
-    assert got is not None
+def test_the_braces_of_the_shell_and_of_awk_stay(template: str, expected: str | None) -> None:
+    got = call(template, "/a/b c.tar.gz")["stdout"]
     assert got.endswith(" /a/b c.tar.gz\n") if expected is None else got == expected + "\n"
 
 
@@ -119,30 +131,28 @@ def test_a_name_in_braces_stands_for_a_member(farm: Farm) -> None:
     assert re.search("member to .*does not have", records[2]["error"]["message"])
 
 
-def test_a_number_arrives_as_it_was_written(farm: Farm) -> None:
-    farm.write("tasks.jsonl", "3.10\n1e5\n-0.0\n12\n")
-    farm.run_job("--tasks", "tasks.jsonl", "--command", "printf %s")
-    assert [record["result"]["stdout"] for record in farm.in_order()] == ["3.10", "1e5", "-0.0", "12"]
+@pytest.mark.parametrize("number", ["3.10", "1e5", "-0.0", "12"])
+def test_a_number_arrives_as_it_was_written(number: str) -> None:
+    assert call("printf %s", json.loads(number), number)["stdout"] == number
 
 
 def test_a_member_arrives_as_it_was_written_whatever_the_locale_is(farm: Farm) -> None:
     farm.write("tasks.jsonl", '{"v": 3.10, "name": "\u00fc", "all": [1, "3"]}\n')
     ascii_only = farm.env(LC_ALL="C", PYTHONCOERCECLOCALE="0", PYTHONUTF8="0")
-    options = ("--workers", 1, "--command", "printf %s {v}/{name}/{all}")
-    assert farm.master("--tasks", "tasks.jsonl", "--results", "results.jsonl", *options, env=ascii_only).wait() == 0
+    farm.run_job("--tasks", "tasks.jsonl", "--command", "printf %s {v}/{name}/{all}", env=ascii_only)
     assert farm.records()[0]["result"]["stdout"] == '3.10/\u00fc/[1, "3"]'
 
 
 @pytest.mark.parametrize(
     "template", ['echo {src} "{dst}"', "echo {src} '{dst}'", 'echo "$(echo "{dst}")"', "echo {src}; cat <<'E'\n{dst}\nE"]
 )
-def test_a_task_whose_member_stands_in_quotes_fails_and_says_so(farm: Farm, template: str) -> None:
-    for record in run_command(farm, template, [{"src": "a", "dst": "b"}])[0]:
-        assert re.search("{dst} in quotes", record["error"]["message"])
+def test_a_task_whose_member_stands_in_quotes_fails_and_says_so(template: str) -> None:
+    with pytest.raises(ValueError, match=r"\{dst\} in quotes"):
+        call(template, {"src": "a", "dst": "b"})
 
 
-def test_a_name_in_quotes_that_is_no_member_stays(farm: Farm) -> None:
-    assert outputs(farm, "echo {src} '{dst}'", [{"src": "a"}]) == ["a {dst}\n"]
+def test_a_name_in_quotes_that_is_no_member_stays() -> None:
+    assert call("echo {src} '{dst}'", {"src": "a"})["stdout"] == "a {dst}\n"
 
 
 def test_a_command_that_is_given_no_tasks_runs_on_random_numbers_and_says_so(farm: Farm) -> None:
@@ -176,14 +186,17 @@ def split(templates: str) -> list[str]:
         *[(template, r"\{\}|TASK") for template in [*split(UNPLACED), *UNPLACED_LINES]],
     ],
 )
+def test_a_template_that_would_go_wrong_is_refused_with_the_remedy(template: str, remedy: str) -> None:
+    with pytest.raises(Failure, match=f"--command.*({remedy})"):
+        check_template(template)
+
+
 @pytest.mark.parametrize("program", ["master", "worker"])
-def test_a_template_that_would_go_wrong_is_refused_before_anything_is_read(
-    farm: Farm, program: str, template: str, remedy: str
-) -> None:
+def test_a_refused_template_is_one_line_before_anything_is_read(farm: Farm, program: str) -> None:
     options = ("--results", "results.jsonl", "--workers", 1, "1") if program == "master" else ("--wait", 0.1)
-    refused = farm.run(f"task_{program}.py", "--port", 1, "--command", template, *options)
-    check_one_line(refused, 2, f"--command.*({remedy})")
-    assert not (farm.folder / "results.jsonl").exists()
+    refused = farm.run(f"task_{program}.py", "--port", 1, "--command", "cat <<'E'\n{}\nE", *options)
+    check_one_line(refused, 2, "--command.*quot")
+    assert not farm.results.exists()
 
 
 ANYWHERE = r"""
@@ -201,13 +214,12 @@ LINES = [
 
 @pytest.mark.parametrize("template", [*split(ANYWHERE), *LINES])
 @pytest.mark.parametrize("braces", ["{}", "{to}"])
-def test_wherever_a_task_stands_its_text_is_no_code(farm: Farm, template: str, braces: str) -> None:
+def test_wherever_a_task_stands_its_text_is_no_code(folder: Path, template: str, braces: str) -> None:
     """Run rightly, or refused."""
-    texts = [CODE, "$(touch stolen)", "`touch stolen`", '"; touch stolen; "', "'; touch stolen; '", "\nEOF\ntouch stolen\n"]
-    farm.write_tasks(texts if braces == "{}" else [{"to": text} for text in texts])
-    options = ["--tasks", "tasks.jsonl", "--results", "results.jsonl", "--workers", 1]
-    assert farm.master(*options, "--command", template.replace("{}", braces)).wait() in (0, 1, 2)
-    assert not (farm.folder / "stolen").exists()
+    for text in (CODE, "$(touch stolen)", "`touch stolen`", '"; touch stolen; "', "'; touch stolen; '", "\nEOF\ntouch stolen\n"):
+        with contextlib.suppress(Failure, CommandFailed, ValueError):
+            call(template.replace("{}", braces), text if braces == "{}" else {"to": text})
+    assert not (folder / "stolen").exists()
 
 
 def test_the_exit_status_and_both_streams_are_the_result_or_members_of_the_error(farm: Farm) -> None:
@@ -252,18 +264,17 @@ def test_a_task_that_is_too_much_for_the_environment_is_run_or_fails_alone(farm:
 
 
 @pytest.mark.parametrize(("stream", "redirection"), [("stdout", ""), ("stderr", ">&2")])
-def test_output_is_kept_up_to_one_megabyte_and_cut_visibly(farm: Farm, stream: str, redirection: str) -> None:
-    template = f"head -c {{}} /dev/zero | tr '\\0' x {redirection}"
-    for record in run_command(farm, template, [MEGABYTE, MEGABYTE + 1, 3 * MEGABYTE])[0]:
-        output, more = record["result"][stream], record["task"] - MEGABYTE
-        assert output[:MEGABYTE] == "x" * MEGABYTE
-        assert re.fullmatch(rf".*\b{more}\b.*cut.*" if more else "", output[MEGABYTE:], re.DOTALL)
-        assert len(output) < MEGABYTE + 100
+@pytest.mark.parametrize("more", [0, 1, 2 * MEGABYTE])
+def test_output_is_kept_up_to_one_megabyte_and_cut_visibly(stream: str, redirection: str, more: int) -> None:
+    output = call(f"head -c {{}} /dev/zero | tr '\\0' x {redirection}", MEGABYTE + more)[stream]
+    assert output[:MEGABYTE] == "x" * MEGABYTE
+    assert re.fullmatch(rf".*\b{more}\b.*cut.*" if more else "", output[MEGABYTE:], re.DOTALL)
+    assert len(output) < MEGABYTE + 100
 
 
-def test_output_that_is_not_utf_8_is_shown_with_replacements(farm: Farm) -> None:
-    records, _ = run_command(farm, "printf 'a\\377b'; printf '\\303' >&2; : {}", [1])
-    assert records[0]["result"] == {"exit": 0, "stdout": "a\ufffdb", "stderr": "\ufffd"}
+def test_output_that_is_not_utf_8_is_shown_with_replacements() -> None:
+    shown = {"exit": 0, "stdout": "a\ufffdb", "stderr": "\ufffd"}
+    assert call("printf 'a\\377b'; printf '\\303' >&2; : {}", 1) == shown
 
 
 def test_a_command_may_start_a_farm_of_its_own(farm: Farm) -> None:
