@@ -135,16 +135,14 @@ def wait_spread(program: Program, count: int = 1) -> dict[str, Any]:
     return said
 
 
-@pytest.mark.parametrize("task", ["stay", "hold", "stop", "exit", "kill", "crash"])
-def test_what_an_attempt_has_started_is_gone_before_the_next_one_begins(scene: Scene, task: str) -> None:
-    limit = ("--timeout", 8) if task in ("stay", "hold", "stop") else ()
-    master = scene.master(json.dumps(task), "--retries", 1, *limit)
+def test_what_a_task_has_started_is_gone_before_the_next_one_begins(scene: Scene) -> None:
+    tasks = {"exit": "ProcessDied", "kill": "ProcessDied", "crash": "ProcessDied"}
+    tasks |= {"stay": "TimeoutError", "hold": "TimeoutError", "stop": "TimeoutError"}
+    master = scene.master("--tasks", scene.farm.write_tasks([*tasks, "return"]), "--timeout", 8)
     worker = scene.worker(master)
-    assert wait_spread(worker, 2)["before"] == []
     assert (master.wait(), worker.wait()) == (1, 0)
-    (record,) = scene.farm.records()
-    assert record["error"]["type"] == ("TimeoutError" if limit else "ProcessDied")
-    assert record["attempts"] == 2
+    assert [wait_spread(worker, n)["before"] for n in range(1, 8)] == [[]] * 7
+    assert [record["error"]["type"] for record in scene.farm.in_order()[:6]] == [*tasks.values()]
     scene.wait_none_left()
 
 
@@ -168,20 +166,21 @@ def test_a_worker_that_waits_for_the_next_job_takes_along_what_the_last_one_has_
     scene.wait_none_left()
 
 
-COMMANDS = [
-    "echo {}; sleep 421 &",
-    "echo {}; sleep 421 >/dev/null 2>&1 &",
-    "echo {}; nohup sleep 421 &",
-    "echo {}; setsid sleep 421 &",
-    "echo {}; (trap '' HUP TERM; sleep 421; sleep 421) & exit 0",
-]
+COMMANDS = """
+echo {}; case {} in
+    0) sleep 421 & ;;
+    1) sleep 421 >/dev/null 2>&1 & ;;
+    2) nohup sleep 421 & ;;
+    3) setsid sleep 421 & ;;
+    4) (trap '' HUP TERM; sleep 421; sleep 421) & exit 0 ;;
+esac
+"""
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_a_command_is_over_when_its_shell_is(scene: Scene, command: str) -> None:
-    scene.farm.run_job('"a"', "--timeout", 20, "--command", command)
-    (record,) = scene.farm.records()
-    assert (record["result"]["exit"], record["result"]["stdout"]) == (0, "a\n")
+def test_a_command_is_over_when_its_shell_is(scene: Scene) -> None:
+    scene.farm.run_job(*range(5), "--timeout", 20, "--command", COMMANDS)
+    results = [record["result"] for record in scene.farm.in_order()]
+    assert [(result["exit"], result["stdout"]) for result in results] == [(0, f"{n}\n") for n in range(5)]
     scene.wait_none_left()
 
 
@@ -216,12 +215,13 @@ def test_a_process_is_replaced_at_once_whatever_a_command_has_left_in_the_backgr
 
 
 def test_a_task_is_recorded_before_its_process_has_ended(farm: Farm) -> None:
-    code = "import threading, time\n\ndef late():\n    time.sleep(3)\n    open('late', 'w').close()\n\n"
-    farm.write("slow.py", code + "def work(n):\n    threading.Thread(target=late).start()\n    return n\n")
+    code = "import functions, os, threading\n\ndef work(n):\n    threading.Thread(target=functions.stay, args=[n]).start()\n"
+    farm.write("slow.py", code + "    return os.getpid()\n")
     master = farm.master("1", "2", "--results", "results.jsonl")
     worker = farm.worker(master, "--tasks-per-process", 1, "--function", "slow:work")
     farm.wait_records(worker, 1)
-    assert not (farm.folder / "late").exists()
+    assert psutil.pid_exists(farm.records()[0]["result"])
+    farm.let_go()
     assert master.wait() == 0
 
 
@@ -290,13 +290,12 @@ def test_nothing_is_left_of_a_master_whose_local_worker_runs_a_task(scene: Scene
     assert not (scene.farm.folder / "finished").exists()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
-def test_nothing_is_left_after_a_drain(scene: Scene, number: int) -> None:
+def test_nothing_is_left_after_a_drain(scene: Scene) -> None:
     master = scene.master('"first"', '"stay"')
     worker = scene.worker(master)
     wait_spread(worker, 2)
-    worker.drain(number)
-    (scene.farm.folder / "go").touch()
+    worker.drain(signal.SIGHUP)
+    scene.farm.let_go()
     assert (worker.wait(), master.wait()) == (0, 0)
     scene.wait_none_left()
 
