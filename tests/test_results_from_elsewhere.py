@@ -72,6 +72,7 @@ def shuffle(line: str) -> str:
 
 DEEP = "[" * 5000 + "]" * 5000
 REWRITTEN = {
+    "a whole line without its end": lambda text: text[:-1],
     "as jq -c does": lambda text: "".join(json.dumps(json.loads(t), separators=(",", ":")) + "\n" for t in text.splitlines()),
     "as pandas does": lambda text: "".join(fill(line, separators=(",", ":")) for line in text.splitlines()),
     "with NaN": lambda text: "".join(fill(line) for line in text.splitlines()).replace(": null", ": NaN"),
@@ -91,7 +92,6 @@ REWRITTEN = {
     "zeros before a torn line": lambda text: text + "\0" * 50 + record(8)[:30],
     "zeros behind": lambda text: text + "\0" * 5000,
     "zeros, and a line behind them": lambda text: text + record(8)[:30] + "\0" * 50 + "\n" + record(8) + "\n",
-    "a whole line without its end": lambda text: text + record(8),
     "two records on a line": lambda text: text[:-1] + record(8) + "\n",
     "nested deeply": lambda text: text + record(8, note=0).replace('"note": 0', f'"note": {DEEP}') + "\n",
     "a very long line": lambda text: text + record(8, worker="x" * 5_000_000) + "\n",
@@ -103,7 +103,7 @@ REWRITTEN = {
     "UTF-16": lambda text: text.encode("utf-16"),
     "gzip": lambda text: b"\x1f\x8b\x08\x00\x00\x00\x00\x00\x00\x03" + bytes(range(256)) * 10,
 }
-MUST_BE_RESUMED = list(REWRITTEN)[:10]
+MUST_BE_RESUMED = list(REWRITTEN)[:11]
 MUST_BE_REFUSED = list(REWRITTEN)[-7:]
 IDS: list[Any] = [10**18, 10**30, -1, True, None, 1.5, "1", [1], {}, 1e300, 2**31, 2**63]
 

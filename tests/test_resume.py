@@ -124,21 +124,6 @@ def test_tasks_written_another_way_are_the_same_tasks_and_blank_lines_take_no_id
     check_refused(resume(farm), "task 1 ", '"y"')
 
 
-def test_a_last_record_without_a_line_end_is_kept(farm: Farm) -> None:
-    """As an editor may leave it."""
-    farm.mend()
-    assert run(farm).wait() == 0
-    before = farm.records()
-    farm.results.write_bytes(farm.results.read_bytes().rstrip())
-    farm.write_tasks(range(COUNT + 1))
-    master = run(farm, "--resume", "--ordered")
-    assert master.wait() == 0, master.stderr
-    assert master.said("200 done are kept, 0 failed are repeated, 1 to do$")
-    farm.check_doubled(COUNT + 1)
-    records = farm.records()
-    assert [record for record in before if record not in records] == []
-
-
 LINE = '{"id": %d, "task": "\\u00fc \\ud83d", "result": {"n": [%d]}, "seconds": 0.1, "worker": "host/1", "attempts": 1}\n'
 
 
@@ -273,8 +258,7 @@ def test_a_file_that_was_put_right_has_its_mode_and_owner_and_stays_behind_its_l
     farm.check_doubled(COUNT)
 
 
-@pytest.mark.parametrize("function", ["chmod", "replace"])
-@pytest.mark.parametrize("status", [0, 1])
+@pytest.mark.parametrize(("function", "status"), [("chmod", 0), ("replace", 1)])
 def test_a_file_that_cannot_be_put_right_is_one_line_and_the_status_is_as_without(farm: Farm, function: str, status: int) -> None:
     fail = f"def fail(*args):\n    raise OSError(errno.EPERM, os.strerror(errno.EPERM))\nos.{function} = fail\n"
     master, before = start_repeating(farm, fail)
