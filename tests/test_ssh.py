@@ -130,7 +130,7 @@ def test_options_for_workers_reach_the_host_and_tls_goes_through_the_tunnel(farm
 
 
 def write_package(farm: Farm) -> None:
-    """A package of 19 MiB, with what must not travel."""
+    """A package of 19 MiB with a program, and with what must not travel."""
     package = farm.folder / "pkg"
     for name in ("inner", "__pycache__", ".git", "data"):
         (package / name).mkdir(parents=True)
@@ -138,22 +138,24 @@ def write_package(farm: Farm) -> None:
         (package / name).touch()
     (package / "data" / "words").write_bytes(os.urandom(19 << 20))
     (package / "data" / "loop").symlink_to(farm.folder, target_is_directory=True)
+    make_script(package / "data" / "hi", "echo hi")
     (package / "inner" / "deep.py").write_text(
-        "import pathlib\nfrom .. import data\n"
+        "import pathlib, subprocess\nfrom .. import data\n"
         "def look(task):\n"
         "    top = pathlib.Path(__file__).parents[2]\n"
+        "    subprocess.run([top / 'pkg/data/hi'], check=True)\n"
         "    paths = [path for path in top.rglob('*') if path.is_file() and path.suffix != '.pyc']\n"
         "    return {str(path.relative_to(top)): path.stat().st_size for path in paths}\n"
     )
 
 
-def test_a_package_travels_whole_and_nothing_else_does_and_one_above_20_mib_is_refused(net: SshNet) -> None:
+def test_a_package_travels_with_its_programs_and_nothing_else_does_and_one_above_20_mib_is_refused(net: SshNet) -> None:
     net.host("host1")
     write_package(net.farm)
     master = net.master(*on("1/host1"), "--function", "pkg.inner.deep:look", "--results", "results.jsonl", 1)
     assert master.wait() == 0, master.stderr
     (record,) = net.farm.records()
-    names = ["__init__.py", "data/__init__.py", "data/words", "inner/__init__.py", "inner/deep.py"]
+    names = ["__init__.py", "data/__init__.py", "data/hi", "data/words", "inner/__init__.py", "inner/deep.py"]
     assert sorted(record["result"]) == [*[f"pkg/{name}" for name in names], "task_worker.py"]
     assert record["result"]["pkg/data/words"] == 19 << 20
     (net.farm.folder / "pkg" / "more").write_bytes(bytes(1 << 20))
@@ -161,16 +163,6 @@ def test_a_package_travels_whole_and_nothing_else_does_and_one_above_20_mib_is_r
     assert master.wait() == 2
     said = f"--function pkg.inner.deep:look: {net.farm.folder}/pkg has more than 20 MiB, too much for --ssh"
     assert master.stderr == [f"task_master: {said}"]
-
-
-def test_a_program_in_a_package_can_be_run_there(net: SshNet) -> None:
-    net.host("host1")
-    (net.farm.folder / "tool").mkdir()
-    call = "subprocess.check_output([os.path.dirname(__file__) + '/hi']).decode()"
-    net.farm.write("tool/__init__.py", f"import os, subprocess\n\ndef f(n):\n    return {call}\n")
-    make_script(net.farm.folder / "tool" / "hi", "echo hi")
-    assert net.master(*on("1/host1"), "--function", "tool:f", "--results", "results.jsonl", 1).wait() == 0
-    assert net.farm.records()[0]["result"] == "hi\n"
 
 
 def test_a_file_name_that_is_no_text_is_refused(net: SshNet) -> None:
@@ -254,12 +246,13 @@ def test_when_no_worker_is_left_the_job_stops_as_if_drained(net: SshNet) -> None
     assert re.search("no worker is left .bad1: .*denied.*; bad2: .*denied", master.stderr[-1])
 
 
-def test_another_worker_that_is_connected_does_the_job_until_it_leaves(net: SshNet) -> None:
+def test_a_host_that_is_down_is_tried_until_it_is_up_and_another_worker_does_the_job_until_it_leaves(net: SshNet) -> None:
     host = net.host("host1")
     host.stop()
     master = net.master(*on("host1"), "--tasks", "-", stdin=subprocess.PIPE)
     worker = net.farm.worker(master)
     master.wait_line(r"worker \S+ connected")
+    master.wait_line(r"host1: connect to host 127.0.0.1 port \d+: Connection refused .*; trying again")
     (host.folder / "authorized_keys").write_text("")
     host.start()
     master.wait_line("host1: .*Permission denied.*; given up")
@@ -268,17 +261,7 @@ def test_another_worker_that_is_connected_does_the_job_until_it_leaves(net: SshN
     worker.signal(signal.SIGTERM)
     assert (worker.wait(), master.wait()) == (0, 1)
     assert "no worker is left (host1: " in master.stderr[-1]
-
-
-def test_a_host_that_is_down_is_tried_until_it_is_up(net: SshNet) -> None:
-    host = net.host("host1")
-    host.stop()
-    master = net.master(*on("1/host1"), "--function", "functions:double", 1)
-    master.wait_line(r"host1: connect to host 127.0.0.1 port \d+: Connection refused .*; trying again")
-    host.start()
-    assert master.wait() == 0
     assert len(master.said("refused")) == 1
-    host.check_clean()
 
 
 def test_a_name_that_was_known_and_is_not_any_more_is_tried_again(net: SshNet) -> None:
@@ -402,18 +385,13 @@ def test_a_jump_host_that_hangs_keeps_no_master_from_its_end(net: SshNet) -> Non
     check_ended(processes)
 
 
-def test_another_forwarding_of_the_user_is_not_taken_for_ours(net: SshNet) -> None:
-    net.host("host1")
-    net.configure("host1", "RemoteForward 127.0.0.1:0 127.0.0.1:9")
+@pytest.mark.parametrize("line", ["RemoteForward 127.0.0.1:0 127.0.0.1:9", "ClearAllForwardings yes"])
+def test_neither_forwardings_of_the_user_nor_a_banner_without_a_line_end_keep_a_worker_away(net: SshNet, line: str) -> None:
+    net.host("host1", more=f"Banner {net.farm.write('banner', 'Authorized users only')}")
+    net.configure("host1", line)
     master = net.master(*on("1/host1"), "--function", "functions:double", 1)
     assert master.wait() == 0
     assert not master.said("trying again")
-
-
-def test_neither_a_banner_without_a_line_end_nor_cleared_forwardings_keep_a_worker_away(net: SshNet) -> None:
-    net.host("host1", more=f"Banner {net.farm.write('banner', 'Authorized users only')}")
-    net.configure("host1", "ClearAllForwardings yes")
-    assert net.master(*on("1/host1"), "--function", "functions:double", 1).wait() == 0
 
 
 @pytest.mark.parametrize(
