@@ -130,6 +130,11 @@ class End(NamedTuple):
         return ("tls" if self.age == "new" else "refuses") if wants else "plain"
 
 
+def skip_unless_there(pythons: dict[str, str], addresses: dict[str, str], *ends: End) -> None:
+    if not all(end.age in pythons and end.place in addresses for end in ends):
+        pytest.skip(f"here are only {pythons} and {addresses}")
+
+
 def check_warned(program: Program, end: End) -> None:
     """Who listens or connects in plain text beyond loopback says who can then read and alter what."""
     warned = bool(program.said("can read|read and alter"))
@@ -137,14 +142,14 @@ def check_warned(program: Program, end: End) -> None:
 
 
 ENDS = [End(*end) for end in itertools.product(["old", "new"], CHOICES, [LOOPBACK, BEYOND])]
-PAIRS = [(master, worker) for master, worker in itertools.product(ENDS, repeat=2) if master.place == worker.place]
+STARTING = [end for end in ENDS if end.mode != "refuses"]
+PAIRS = [(master, worker) for master, worker in itertools.product(STARTING, repeat=2) if master.place == worker.place]
 
 
 @pytest.mark.parametrize(("listens", "connects"), PAIRS, ids=" ".join)
 def test_a_pair(farm: Farm, pythons: dict[str, str], addresses: dict[str, str], listens: End, connects: End) -> None:
     """Where only the time for a handshake tells that they do not fit, with a fifth of it."""
-    if {listens.age, connects.age} - set(pythons) or listens.place not in addresses:
-        pytest.skip(f"here are only {pythons} and {addresses}")
+    skip_unless_there(pythons, addresses, listens, connects)
     silent = (listens.mode, connects.mode) == ("tls", "plain")
     patched = farm.make_patched(HANDSHAKE_LIMIT=2.0) if silent else ROOT
 
@@ -153,13 +158,8 @@ def test_a_pair(farm: Farm, pythons: dict[str, str], addresses: dict[str, str], 
         return farm.run(patched / program, *where, *options, python=pythons[end.age])
 
     master = start(listens, "task_master.py", "--port", 0, "3")
-    if listens.mode == "refuses":
-        check_refused(master, listens.choice)
-        return
     worker = start(connects, "task_worker.py", "--port", master.port(), "--processes", 1, "--wait", 0.3)
-    if connects.mode == "refuses":
-        check_refused(worker, connects.choice)
-    elif connects.mode != listens.mode:
+    if connects.mode != listens.mode:
         assert worker.wait() == 3
         assert "tls" in worker.stderr[-1].lower()
         assert master.is_running()
@@ -171,17 +171,23 @@ def test_a_pair(farm: Farm, pythons: dict[str, str], addresses: dict[str, str], 
     check_silence(master, worker)
 
 
-@pytest.mark.parametrize("end", ENDS, ids=" ".join)
+@pytest.mark.parametrize("end", [end for end in ENDS if end.mode == "refuses"], ids=" ".join)
+@pytest.mark.parametrize("program", ["master", "worker"])
+def test_an_end_that_cannot_do_what_it_should_does_not_start(
+    farm: Farm, pythons: dict[str, str], addresses: dict[str, str], end: End, program: str
+) -> None:
+    skip_unless_there(pythons, addresses, end)
+    where = ("--host", addresses[end.place], "--port", 1, *end.choice.split())
+    check_refused(farm.run(f"task_{program}.py", *where, python=pythons[end.age]), end.choice)
+
+
+@pytest.mark.parametrize("end", STARTING, ids=" ".join)
 def test_a_local_worker_does_as_its_master(farm: Farm, pythons: dict[str, str], addresses: dict[str, str], end: End) -> None:
-    if end.age not in pythons or end.place not in addresses:
-        pytest.skip(f"here are only {pythons} and {addresses}")
+    skip_unless_there(pythons, addresses, end)
     argv = ("--port", 0, "--host", addresses[end.place], *end.choice.split(), "--workers", 1, "3")
     master = farm.run("task_master.py", *argv, python=pythons[end.age])
-    if end.mode == "refuses":
-        check_refused(master, end.choice)
-    else:
-        assert master.wait() == 0, master.stderr
-        assert "Result: 3 * 3 = 9" in master.stdout
+    assert master.wait() == 0, master.stderr
+    assert "Result: 3 * 3 = 9" in master.stdout
 
 
 @pytest.mark.parametrize("host", ["", "0.0.0.0", "::"])
