@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
-from lab import Farm, Program, check_once, check_one_line, check_said, check_silence, wait_until
+from lab import Farm, Program, check_once, check_one_line, check_said, check_silence
+
+from task_master import BadTask, Failure, make_parser, open_input
 
 ECHO = ("--workers", 1, "--function", "functions:same")
 MORE_THAN_ALLOWED = 100_000_000  # bytes
@@ -24,6 +25,14 @@ def run_input(farm: Farm, content: bytes, *options: object, stream: bool = False
     with farm.write("tasks", content).open("rb") as stdin:
         options = ("--tasks", "-" if stream else "tasks", *options)
         return farm.run_job(*options, stdin=stdin, **{"function": "functions:same", **more})
+
+
+def read(folder: Path, content: bytes, *options: str) -> list[list[str]]:
+    """The tasks in a file, as JSON texts in batches. Raises Failure."""
+    path = folder / "tasks"
+    path.write_bytes(content)
+    parsed = make_parser().parse_args(["--tasks", str(path), *options])
+    return [batch for batch in open_input(parsed) if batch]
 
 
 def echoed(farm: Farm) -> list[Any]:
@@ -78,7 +87,6 @@ WORDS = ["1", "{bad", '"quoted"', " two  words ", "NaN", "back\\slash", "last"]
 ZEROS = b"\0".join(map(os.fsencode, NAMES[:-1])) + b"\0\0\0last"
 
 
-@both_ways
 @pytest.mark.parametrize(
     ("option", "content", "tasks"),
     [
@@ -99,8 +107,14 @@ ZEROS = b"\0".join(map(os.fsencode, NAMES[:-1])) + b"\0\0\0last"
         pytest.param("--text", b"a\n" + BOM + b"b", ["a", "\ufeffb"], id="BOM later"),
     ],
 )
-def test_each_line_is_a_task(farm: Farm, option: str, content: bytes, tasks: list[Any], stream: bool) -> None:
-    run_input(farm, content, *[option] * bool(option), stream=stream)
+def test_each_line_is_a_task(tmp_path: Path, option: str, content: bytes, tasks: list[Any]) -> None:
+    assert [json.loads(text) for batch in read(tmp_path, content, *option.split()) for text in batch] == tasks
+
+
+@both_ways
+@pytest.mark.parametrize(("option", "content", "tasks"), [("-0", ZEROS, NAMES), ("--text", "\n".join(WORDS).encode(), WORDS)])
+def test_a_text_is_recorded_as_it_was_read(farm: Farm, option: str, content: bytes, tasks: list[str], stream: bool) -> None:
+    run_input(farm, content, option, stream=stream)
     assert echoed(farm) == tasks
 
 
@@ -162,43 +176,46 @@ BAD = [b"{bad", b"NaN", b"[1, Infinity]", b"1 2", b"'one'", b'"\xff"', b"1,", b"
 each_bad = pytest.mark.parametrize("bad", BAD, ids=lambda bad: repr(bad[:15]))
 
 
-def check_refused(farm: Farm, master: Program, pattern: str) -> None:
-    """One line says why, and nothing was done."""
-    check_said(master, 2, pattern)
-    assert not (farm.folder / "results.jsonl").exists()
-
-
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32"])
 @pytest.mark.parametrize("options", [[], ["--text"]], ids=["JSON", "text"])
-@both_ways
-def test_utf_16_is_refused_by_name_and_so_are_zero_bytes(farm: Farm, encoding: str, options: list[str], stream: bool) -> None:
-    master = run_input(farm, "1\n2\n".encode(encoding), *options, stream=stream, status=2)
-    check_refused(farm, master, "utf-16.* -0")
+def test_utf_16_is_refused_by_name_and_so_are_zero_bytes(tmp_path: Path, encoding: str, options: list[str]) -> None:
+    with pytest.raises(Failure, match=r"UTF-16.* -0"):
+        read(tmp_path, "1\n2\n".encode(encoding), *options)
 
 
 @each_bad
+def test_a_first_line_that_is_bad_means_another_format(tmp_path: Path, bad: bytes) -> None:
+    with pytest.raises(Failure, match=r"tasks, line 2: |UTF-16"):
+        read(tmp_path, b"\n" + bad + b"\n1\n2\n")
+
+
+@pytest.mark.parametrize("bad", [BAD[0], "1\n".encode("utf-16")], ids=["JSON", "UTF-16"])
 @both_ways
-def test_a_first_line_that_is_bad_means_another_format_and_nothing_is_done(farm: Farm, bad: bytes, stream: bool) -> None:
+def test_where_the_format_is_another_one_line_says_so_and_nothing_is_done(farm: Farm, bad: bytes, stream: bool) -> None:
     master = run_input(farm, b"\n" + bad + b"\n1\n2\n", stream=stream, status=2)
-    check_refused(farm, master, r"(tasks|standard input).*line 2|utf-16")
+    check_said(master, 2, "standard input" if stream else "tasks", "line 2|utf-16")
+    assert not farm.results.exists()
 
 
 @each_bad
 @pytest.mark.parametrize("end", [b"\n", b"\n\n3\n", b""], ids=["last", "in the middle", "without an end"])
-def test_a_later_line_that_is_bad_is_a_task_that_failed_and_the_job_goes_on(farm: Farm, bad: bytes, end: bytes) -> None:
-    master = run_input(farm, b"1\n" + bad + end, "--retries", 2, status=1)
-    first, failed, *rest = farm.in_order()
-    assert [record["result"] for record in (first, *rest)] == ([1, 3] if b"3" in end else [1])
-    assert failed["task"] == bad.decode("utf-8", "surrogateescape") or not bad.isascii()
-    assert isinstance(failed["task"], str)
-    assert failed["error"]["type"] and failed["error"]["message"]
+def test_a_later_line_that_is_bad_is_a_task_of_its_own(tmp_path: Path, bad: bytes, end: bytes) -> None:
+    good, failed, *rest = read(tmp_path, b"1\n" + bad + end)
+    assert [good, *rest] == ([["1"], ["3"]] if b"3" in end else [["1"]])
+    assert isinstance(failed, BadTask) and "tasks, line 2: " in failed.problem
+    assert json.loads(failed[0]) == bad.decode("utf-8", "surrogateescape")
+
+
+def test_lines_that_are_bad_are_tasks_that_failed_and_the_job_goes_on_without_waiting(farm: Farm) -> None:
+    bad = [*BAD, *[b"bad"] * 1000]
+    master = run_input(farm, b"\n".join([b"1", *bad, b"3"]), "--retries", 2, stream=True, status=1)
+    first, *failed, last = farm.in_order()
+    assert (first["result"], last["result"], len(failed)) == (1, 3, len(bad))
+    for record, line in zip(failed, bad):
+        assert record["task"] == line.decode("utf-8", "surrogateescape")
+        assert record["error"]["type"] and record["error"]["message"]
     assert master.said("task 1|line 2")
     check_silence(master)
-
-
-def test_lines_that_are_bad_one_after_another_do_not_wait_for_anything(farm: Farm) -> None:
-    run_input(farm, b"1\n" + b"bad\n" * 1000, stream=True, status=1)
-    assert len(farm.records()) == 1001
 
 
 def test_a_task_argument_is_text_with_null_and_must_be_utf_8_without_it(farm: Farm) -> None:
@@ -237,23 +254,6 @@ def test_each_task_on_standard_input_is_recorded_before_the_next_is_written_thou
     fed.end_input()
     assert fed.wait() == 1
     assert len(fed.stdout) == 4
-
-
-@pytest.mark.skipif(not shutil.which("tail"), reason="there is no tail here")
-def test_tail_follows_a_file_as_a_queue(farm: Farm) -> None:
-    queue, results = farm.write("queue.jsonl", "0\n"), farm.folder / "results.jsonl"
-    with subprocess.Popen(["tail", "-n", "+1", "-f", str(queue)], stdout=subprocess.PIPE) as tail:
-        try:
-            master = farm.master("--tasks", "-", "--results", results, *ECHO, stdin=tail.stdout)
-            for number in range(4):
-                wait_until(lambda number=number: results.exists() and len(farm.records()) > number, master)
-                with queue.open("a") as file:
-                    file.write(f"{number + 1}\n")
-            assert master.is_running()
-        finally:
-            tail.kill()
-    assert master.wait() == 0
-    assert echoed(farm)[:4] == [0, 1, 2, 3]
 
 
 def test_a_line_that_arrives_in_pieces_is_one_task(fed: Program) -> None:
