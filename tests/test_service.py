@@ -28,17 +28,6 @@ def test_both_sides_say_in_one_line_that_they_are_connected_and_with_whom(farm: 
     assert worker.said("connected") == [f"task_worker: connected to 127.0.0.1:{master.port()}"]
 
 
-def test_a_lost_worker_is_one_line_that_names_it(farm: Farm) -> None:
-    master = farm.master("1", "2")
-    worker = farm.worker(master, "--processes", 2, "--function", "functions:stay")
-    worker.wait_line("it runs", "stdout", count=2)
-    worker.kill()
-    master.wait_line("disconnected|lost$")
-    name = re.escape(worker.name())
-    assert len(master.said(rf"worker {name} (disconnected|lost)")) == 1
-    assert len(master.said(rf"redelivered since {name} was lost")) in (1, 2)  # a line for each connection
-
-
 def test_a_lost_master_is_one_line_while_the_tasks_run_and_so_is_its_return(farm: Farm) -> None:
     master = farm.master("--results", "results.jsonl", "1", "2")
     options = ("--port", master.port(), "--processes", 2, "--function", "functions:stay")
