@@ -43,8 +43,7 @@ def check_complete(farm: Farm, kept: set[int], may_be_kept: frozenset[int] = fro
     assert started == {*range(COUNT)} - kept - (may_be_kept - started)
 
 
-@pytest.mark.parametrize("workers", [[], ["--workers", 1], WORK], ids=["none", "demonstration", "function"])
-@pytest.mark.parametrize("content", [None, "", "records"], ids=["no file", "an empty file", "a file"])
+@pytest.mark.parametrize(("workers", "content"), [([], None), (["--workers", 1], ""), (WORK, "records")])
 def test_resuming_without_the_tasks_is_refused(farm: Farm, workers: list[object], content: str | None) -> None:
     text = "".join(record(n) + "\n" for n in range(5)) if content else content
     if text is not None:
