@@ -9,7 +9,9 @@ import sys
 import zipfile
 
 import pytest
-from lab import ROOT, Farm, check_ended, check_said, wait_until
+from lab import ROOT, Farm, check_ended, check_one_line, check_said, wait_until
+
+from task_worker import Failure, check_spec
 
 MODULE = """
 import os, time
@@ -181,14 +183,18 @@ def test_a_coroutine_function_is_run_to_its_end(farm: Farm, spec: str) -> None:
         *[(f"{name}:f", f"{name}:f.*standard") for name in ("token", "queue", "json", "antigravity", "test")],
     ],
 )
-@pytest.mark.parametrize("program", ["master", "worker"])
 def test_a_path_or_main_or_the_name_of_a_standard_module_is_refused_and_the_error_says_what_to_write(
-    farm: Farm, program: str, spec: str, says: str
+    farm: Farm, monkeypatch: pytest.MonkeyPatch, spec: str, says: str
 ) -> None:
+    monkeypatch.chdir(farm.folder)
     farm.write(spec.partition(":")[0].rpartition("/")[2].replace(".py", "") + ".py", "def vdp(n):\n    return n\n\nf = vdp\n")
-    more = ("--results", "results.jsonl", "--workers", 1, "1") if program == "master" else ("--wait", 0.1)
-    refused = farm.run(f"task_{program}.py", "--port", 1, "--function", spec.format(folder=farm.folder), *more)
-    check_said(refused, 2, f"--function.*{says}")
+    with pytest.raises(Failure, match=f"--function.*{says}"):
+        check_spec(spec.format(folder=farm.folder))
+
+
+@pytest.mark.parametrize("more", [("task_master.py", "1"), ("task_worker.py", "--wait", 0.1)], ids=["master", "worker"])
+def test_a_refused_function_is_one_line_before_anything_starts(farm: Farm, more: list[object]) -> None:
+    check_one_line(farm.run(*more, "--port", 1, "--function", "lib/sweep:vdp"), 2, r"--function.*say lib\.sweep:vdp")
 
 
 def test_the_demonstration_that_is_given_no_number_says_that_it_squares_numbers(farm: Farm) -> None:
