@@ -280,7 +280,7 @@ class Ledger:
     def __init__(self, retries: int = 0, redeliveries: int = 2, retry_delay: float = 0.0, others_time: float = 0.0) -> None:
         self._retries, self._redeliveries, self._retry_delay = retries, redeliveries, retry_delay
         self._others_time = others_time  # seconds after the first worker during which others may come
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal handler of the caller may call `close` while its thread holds this
         # Signals `wait_ready`: a task can be leased (once for each one that waits), or `lease` returns None from now on.
         self._leasable = threading.Condition(self._lock)
         self._room = threading.Condition(self._lock)  # signals `submit`: there is room for READY tasks, or no more are wanted
@@ -782,10 +782,9 @@ def load_outcome(outcome: str, scan: Callable[..., Any] = scan_strictly) -> tupl
 class RequestConnection(PlainConnection):
     """The server's end: a worker sends text (see task_worker.py), a plain client pickles, each is answered in its own way."""
 
-    _large = threading.Lock()  # held by the connection that receives or serves a large message
-
-    def __init__(self, sock: socket.socket, address: tuple[Any, ...]) -> None:
+    def __init__(self, sock: socket.socket, address: tuple[Any, ...], large: threading.Lock) -> None:
         super().__init__(sock)
+        self._large = large
         self.host = address[0] if address else ""  # a peer that has gone may have none
         self.problem = ""  # why its last message was refused
         self._pickles = False  # how the last request came
@@ -923,6 +922,7 @@ class QueueServer(managers.Server):
         self.stop_event = threading.Event()
         self._master = master
         self._pending: dict[RequestConnection, None] = {}  # in the handshake, oldest first
+        self._large = threading.Lock()  # held by the connection that receives or serves a large message
         self._accepting = threading.Thread(target=self.accepter, daemon=True)
         self.start = self._accepting.start  # in this process, so that the queues need not be pickled for a child
         # They live as long as the server: the counts of BaseManager can reach 0 while another client connects.
@@ -950,7 +950,7 @@ class QueueServer(managers.Server):
     def accepter(self) -> None:
         while not self.stop_event.is_set():
             try:
-                conn = RequestConnection(*self.listener.accept())
+                conn = RequestConnection(*self.listener.accept(), self._large)
             except OSError as error:
                 if not isinstance(error, socket.timeout):  # out of file descriptors, say
                     self.stop_event.wait(LOOK_INTERVAL)
@@ -1289,12 +1289,14 @@ class ResultsFile:
         """Put the lines in order, if wanted, without those that a later record has replaced; close the file. Raises Failure."""
         self.write([])  # which cuts a torn end
         self.sync(0.0)
-        if self.regular and (ordered or self.repeated or self._stale):
-            try:
+        try:
+            if self.regular and (ordered or self.repeated or self._stale):
                 self._rewrite(ordered)
-            except (OSError, ValueError) as error:  # ValueError: another program has written there
-                say(f"cannot put {self._given} in order: {explain_error(error)} (it has all records, the last of an id counts)")
-        os.close(self._fd)
+        except (OSError, ValueError) as error:
+            reason = explain_error(error) if isinstance(error, OSError) else "another program has written there"
+            say(f"cannot put {self._given} in order: {reason} (it has all records, the last of an id counts)")
+        finally:
+            os.close(self._fd)
 
     def discard(self) -> None:
         """Remove a new file that has not taken the place of the old one yet. A signal handler may call this."""
@@ -1826,7 +1828,6 @@ class TaskMaster:
             raise Failure("this TaskMaster was opened by the process that has forked this one: make another one here")
         if self._running:
             raise Failure("a run is under way: let the loop over its records end first, or make another TaskMaster")
-        self._running = True
         records: queue.SimpleQueue[list[Task]] = queue.SimpleQueue()
         first, taken = self._next_id, self.ledger.done
         size = taken_size = 0  # characters of what was recorded, and of what was taken
@@ -1844,8 +1845,9 @@ class TaskMaster:
             self.ledger.wait_over(None)
             records.put([])
 
+        self._begin(encode_tasks(tasks), sink)  # which lets one caller in, if two come at once
+        self._running = True
         try:
-            self._begin(encode_tasks(tasks), sink)
             threading.Thread(target=finish, daemon=True).start()
             while settled := records.get():
                 yield from make_records(settled, first)
@@ -2055,7 +2057,7 @@ def describe_function(what: dict[str, Any] | None) -> str:
 def explain_outcome(task: Task) -> str:
     """The error of a task, for a person, on one line."""
     error = load_outcome(task.outcome)[1] or {}
-    text = " ".join(f"{error.get('type')}: {error.get('message')}".split())
+    text = " ".join(re.sub(r"[\x00-\x1f\x7f-\x9f]", " ", f"{error.get('type')}: {error.get('message')}").split())
     return text if len(text) < 200 else f"{text[:80]} ... {text[-110:]}"  # the reason is often in the end
 
 
@@ -2190,7 +2192,7 @@ def make_parser() -> Parser:
         usage="%(prog)s [OPTION ...] [TASK ...]",
         description="Serve tasks to task_workers on this and other hosts, and collect the outcomes.",
         epilog="examples:\n  task_master.py --workers 2\n"
-        "  task_master.py --tasks mails.jsonl --results sent.jsonl --workers 4 --function mailer:send\n",
+        "  task_master.py --tasks in --results out --workers 4 --function mailer:send\n",
     )
     add = parser.add_argument_group("tasks").add_argument
     add("task", nargs="*", metavar="TASK", help="a JSON value (default: ten random integers)")

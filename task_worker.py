@@ -314,16 +314,18 @@ def explain_exit(status: int) -> str:
 
 STOP_SIGNALS = {getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)}
 TERMINALS = [descriptor for descriptor in range(3) if os.isatty(descriptor)]
-CLOSED: set[int] = set()  # SIGHUP, when it has come since these were closed
+CAUGHT: dict[int, float] = {}  # by signal: until when another one is the same; for ever a SIGHUP, once these are closed
+SAME_SIGNAL = 0.005  # seconds in which one counts once: `timeout` sends each to a process and to its group
 
 
 def catch_signals(handler: Callable[[int, Any], None]) -> None:
     """Call `handler` for the signals that stop a program, except SIGHUP where the parent ignores it, as `nohup` does."""
 
     def handle(number: int, frame: Any) -> None:
-        again = number in CLOSED  # when a terminal is closed, the shell and the system both send a SIGHUP: it counts once
-        if number not in (signal.SIGINT, signal.SIGTERM) and TERMINALS and not any(map(os.isatty, TERMINALS)):
-            CLOSED.add(number)
+        again = time.monotonic() < CAUGHT.get(number, 0.0)
+        # When a terminal is closed, the shell and the system both send a SIGHUP.
+        closed = number not in (signal.SIGINT, signal.SIGTERM) and TERMINALS and not any(map(os.isatty, TERMINALS))
+        CAUGHT[number] = math.inf if closed else time.monotonic() + SAME_SIGNAL
         if not again:
             handler(number, frame)
 

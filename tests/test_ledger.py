@@ -541,6 +541,18 @@ def test_a_draining_job_leases_and_takes_nothing_and_is_closed_when_nothing_is_l
     check_counts(ledger, ready=2 + (last != "reported"), leased=0, done=last == "reported")
 
 
+def test_a_signal_handler_may_end_the_job_in_the_middle_of_a_call() -> None:
+    ledger = make_ledger(1)
+
+    class Interrupted:
+        def __hash__(self) -> int:
+            ledger.end(Phase.CLOSED)
+            return 0
+
+    ledger.release(Interrupted(), [0])
+    assert ledger.is_over()
+
+
 @pytest.mark.parametrize("phase", [Phase.CLOSED, Phase.FAILED])
 def test_an_outcome_is_not_acknowledged_when_it_cannot_be_recorded_any_more(phase: Phase) -> None:
     ledger = make_ledger(1)

@@ -153,10 +153,11 @@ def test_a_script_without_a_guard_that_names_its_own_function_is_told_what_to_wr
     assert len(list(farm.folder.glob("load-*"))) <= 4  # the script, a worker's look at it, and its process
 
 
-def test_a_module_in_a_zip_is_imported(farm: Farm) -> None:
+@pytest.mark.parametrize("safe", [{}, {"PYTHONSAFEPATH": "1"}], ids=["", "safe path"])
+def test_a_module_in_a_zip_is_imported(farm: Farm, safe: dict[str, str]) -> None:
     with zipfile.ZipFile(farm.folder / "modules.zip", "w") as file:
         file.writestr("packed.py", "def triple(n):\n    return 3 * n\n")
-    master = farm.run_master("5", "--workers", 1, "--function", "packed:triple", env=farm.env(PYTHONPATH="modules.zip"))
+    master = farm.run_master("5", "--workers", 1, "--function", "packed:triple", env=farm.env(PYTHONPATH="modules.zip", **safe))
     assert "Result: 15" in master.stdout
 
 

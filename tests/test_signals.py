@@ -308,6 +308,23 @@ def test_two_signals_at_once_leave_without_a_traceback(farm: Farm, whom: str) ->
     program.wait_line("leaving at once")
 
 
+TWICE = """
+import signal, task_worker
+
+task_worker.catch_signals(lambda number, frame: print(number, flush=True))
+for task_worker.SAME_SIGNAL in (100.0, 0.0):
+    task_worker.CAUGHT.clear()
+    signal.raise_signal(signal.SIGTERM)
+    signal.raise_signal(signal.SIGTERM)
+"""
+
+
+def test_a_signal_that_comes_twice_at_once_as_timeout_sends_it_counts_once(farm: Farm) -> None:
+    program = farm.run("-c", TWICE, env=farm.env(PYTHONPATH=str(ROOT)))
+    assert program.wait() == 0
+    assert program.stdout == [str(int(signal.SIGTERM))] * 3
+
+
 STARTS = """
 import sys, threading, time, types
 import task_worker
