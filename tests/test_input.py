@@ -203,7 +203,7 @@ def test_a_later_line_that_is_bad_is_a_task_of_its_own(tmp_path: Path, bad: byte
     good, failed, *rest = read(tmp_path, b"1\n" + bad + end)
     assert [good, *rest] == ([["1"], ["3"]] if b"3" in end else [["1"]])
     assert isinstance(failed, BadTask) and "tasks, line 2: " in failed.problem
-    assert json.loads(failed[0]) == bad.decode("utf-8", "surrogateescape")
+    assert os.fsencode(json.loads(failed[0])) == bad
 
 
 def test_lines_that_are_bad_are_tasks_that_failed_and_the_job_goes_on_without_waiting(farm: Farm) -> None:
@@ -212,7 +212,7 @@ def test_lines_that_are_bad_are_tasks_that_failed_and_the_job_goes_on_without_wa
     first, *failed, last = farm.in_order()
     assert (first["result"], last["result"], len(failed)) == (1, 3, len(bad))
     for record, line in zip(failed, bad):
-        assert record["task"] == line.decode("utf-8", "surrogateescape")
+        assert os.fsencode(record["task"]) == line
         assert record["error"]["type"] and record["error"]["message"]
     assert master.said("task 1|line 2")
     check_silence(master)
