@@ -1435,13 +1435,6 @@ def print_text(text: str, encoding: str = "utf-8") -> None:
 # ---- workers that the master starts --------------------------------------------------------------------------------
 
 
-# Runs a script as Python does, but takes it from the cache if it is there: to compile it would take half of a worker's start.
-RUN_SCRIPT = (
-    "import sys; sys.path[0] or sys.path.pop(0); del sys.argv[0]; __file__ = sys.argv[0]; import importlib.machinery; "
-    "exec(importlib.machinery.SourceFileLoader('__main__', __file__).get_code('__main__'))"
-)
-
-
 class LocalWorker:
     """The task_worker.py beside this file, run on this host for this master alone; it ends with its standard input."""
 
@@ -1509,7 +1502,7 @@ class LocalWorker:
 
     def _find_command(self, host: str, port: int) -> tuple[list[str], dict[str, str], int]:
         """The command line for a master at this address, the environment, and where output goes: not into the progress."""
-        command = [sys.executable, "-c", RUN_SCRIPT, WORKER_FILE, *self._arguments, "--host", host, "--port", str(port)]
+        command = [sys.executable, WORKER_FILE, *self._arguments, "--host", host, "--port", str(port)]
         return command, {**os.environ, **self._environment}, subprocess.PIPE if console.is_terminal else 2
 
     def _show(self, _process: subprocess.Popen[bytes], line: bytes) -> None:
