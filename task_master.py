@@ -922,7 +922,8 @@ class QueueServer(managers.Server):
         self.stop_event = threading.Event()
         self._master = master
         self._pending: dict[RequestConnection, None] = {}  # in the handshake, oldest first
-        self._large = threading.Lock()  # held by the connection that receives or serves a large message
+        # Held by the connection that receives or serves a large message. It is the server's own: a fork may leave it locked.
+        self._large = threading.Lock()
         self._accepting = threading.Thread(target=self.accepter, daemon=True)
         self.start = self._accepting.start  # in this process, so that the queues need not be pickled for a child
         # They live as long as the server: the counts of BaseManager can reach 0 while another client connects.
@@ -1838,7 +1839,7 @@ class TaskMaster:
             self.ledger.wait_over(None)
             records.put([])
 
-        self._begin(encode_tasks(tasks), sink)  # which lets one caller in, if two come at once
+        self._begin(encode_tasks(tasks), sink)  # if two threads come here at once, it refuses one
         self._running = True
         try:
             threading.Thread(target=finish, daemon=True).start()

@@ -169,14 +169,14 @@ class PlainConnection:
     def cut(self) -> None:
         """End the connection: the thread that uses it gets an EOFError, and closes it.
 
-        If another one did that, the system could give the number of the descriptor to a new connection, or to a file, before
-        OpenSSL has seen the end: it would go on there.
+        If another thread closed it, the system could give the number of its descriptor to a new connection, or to a file, before
+        OpenSSL has seen the end. OpenSSL knows only the number: it would read and write there.
         """
         with contextlib.suppress(OSError):
             socket.socket.shutdown(self.sock, socket.SHUT_RDWR)  # SSLSocket.shutdown would let its thread send in the clear
 
     def close(self) -> None:
-        """Close the socket; only for the thread that uses it."""
+        """Close the socket; only for the thread that uses it, or when there is none."""
         self.cut()
         self.sock.close()
 
@@ -314,8 +314,8 @@ def explain_exit(status: int) -> str:
 
 STOP_SIGNALS = {getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)}
 TERMINALS = [descriptor for descriptor in range(3) if os.isatty(descriptor)]
-CAUGHT: dict[int, float] = {}  # by signal: until when another one is the same; for ever a SIGHUP, once these are closed
-SAME_SIGNAL = 0.005  # seconds in which one counts once: `timeout` sends each to a process and to its group
+CAUGHT: dict[int, float] = {}  # by signal: until when the next one counts as the same
+SAME_SIGNAL = 0.005  # seconds for which that is so: `timeout` sends a signal to a process and to its group
 
 
 def catch_signals(handler: Callable[[int, Any], None]) -> None:
@@ -323,7 +323,7 @@ def catch_signals(handler: Callable[[int, Any], None]) -> None:
 
     def handle(number: int, frame: Any) -> None:
         again = time.monotonic() < CAUGHT.get(number, 0.0)
-        # When a terminal is closed, the shell and the system both send a SIGHUP.
+        # When a terminal is closed, the shell and the system both send a SIGHUP: all that come from then on count as one.
         closed = number not in (signal.SIGINT, signal.SIGTERM) and TERMINALS and not any(map(os.isatty, TERMINALS))
         CAUGHT[number] = math.inf if closed else time.monotonic() + SAME_SIGNAL
         if not again:
@@ -1734,8 +1734,10 @@ def main(argv: list[str] | None = None) -> int:
         return failure.status
     if not options.quiet:
         write_line("worker exit.", 1)
+    if sys.platform == "linux":
+        os._exit(0)  # the supervisor cleans up; to take this process apart would take 30 ms
     return 0
 
 
 if __name__ == "__main__":
-    os._exit(main())  # at once: to take this process apart would take 30 ms (row `cold`)
+    raise SystemExit(main())  # which removes the folder of multiprocessing, where there is no memfd
