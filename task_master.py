@@ -220,7 +220,7 @@ class IllegalMove(Exception):
 class Task:
     """A task until it is DONE; its state is changed by `Ledger._move` alone."""
 
-    __slots__ = ("avoids", "due_at", "failures", "holder", "id", "losses", "ok", "outcome", "state", "text", "worker")
+    __slots__ = ("avoids", "failures", "holder", "id", "losses", "ok", "outcome", "state", "text")  # few: row `python`
 
     def __init__(self, task_id: int, text: str) -> None:
         self.id = task_id
@@ -229,11 +229,9 @@ class Task:
         self.failures = 0  # error outcomes so far
         self.losses = 0  # times that its connection was lost
         self.holder: object = None  # who has leased it
-        self.avoids: Standing | None = None  # the worker that it failed on: another one is to retry it
-        self.due_at = 0.0  # when it may be retried
+        self.avoids: tuple[Standing | None, float] | None = None  # on whom it failed, and from when another one is to retry it
         self.ok = False  # whether the last attempt gave a result
         self.outcome = ""  # of the last attempt, as members of a record; the ledger does not look into it
-        self.worker = ""  # that it came from
 
     @property
     def attempts(self) -> int:
@@ -262,7 +260,7 @@ class Standing:
         return 2 * sum(self.recent) >= len(self.recent)
 
 
-Sink = Callable[["list[Task]"], None]  # takes tasks that have their last outcome, to record them
+Sink = Callable[["list[Task]", str], None]  # takes tasks that have their last outcome and the worker's name, to record them
 
 
 class Outcomes(NamedTuple):
@@ -333,7 +331,9 @@ class Ledger:
                 return False
             self.submitted += len(new)
             self._tasks.update(new)
-            self._queue([*new.values()])
+            self._ready_bytes += sum([len(task.text) for task in new.values()])
+            self._ready.extend(new.values())
+            self._wake_next()
             return True
 
     def submit_failed(self, task_id: int, text: str, outcome: str) -> Task:
@@ -371,10 +371,10 @@ class Ledger:
             if self.phase > Phase.OVER:
                 return None
             standing = self._slots.get(holder) or Standing(proven=True)  # a plain client has none
-            if self._gate_closed or self._is_paused(standing, now):
+            self._queue_due(now)
+            if not self._ready or self._gate_closed or self._is_paused(standing, now):
                 self._wake_next()  # the signal was perhaps for a task that this holder must not have
                 return []
-            self._queue_due(now)
             share = len(self._ready) // (len(self._slots) or 1)  # of what is READY, but not down to a few tasks a call
             limit = max(1, min(limit, max(share, limit // LEASE_PART)))
             doubtful = self._is_in_doubt(standing, now)
@@ -387,8 +387,6 @@ class Ledger:
                 standing.pause = 0.0
             if not lease and self._ready:  # what is there is left for others
                 standing.resumes_at = now + AVOID_PAUSE
-            if self._has_room():
-                self._room.notify_all()
             self._wake_next()
             return lease
 
@@ -398,7 +396,8 @@ class Ledger:
             held = self._held.get(holder, {})
             tasks = [held[task_id] for task_id in dict.fromkeys(task_ids) if task_id in held]
             self._move(tasks, READY)
-            self._queue(tasks)
+            self._put_first(tasks)
+            self._wake_next()
 
     def report(self, holder: object, outcomes: Outcomes, now: float) -> tuple[list[Task], list[Task]]:
         """Take outcomes. Returns tasks to record and then settle, and tasks to be retried. EOFError: nothing is recorded now."""
@@ -418,7 +417,6 @@ class Ledger:
                 if task.holder is not holder and (again or (not ok and outcome == task.outcome)):
                     continue  # it is going to be run again anyway; or it came before, and its acknowledgement was lost
                 task.ok, task.outcome = ok, outcome
-                task.avoids = standing if again else None
                 task.failures += not ok
                 (retried if again else last).append(task)
             self.retried += len(retried)
@@ -426,9 +424,9 @@ class Ledger:
             self._move(retried, READY)
             for task in retried:
                 delay = self._retry_delay and self._retry_delay * 2 ** (task.failures - 1)
-                task.due_at = now + delay
+                task.avoids = (standing, now + delay)
                 self._ready_bytes += len(task.text)
-                heapq.heappush(self._delayed, (task.due_at, task.id, task))
+                heapq.heappush(self._delayed, (now + delay, task.id, task))
             self._queue_due(now)
         return last, retried
 
@@ -452,7 +450,8 @@ class Ledger:
             given_up = [task for task in lost if task.losses > self._redeliveries]
             self._move(given_up, LEASED, RECORDER)
             self._move(again, READY)
-            self._queue(again)  # wakes another, if the holder was woken and has died
+            self._put_first(again)
+            self._wake_next()  # another, if the holder was woken and has died
             self.redelivered += len(again)
             self._held.pop(holder, None)
             if self._slots.pop(holder, None):
@@ -504,6 +503,8 @@ class Ledger:
 
     def _move(self, tasks: list[Task], state: str, holder: object = None) -> None:
         """The one gate: all tasks move, or none. A task has a holder exactly while it is LEASED."""
+        if not tasks:
+            return
         for old in {task.state for task in tasks}:
             if (old, state) not in MOVES:
                 raise IllegalMove(f"from {old} to {state}")
@@ -520,22 +521,26 @@ class Ledger:
         if state == READY:
             self._look_whether_over()
 
-    def _queue(self, tasks: list[Task]) -> None:
-        """Let READY tasks be leased."""
+    def _put_first(self, tasks: list[Task]) -> None:
+        """Let READY tasks be leased before all others: behind them their failures would be seen late, by --max-failures too."""
         self._ready_bytes += sum([len(task.text) for task in tasks])
-        self._ready.extend(tasks)
-        self._wake_next()
+        self._ready.extendleft(reversed(tasks))
 
     def _queue_due(self, now: float) -> None:
-        """Queue the retries whose delay is over."""
+        """Let the retries whose delay is over be leased."""
+        due = []
         while self._delayed and self._delayed[0][0] <= now:
-            self._ready.append(heapq.heappop(self._delayed)[2])
+            due.append(heapq.heappop(self._delayed)[2])
+        if due:
+            self._ready.extendleft(reversed(due))  # their sizes have counted since they failed
             self._wake_next()
 
     def _wake_next(self) -> None:
         """Wake one that waits for tasks; it wakes the next if it leaves some. So a thousand do not wake for a few tasks."""
         if self._can_lease():
             self._leasable.notify()
+        if self._has_room():
+            self._room.notify_all()
 
     def _look_whether_over(self) -> None:
         if self.phase == Phase.ENDED and not self._tasks:
@@ -565,11 +570,11 @@ class Ledger:
         others = [other for other in self._workers.values() if other is not standing]
         return any(map(Standing.is_good, others)) or (not others and not standing.proven and now < self._others_until)
 
-    def _is_left(self, task: Task, standing: Standing, now: float) -> bool:
+    def _is_left(self, failed_on: Standing | None, due_at: float, standing: Standing, now: float) -> bool:
         """Whether a retry is left for workers that do not fail: for a while, longer if this one fails all its tasks."""
-        if all(other is standing or other.failing for other in self._workers.values()):
+        if failed_on is not standing or all(other is standing or other.failing for other in self._workers.values()):
             return False
-        return now - task.due_at < (LAST_PAUSE if standing.failing else AVOID_TIME)
+        return now - due_at < (LAST_PAUSE if standing.failing else AVOID_TIME)
 
     def _take(self, limit: int, held: int, standing: Standing, now: float) -> list[Task]:
         """Up to `limit` of the tasks to lease next, while they are together small enough and need not be leased alone."""
@@ -582,7 +587,7 @@ class Ledger:
             self._ready_bytes -= len(task.text)
             if task.state != READY:  # recorded after a late report
                 continue
-            if task.avoids is standing and self._is_left(task, standing, now):
+            if task.avoids and self._is_left(*task.avoids, standing, now):
                 put_back.append(task)
                 continue
             room -= len(task.text)
@@ -593,8 +598,9 @@ class Ledger:
             tasks.append(task)
             if alone:
                 break
-        ready.extendleft(reversed(put_back))
-        self._ready_bytes += sum([len(task.text) for task in put_back])
+        self._put_first(put_back)
+        if len(put_back) == AVOID_LIMIT:
+            ready.rotate(-AVOID_LIMIT)  # else they would hide what is behind them
         return tasks
 
 
@@ -1202,9 +1208,9 @@ class ResultsFile:
         except FileNotFoundError:
             return True
 
-    def write(self, tasks: list[Task]) -> None:
+    def write(self, tasks: list[Task], worker: str) -> None:
         """Append the records of tasks; when this returns, they survive the end of this process. Raises Failure."""
-        data = self._line_end + format_records(tasks).encode("utf-8", "replace")
+        data = self._line_end + format_records(tasks, worker).encode("utf-8", "replace")
         with self._explaining():
             if self._torn:  # cut now, when it is known that this is the file of this job
                 os.ftruncate(self._fd, self._end)
@@ -1288,7 +1294,7 @@ class ResultsFile:
 
     def finish(self, ordered: bool) -> None:
         """Put the lines in order, if wanted, without those that a later record has replaced; close the file. Raises Failure."""
-        self.write([])  # which cuts a torn end
+        self.write([], "")  # which cuts a torn end
         self.sync(0.0)
         try:
             if self.regular and (ordered or self.repeated or self._stale):
@@ -1368,10 +1374,10 @@ def read_record(line: str) -> tuple[int, str, bool]:
     return record["id"], json.dumps(record["task"]), "result" in record and not record.get("error")
 
 
-def format_records(tasks: list[Task]) -> str:
+def format_records(tasks: list[Task], worker: str) -> str:
     """Lines of the results file, put together from JSON texts: those of workers were checked when they came."""
     lines = [
-        f'{{"id": {task.id}, "task": {task.text}, {task.outcome}, "worker": "{task.worker}", "attempts": {task.attempts}}}\n'
+        f'{{"id": {task.id}, "task": {task.text}, {task.outcome}, "worker": "{worker}", "attempts": {task.attempts}}}\n'
         for task in tasks
     ]
     return "".join(lines)
@@ -1416,7 +1422,7 @@ class Printer:
             yield texts
         self.write([])
 
-    def write(self, tasks: list[Task]) -> None:
+    def write(self, tasks: list[Task], _worker: str = "") -> None:
         """The results; errors are told on standard error."""
         texts = [task.outcome[len(RESULT) :].rpartition(', "started_at": ')[0] for task in tasks if task.ok]
         lines = [f"Result: {show_value(text)}\n" for text in texts]
@@ -1766,7 +1772,7 @@ class TaskMaster:
         self._recording = threading.Lock()  # guards the output, and the order of deciding and writing
         self._counting = threading.Lock()  # guards what is counted for the summary
         self.peers: set[Peer] = set()  # all that are connected
-        self._sink: Sink = lambda tasks: None
+        self._sink: Sink = lambda tasks, worker: None
         self._next_id = 0  # of the tasks to come
 
     def __enter__(self) -> TaskMaster:
@@ -1822,30 +1828,31 @@ class TaskMaster:
             raise Failure("this TaskMaster was opened by the process that has forked this one: make another one here")
         if self._running:
             raise Failure("a run is under way: let the loop over its records end first, or make another TaskMaster")
-        records: queue.SimpleQueue[list[Task]] = queue.SimpleQueue()
+        records: queue.SimpleQueue[Any] = queue.SimpleQueue()
         first, taken = self._next_id, self.ledger.done
         size = taken_size = 0  # characters of what was recorded, and of what was taken
 
         def look_at_gate() -> None:
             self.ledger.close_gate(self.ledger.done - taken > CALLER_LIMIT or size - taken_size > READY_BYTES)
 
-        def sink(tasks: list[Task]) -> None:
+        def sink(tasks: list[Task], worker: str) -> None:
             nonlocal size
-            size += count_characters(tasks)
+            added = sum([len(task.text) + len(task.outcome) for task in tasks])
+            size += added
             look_at_gate()
-            records.put(tasks)
+            records.put((tasks, worker, added))
 
         def finish() -> None:
             self.ledger.wait_over(None)
-            records.put([])
+            records.put(None)
 
         self._begin(encode_tasks(tasks), sink)  # if two threads come here at once, it refuses one
         self._running = True
         try:
             threading.Thread(target=finish, daemon=True).start()
-            while settled := records.get():
-                yield from make_records(settled, first)
-                taken, taken_size = taken + len(settled), taken_size + count_characters(settled)
+            for settled, worker, added in iter(records.get, None):
+                yield from make_records(settled, worker, first)
+                taken, taken_size = taken + len(settled), taken_size + added
                 look_at_gate()
         except BaseException:
             self.ledger.end(Phase.CLOSED)  # the caller has lost interest
@@ -1995,25 +2002,23 @@ class TaskMaster:
             return
         if self.ledger.phase == Phase.FAILED:
             raise EOFError  # nothing may be written behind a torn line
-        for task in tasks:
-            task.worker = worker
         try:
-            self._sink(tasks)
+            self._sink(tasks, worker)
         except BaseException as error:
             self.ledger.end(Phase.FAILED, error)
             raise EOFError from error  # which is no acknowledgement
         try:
             for task in tasks:
                 if not task.ok:
-                    self._note_failure(task)  # before the job can be over
+                    self._note_failure(task, worker)  # before the job can be over
         finally:
             self.ledger.settle(tasks)
 
-    def _note_failure(self, task: Task) -> None:
+    def _note_failure(self, task: Task, worker: str) -> None:
         """Say what is the first of its kind, count the others, and end the job when there are too many."""
         text = explain_outcome(task)
         kind = find_kind(text, self.failures)
-        count = self.failures.setdefault(kind, [0, f"{text} (task {task.id}: {task.text[:60]}, on {task.worker or 'no worker'})"])
+        count = self.failures.setdefault(kind, [0, f"{text} (task {task.id}: {task.text[:60]}, on {worker or 'no worker'})"])
         count[0] += 1
         if count[0] == 1:
             self._log(f"task {task.id} failed: {count[1]}, attempt {task.attempts}")
@@ -2061,11 +2066,6 @@ def find_kind(text: str, known: dict[str, Any]) -> str:
     return kind if kind in known or len(known) < KINDS_LIMIT else "others"
 
 
-def count_characters(tasks: list[Task]) -> int:
-    """The size of tasks with their outcomes."""
-    return sum([len(task.text) + len(task.outcome) for task in tasks])
-
-
 def encode_tasks(tasks: Iterable[Any]) -> Iterator[list[str]]:
     """Tasks as JSON texts: in batches if all of them are there, else singly as they come. Raises TypeError, ValueError."""
     texts: list[str] = []
@@ -2084,7 +2084,7 @@ def encode_tasks(tasks: Iterable[Any]) -> Iterator[list[str]]:
     yield texts
 
 
-def make_records(tasks: list[Task], first: int) -> Iterator[Record]:
+def make_records(tasks: list[Task], worker: str, first: int) -> Iterator[Record]:
     """Tasks as Records, one after another so that Python has less garbage to look for; their ids count from `first`."""
     values = scan_strictly(f"[{','.join([task.text for task in tasks])}]", 0)[0]  # at once, which takes half the time
     for task, value in zip(tasks, values):
@@ -2094,7 +2094,7 @@ def make_records(tasks: list[Task], first: int) -> Iterator[Record]:
             result, error = (member, None) if task.ok else (None, member)
         except (ValueError, RecursionError, StopIteration):  # not as our workers write it, or too deep for this stack
             result, error, started_at, seconds = load_outcome(check_outcome(task.outcome, scan_strictly)[2])
-        columns = (task.id - first, value, result, error, started_at, seconds, task.worker, task.attempts)
+        columns = (task.id - first, value, result, error, started_at, seconds, worker, task.attempts)
         yield tuple.__new__(Record, columns)  # half the time of Record(*columns)
 
 
@@ -2275,7 +2275,7 @@ class Job:
         if options.tasks_per_process and not (options.workers or options.ssh):
             self._log("--tasks-per-process is not used, as no workers are started here: give it to task_worker.py")
         if options.results == "-":
-            return batches, lambda tasks: print_text(format_records(tasks))  # UTF-8, whatever the terminal is set to
+            return batches, lambda *recorded: print_text(format_records(*recorded))  # UTF-8, whatever the terminal is set to
         if not options.results:
             printer = Printer()
             return printer.put(batches), printer.write

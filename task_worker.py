@@ -191,12 +191,13 @@ class PlainConnection:
 
     def recv_bytes(self, maxlength: int = MESSAGE_LIMIT) -> bytes:
         """The next message; blocks until it is there, EOFError when the peer is silent for too long."""
-        self.fill(4)
+        PlainConnection.fill(self, 4)  # not that of a subclass
         (size,) = struct.unpack_from("!i", self._buffer)
         if not 0 <= size <= maxlength:
             self.close()
             raise EOFError("the peer announced a message that is too long")
-        self.fill(4 + size)
+        if len(self._buffer) < 4 + size:
+            self.fill(4 + size)
         data = bytes(memoryview(self._buffer)[4 : 4 + size])
         del self._buffer[: 4 + size]
         return data

@@ -443,5 +443,5 @@ def test_a_script_needs_no_main_guard_and_the_default_start_method_does_not_matt
 def test_an_outcome_that_is_not_written_as_ours_is_a_record_nevertheless(ok: bool, outcome: str, expected: object) -> None:
     task = task_master.Task(7, "[1]")
     task.ok, task.outcome = ok, outcome
-    (record,) = task_master.make_records([task], 5)
+    (record,) = task_master.make_records([task], "host/1", 5)
     assert (record.id, record.task, record.result, record.ok) == (2, [1], expected, expected is not None)
