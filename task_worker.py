@@ -360,7 +360,7 @@ def read_key(path: str | None) -> bytes:
             raise Failure(f"the key file {source} belongs to another user: use one of your own")
         if stat.S_IMODE(status.st_mode) & (0o077 if status.st_uid else 0o037):  # a group may read root's
             raise Failure(f"the key file {source} can be read by others: chmod 600 {source}")
-    return check_key(key, source)
+    return check_key(key.removeprefix(b"\xef\xbb\xbf"), source)  # which editors on Windows put at the beginning of UTF-8
 
 
 def check_key(key: bytes, source: str) -> bytes:
