@@ -690,7 +690,7 @@ def encode_result(value: Any) -> str:
         text = encode_json(value)
     except (TypeError, ValueError, RecursionError):  # a second look, slowly
         try:
-            text = encode_json(make_plain(value, "result"))
+            text = encode_json(make_plain(value, "result", False))
         except RecursionError:
             raise ValueError("the result is nested too deeply, or contains itself") from None
     if len(text) > TEXT_LIMIT:
@@ -698,8 +698,9 @@ def encode_result(value: Any) -> str:
     return text
 
 
-def make_plain(value: Any, place: str, is_key: bool = False) -> Any:
+def make_plain(value: Any, place: str, is_key: bool) -> Any:
     """A value as JSON has it: what has `tolist` converted, and None for NaN and the infinities. Raises TypeError."""
+    # No argument has a default: 3.13.0 does not count calls that use one, and what contains itself would fill the memory.
     if hasattr(type(value), "tolist") and type(plain := value.tolist()) is not type(value):  # numpy, pandas, torch
         return make_plain(plain, place, is_key)
     if isinstance(value, float) and not math.isfinite(value):
@@ -707,10 +708,11 @@ def make_plain(value: Any, place: str, is_key: bool = False) -> Any:
     if value is None or isinstance(value, (str, int, float)):
         return value
     if isinstance(value, (list, tuple)) and not is_key:
-        return [make_plain(item, f"{place}[{index}]") for index, item in enumerate(value)]
+        return [make_plain(item, f"{place}[{index}]", False) for index, item in enumerate(value)]
     if isinstance(value, dict) and not is_key:
-        keys = [make_plain(key, f"{place} has a key that", is_key=True) for key in value]
-        return dict(zip(keys, [make_plain(item, f"{place}[{json.dumps(key, default=str)}]") for key, item in value.items()]))
+        keys = [make_plain(key, f"{place} has a key that", True) for key in value]
+        values = [make_plain(item, f"{place}[{json.dumps(key, default=str)}]", False) for key, item in value.items()]
+        return dict(zip(keys, values))
     kind = f"{type(value).__module__}.{type(value).__qualname__}".replace("builtins.", "")
     raise TypeError(f"{place} is a {kind}, which JSON does not have")
 
