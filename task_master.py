@@ -331,9 +331,7 @@ class Ledger:
                 return False
             self.submitted += len(new)
             self._tasks.update(new)
-            self._ready_bytes += sum([len(task.text) for task in new.values()])
-            self._ready.extend(new.values())
-            self._wake_next()
+            self._put_last([*new.values()])
             return True
 
     def submit_failed(self, task_id: int, text: str, outcome: str) -> Task:
@@ -450,8 +448,7 @@ class Ledger:
             given_up = [task for task in lost if task.losses > self._redeliveries]
             self._move(given_up, LEASED, RECORDER)
             self._move(again, READY)
-            self._put_first(again)
-            self._wake_next()  # another, if the holder was woken and has died
+            self._put_last(again)  # since their worker may come again and again, and be the only one that is free
             self.redelivered += len(again)
             self._held.pop(holder, None)
             if self._slots.pop(holder, None):
@@ -526,6 +523,12 @@ class Ledger:
         self._ready_bytes += sum([len(task.text) for task in tasks])
         self._ready.extendleft(reversed(tasks))
 
+    def _put_last(self, tasks: list[Task]) -> None:
+        """Let READY tasks be leased after all others."""
+        self._ready_bytes += sum([len(task.text) for task in tasks])
+        self._ready.extend(tasks)
+        self._wake_next()  # also after a loss: the holder was perhaps woken for one, and has died
+
     def _queue_due(self, now: float) -> None:
         """Let the retries whose delay is over be leased."""
         due = []
@@ -570,11 +573,11 @@ class Ledger:
         others = [other for other in self._workers.values() if other is not standing]
         return any(map(Standing.is_good, others)) or (not others and not standing.proven and now < self._others_until)
 
-    def _is_left(self, failed_on: Standing | None, due_at: float, standing: Standing, now: float) -> bool:
-        """Whether a retry is left for workers that do not fail: for a while, longer if this one fails all its tasks."""
-        if failed_on is not standing or all(other is standing or other.failing for other in self._workers.values()):
+    def _is_left(self, task: Task, standing: Standing) -> bool:
+        """Whether a retry is left for workers that do not fail: while there are other tasks, and for a while longer."""
+        if task.avoids is None or task.avoids[0] is not standing:
             return False
-        return now - due_at < (LAST_PAUSE if standing.failing else AVOID_TIME)
+        return not all(other is standing or other.failing for other in self._workers.values())
 
     def _take(self, limit: int, held: int, standing: Standing, now: float) -> list[Task]:
         """Up to `limit` of the tasks to lease next, while they are together small enough and need not be leased alone."""
@@ -587,7 +590,7 @@ class Ledger:
             self._ready_bytes -= len(task.text)
             if task.state != READY:  # recorded after a late report
                 continue
-            if task.avoids and self._is_left(*task.avoids, standing, now):
+            if self._is_left(task, standing):
                 put_back.append(task)
                 continue
             room -= len(task.text)
@@ -598,6 +601,10 @@ class Ledger:
             tasks.append(task)
             if alone:
                 break
+        if not tasks:  # one that nobody else has taken in time
+            patience = LAST_PAUSE if standing.failing else AVOID_TIME
+            tasks = [task for task in put_back if task.avoids and now - task.avoids[1] >= patience][:1]
+            put_back = [task for task in put_back if task not in tasks]
         self._put_first(put_back)
         if len(put_back) == AVOID_LIMIT:
             ready.rotate(-AVOID_LIMIT)  # else they would hide what is behind them
