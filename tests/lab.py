@@ -210,6 +210,7 @@ class Program:
         """Send it its first signal, and block until it says that it drains."""
         self.signal(number)
         self.wait_line("^task_(master|worker): draining")
+        time.sleep(0.01)  # the same signal within 5 ms would count as this one
 
     def signal(self, number: int) -> None:
         self.process.send_signal(number)
