@@ -60,6 +60,7 @@ def test_a_copy_tells_its_version_and_its_options_without_docstrings_too(farm: F
         program = farm.run(*ALONE, "-OO", folder / f"{name}.py", option, cwd=folder)
         assert program.wait() == 0
         assert re.fullmatch(rf"(usage: )?{name} {expected}", "\n".join(program.stdout), re.DOTALL)
+        assert max(map(len, program.stdout)) <= 80
         assert program.stderr == []
 
 
