@@ -376,7 +376,9 @@ class Ledger:
             share = len(self._ready) // (len(self._slots) or 1)  # of what is READY, but not down to a few tasks a call
             limit = max(1, min(limit, max(share, limit // LEASE_PART)))
             doubtful = self._is_in_doubt(standing, now)
-            lease = self._take(1 if doubtful or not standing.proven else limit, len(self._held.get(holder, ())), standing, now)
+            asked = (1 if doubtful or not standing.proven else limit, len(self._held.get(holder, ())), standing, now)
+            patience = LAST_PAUSE if standing.failing else AVOID_TIME
+            lease = self._take(*asked, float("inf")) or self._take(*asked, patience)  # then what nobody else has taken in time
             self._move(lease, LEASED, holder)
             if doubtful and lease:
                 standing.pause = min(LAST_PAUSE, 2 * standing.pause or FIRST_PAUSE)
@@ -573,41 +575,33 @@ class Ledger:
         others = [other for other in self._workers.values() if other is not standing]
         return any(map(Standing.is_good, others)) or (not others and not standing.proven and now < self._others_until)
 
-    def _is_left(self, task: Task, standing: Standing) -> bool:
-        """Whether a retry is left for workers that do not fail: while there are other tasks, and for a while longer."""
-        if task.avoids is None or task.avoids[0] is not standing:
-            return False
-        return not all(other is standing or other.failing for other in self._workers.values())
+    def _take(self, limit: int, held: int, standing: Standing, now: float, patience: float) -> list[Task]:
+        """Up to `limit` of the tasks to lease next, while they are together small enough and need not be leased alone.
 
-    def _take(self, limit: int, held: int, standing: Standing, now: float) -> list[Task]:
-        """Up to `limit` of the tasks to lease next, while they are together small enough and need not be leased alone."""
+        What has failed on this worker is left for others that do not fail, if there are any, for `patience` seconds.
+        """
         tasks: list[Task] = []
-        put_back: list[Task] = []
+        left: list[Task] = []
+        others = any(other is not standing and not other.failing for other in self._workers.values())
         room, ready = LEASE_BYTES, self._ready
         limit = min(limit, LEASE_LIMIT // 2, LEASE_LIMIT - held)  # half, since it asks for more before its report is read
-        while ready and len(tasks) < limit and len(put_back) < AVOID_LIMIT:
+        while ready and len(tasks) < limit and len(left) < AVOID_LIMIT:
             task = ready.popleft()
             self._ready_bytes -= len(task.text)
             if task.state != READY:  # recorded after a late report
                 continue
-            if self._is_left(task, standing):
-                put_back.append(task)
+            if others and task.avoids and task.avoids[0] is standing and now - task.avoids[1] < patience:
+                left.append(task)
                 continue
             room -= len(task.text)
             alone = task.losses or not self._redeliveries  # it was lost before, or must not be lost
             if tasks and (alone or room < 0):
-                put_back.append(task)
+                self._put_first([task])
                 break
             tasks.append(task)
             if alone:
                 break
-        if not tasks:  # one that nobody else has taken in time
-            patience = LAST_PAUSE if standing.failing else AVOID_TIME
-            tasks = [task for task in put_back if task.avoids and now - task.avoids[1] >= patience][:1]
-            put_back = [task for task in put_back if task not in tasks]
-        self._put_first(put_back)
-        if len(put_back) == AVOID_LIMIT:
-            ready.rotate(-AVOID_LIMIT)  # else they would hide what is behind them
+        (self._put_first if len(left) < AVOID_LIMIT // 5 else self._put_last)(left)  # many would be in the way
         return tasks
 
 

@@ -458,6 +458,18 @@ def test_retries_that_are_left_for_others_do_not_hide_what_is_behind_them(monkey
     assert {task_id for _ in times for task_id in lease(ledger, BERT, 9)} == {*range(9)}
 
 
+def test_retries_that_nobody_else_takes_in_time_are_not_leased_one_by_one() -> None:
+    ledger = make_ledger(100, ANNA, BERT, retries=1)
+    for holder in (ANNA, BERT):
+        report(ledger, holder, {lease(ledger, holder)[0]: OK})
+    ids = lease(ledger, ANNA, 100)
+    while lease(ledger, BERT, 100):  # it is busy with all others
+        pass
+    report(ledger, ANNA, {task_id: ERROR if task_id % 2 else OK for task_id in ids})
+    assert lease(ledger, ANNA, 100) == []
+    assert len(lease(ledger, ANNA, 100, now=task_master.AVOID_TIME)) > 5
+
+
 @pytest.mark.parametrize(("failures", "leased"), [(1, [0, 1, 0]), (10, [0, 0, 1])], ids=["one failure", "fails all its tasks"])
 def test_a_retry_is_not_left_for_long_for_a_worker_that_may_be_busy_for_hours(failures: int, leased: list[int]) -> None:
     ledger = make_ledger(1 + failures, ANNA, BERT, retries=5)
