@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import io
+import os
 import pickle
 import pickletools
 import socket
+import struct
 import threading
 from multiprocessing.connection import Connection
 from typing import Any
@@ -54,7 +56,9 @@ def test_frames_are_those_of_multiprocessing(size: int) -> None:
     sender.start()
     assert [peer.recv_bytes() for _ in range(2)] == [message, b"and more"]
     sender.join()
-    connection.close()
+    os.write(peer.fileno(), struct.pack("!i", size + 1 if size else -1))
+    with pytest.raises(EOFError, match="too long"):
+        connection.recv_bytes(size)
     peer.close()
 
 
