@@ -165,18 +165,18 @@ def test_a_worker_that_meets_another_run_drops_what_it_finished(farm: Farm) -> N
     assert len(farm.records()) == 1
 
 
-@pytest.mark.parametrize("answered", ["nothing", "an error"])
-def test_an_outcome_that_was_not_acknowledged_is_reported_again(farm: Farm, answered: str) -> None:
-    """An answer to another call that comes meanwhile is no acknowledgement."""
+@pytest.mark.parametrize("answered", [b"", answer("no", "#ERROR"), answer([], "#ERROR"), answer([0] * 5000)], ids=len)
+def test_an_outcome_that_was_not_acknowledged_is_reported_again(farm: Farm, answered: bytes) -> None:
+    """Nothing else is an acknowledgement: no error, no long JSON, no answer to another call that comes meanwhile."""
     reports: queue.SimpleQueue[list[str]] = queue.SimpleQueue()
 
     def reply(method: str, arguments: list[str]) -> bytes:
         if method != REPORT:
             return good_answer(method)
         reports.put(arguments)
-        if answered == "nothing":
+        if not answered:
             raise EOFError
-        return answer("no", "#ERROR")
+        return answered
 
     farm.worker(farm.false_master(reply).port)
     seen = [reports.get(timeout=PATIENCE) for _ in range(4)]
