@@ -324,9 +324,7 @@ def test_the_second_outcome_of_a_task_is_dropped(outcome: Any, settled: bool) ->
 
 
 def test_a_slot_gets_its_share_of_the_ready_tasks() -> None:
-    ledger = make_ledger(100)
-    for holder in (ANNA, "lost"):
-        enlist(ledger, holder)
+    ledger = make_ledger(100, ANNA, "lost")
     ledger.drop("lost")
     assert len(lease(ledger, ANNA, 60)) == 60
     enlist(ledger, BERT)
@@ -607,8 +605,7 @@ def test_an_outcome_that_comes_again_after_the_end_is_acknowledged() -> None:
 
 def start_waiting(ledger: Ledger, count: int, act: Callable[[int], object] = id) -> tuple[list[threading.Thread], list[bool]]:
     """Threads that wait for a task, hear of it and act; among so many slots that each may wait for two minutes."""
-    for slot in range(int(120 * task_master.IDLE_POLLS)):
-        enlist(ledger, slot)
+    enlist(ledger, *range(int(120 * task_master.IDLE_POLLS)))
     answers: list[bool] = []
 
     def wait(holder: int) -> None:
@@ -703,14 +700,15 @@ def test_submitting_blocks_while_too_much_is_ready_or_waits_for_its_delay(
     ledger.audit()
 
 
-def test_text_of_tasks_that_were_settled_late_makes_room_again(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("look", [Ledger.lease, Ledger.wait_ready])
+def test_text_of_tasks_that_were_settled_late_makes_room_again(monkeypatch: pytest.MonkeyPatch, look: Any) -> None:
     monkeypatch.setattr(task_master, "READY_BYTES", 10)
     ledger = make_ledger()
     ledger.submit([(0, '"a long task"')])
     lease(ledger, ANNA)
     drop(ledger, ANNA)
     report(ledger, ANNA, {0: OK})  # it still stands among those to be leased
-    assert lease(ledger, ANNA) == []
+    assert not look(ledger, ANNA, 0, 0.0)
     check_ends([in_thread(ledger.submit, [(1, "1")])])
     assert lease(ledger, ANNA) == [1]
 
