@@ -157,6 +157,19 @@ def test_a_run_begins_when_all_records_of_the_last_one_were_taken(mine: Mine) ->
         assert [record.result for record in master.run([8])] == [4]
 
 
+def test_one_of_two_runs_that_begin_at_the_same_time_is_refused(mine: Mine, monkeypatch: pytest.MonkeyPatch) -> None:
+    with mine.start() as master, monkeypatch.context() as patch:
+
+        def begin_both() -> None:
+            patch.undo()
+            master.ledger.begin()
+            with pytest.raises(Failure):
+                next(master.run([6]))
+
+        patch.setattr(master.ledger, "begin", begin_both)
+        assert [record.result for record in master.run([2])] == [1]
+
+
 def test_a_farm_that_is_closed_meanwhile_is_a_failure(mine: Mine) -> None:
     with mine.start() as master, pytest.raises(Failure, match="closed before"):
         for _record in master.run(itertools.count(0, 2)):
