@@ -225,6 +225,22 @@ def test_the_time_limit_holds_while_the_master_records(farm: Farm) -> None:
     assert "TimeoutError" in reports.get()
 
 
+def test_what_has_finished_is_not_lost_with_its_process_while_the_master_answers_another_call(farm: Farm) -> None:
+    text = "import os, sys, time, types\ndef work(n):\n    time.sleep(1)\n"  # what is behind it is released
+    farm.write("last.py", text + "    sys.stdout = types.SimpleNamespace(flush=lambda: os._exit(1))\n")
+    leases, reports = iter(["0 0\n1 1", None]), []
+
+    def reply(method: str, arguments: list[str]) -> bytes:
+        if method == "release":
+            wait_until(lambda: not worker.children())
+        reports.extend(arguments[-1:] if method == REPORT else [])
+        return answer(next(leases)) if method == LEASE else good_answer(method)
+
+    worker = farm.worker(farm.false_master(reply).port, "--function", "last:work")
+    assert worker.wait() == 0
+    assert reports[0].startswith('0\n"result"')
+
+
 def test_a_worker_that_is_thrown_out_again_and_again_takes_its_time(farm: Farm) -> None:
     """A thousand attempts a second would keep the master from whatever it is that ails it, and fill the log."""
 
