@@ -568,15 +568,8 @@ def test_a_worker_gives_up_a_master_that_talks_garbage(farm: Farm) -> None:
         struct.pack("!i", 200),
         TERABYTE,
     ]
-
-    def make_act(data: bytes) -> Callable[[socket.socket], None]:
-        def act(sock: socket.socket) -> None:
-            sock.sendall(data)
-            is_closed(sock)
-
-        return act
-
-    assert len(watch_workers(farm, list(map(make_act, garbage)), PATIENCE)) == len(garbage)
+    acts = [lambda sock, data=data: [sock.sendall(data), is_closed(sock)] for data in garbage]
+    assert len(watch_workers(farm, acts, PATIENCE)) == len(garbage)
 
 
 def answer_with(farm: Farm, method: str, reply: bytes) -> Callable[[socket.socket], None]:

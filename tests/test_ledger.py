@@ -206,9 +206,7 @@ def test_tasks_are_leased_in_the_order_in_which_they_came_however_many_wait_behi
 
 @pytest.mark.parametrize("limit", ["retries", "redeliveries"])
 @pytest.mark.parametrize("count", [0, 1, 3])
-def test_a_task_that_always_raises_or_loses_its_worker_runs_once_and_then_as_often_as_the_limit_says(
-    limit: str, count: int
-) -> None:
+def test_a_task_that_always_raises_or_loses_its_worker_runs_once_and_as_often_as_the_limit_says(limit: str, count: int) -> None:
     ledger = make_ledger(1, **{limit: count})
 
     def end_badly() -> tuple[list[int], list[int]]:
@@ -494,9 +492,7 @@ def test_a_task_that_was_lost_before_or_may_not_be_lost_is_leased_alone() -> Non
     assert [lease(ledger, ANNA, 10) for _ in range(3)] == [[0], [1], [2]]
 
 
-def test_what_one_lease_and_one_connection_hold_is_bounded_unless_a_single_task_is_larger(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_what_one_lease_and_one_connection_hold_is_bounded_unless_a_task_is_larger(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(task_master, "LEASE_LIMIT", 4)
     ledger = make_ledger(9)
     assert [lease(ledger, holder, 9) for holder in (ANNA, ANNA, ANNA, BERT)] == [[0, 1], [2, 3], [], [4, 5]]

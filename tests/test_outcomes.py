@@ -16,17 +16,13 @@ from functions import note, stay
 
 libc = ctypes.PyDLL(None)
 
-def quick(n):
-    note(n)
-    return n
-
 def last(task):
     '''All tasks are quick but the last one, which is a text: what happens then.'''
-    if isinstance(task, int):
-        return quick(task)
     if task == "stay":
         return stay(task)
     note(task)
+    if isinstance(task, int):
+        return task
     if task == "large":
         return "x" * (2 << 20)
     if task == "kill":

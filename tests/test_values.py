@@ -15,7 +15,8 @@ from lab import Farm, Program
 import task_worker
 
 MODULE = """
-import array, collections, datetime, enum, math, os, time
+import array, collections, datetime, enum, math, os
+from functions import nap
 try:
     import numpy as np
 except ImportError:
@@ -50,9 +51,6 @@ def double(n):
     if n % 3 == 0:
         raise ValueError(n)
     return 2 * n
-
-def nap(seconds):
-    time.sleep(seconds)
 
 def once(n):
     if not os.path.exists(f"again-{n}"):
