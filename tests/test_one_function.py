@@ -97,9 +97,8 @@ def test_a_service_that_runs_another_function_waits_for_the_next_job(farm: Farm)
 @pytest.mark.parametrize("start", ["top", "function"])
 def test_a_function_may_choose_how_processes_are_started(farm: Farm, start: str) -> None:
     line = "multiprocessing.set_start_method('spawn')\n"
-    farm.write(
-        "mod.py", f"import multiprocessing\n{line * (start == 'top')}def run(n):\n    {line * (start != 'top')}    return n\n"
-    )
+    text = f"import multiprocessing\n{line * (start == 'top')}def run(n):\n    {line * (start != 'top')}    return n\n"
+    farm.write("mod.py", text)
     farm.run_job("--function", "mod:run", "1")
 
 
@@ -151,6 +150,13 @@ def test_a_script_without_a_guard_that_names_its_own_function_is_told_what_to_wr
     assert program.wait() not in (0, 99)
     assert program.said('if __name__ == "__main__":'), program.stderr
     assert len(list(farm.folder.glob("load-*"))) <= 4  # the script, a worker's look at it, and its process
+
+
+def test_a_task_may_start_a_farm_of_its_own(farm: Farm) -> None:
+    use = "    with task_master.TaskMaster(port=0, workers=1) as master:\n        return next(master.run([n])).result\n"
+    farm.write("outer.py", "import task_master\n\ndef f(n):\n" + use)
+    farm.run_job("--function", "outer:f", "3")
+    assert farm.values() == ["3 * 3 = 9"]
 
 
 @pytest.mark.parametrize("safe", [{}, {"PYTHONSAFEPATH": "1"}], ids=["", "safe path"])
