@@ -1931,7 +1931,7 @@ class TaskMaster:
 
     def _refuse(self, host: str, problem: str) -> None:
         """A connection was refused: say so once for a host and a reason."""
-        text = f"{host}: {problem[:1000]}"
+        text = re.sub(r"[\x00-\x1f\x7f-\x9f]", " ", f"{host}: {problem[:1000]}")
         with self._counting:
             self.refused[text] += 1
             first = self.refused[text] == 1

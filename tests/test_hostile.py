@@ -415,6 +415,7 @@ def test_a_name_cannot_break_the_log_or_the_records(farm: Farm) -> None:
     for name in names:
         attacker.slot = attacker.peer(name).join()
         attacker.report(f"{attacker.lease()}\n{GOOD}")
+    attacker.peer("x/1").try_call(TASKS, JOIN, PROTOCOL, '{"function": "\\u001b[2J:f", "command": null}')
     attacker.finish()
     assert not attacker.master.said("^task_master: fake|\x1b|^.{1001}")
 
