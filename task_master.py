@@ -190,6 +190,9 @@ def say(text: str) -> None:
     console.write(f"task_master: {text}\n".encode("utf-8", "replace"))
 
 
+remove_controls = functools.partial(re.sub, r"[\x00-\x1f\x7f-\x9f]", " ")  # characters that a terminal obeys
+
+
 # ---- ledger: every decision about a task ---------------------------------------------------------------------------
 
 READY, LEASED, DONE = "ready", "leased", "done"
@@ -1838,10 +1841,9 @@ class TaskMaster:
 
         def sink(tasks: list[Task], worker: str) -> None:
             nonlocal size
-            added = sum([len(task.text) + len(task.outcome) for task in tasks])
-            size += added
+            size += sum([len(task.text) + len(task.outcome) for task in tasks])
             look_at_gate()
-            records.put((tasks, worker, added))
+            records.put((tasks, worker, size))
 
         def finish() -> None:
             self.ledger.wait_over(None)
@@ -1851,9 +1853,9 @@ class TaskMaster:
         self._running = True
         try:
             threading.Thread(target=finish, daemon=True).start()
-            for settled, worker, added in iter(records.get, None):
+            for settled, worker, size_then in iter(records.get, None):
                 yield from make_records(settled, worker, first)
-                taken, taken_size = taken + len(settled), taken_size + added
+                taken, taken_size = taken + len(settled), size_then
                 look_at_gate()
         except BaseException:
             self.ledger.end(Phase.CLOSED)  # the caller has lost interest
@@ -1931,7 +1933,7 @@ class TaskMaster:
 
     def _refuse(self, host: str, problem: str) -> None:
         """A connection was refused: say so once for a host and a reason."""
-        text = re.sub(r"[\x00-\x1f\x7f-\x9f]", " ", f"{host}: {problem[:1000]}")
+        text = remove_controls(f"{host}: {problem[:1000]}")
         with self._counting:
             self.refused[text] += 1
             first = self.refused[text] == 1
@@ -2057,7 +2059,7 @@ def describe_function(what: dict[str, Any] | None) -> str:
 def explain_outcome(task: Task) -> str:
     """The error of a task, for a person, on one line."""
     error = load_outcome(task.outcome)[1] or {}
-    text = " ".join(re.sub(r"[\x00-\x1f\x7f-\x9f]", " ", f"{error.get('type')}: {error.get('message')}").split())
+    text = " ".join(remove_controls(f"{error.get('type')}: {error.get('message')}").split())
     return text if len(text) < 200 else f"{text[:80]} ... {text[-110:]}"  # the reason is often in the end
 
 

@@ -191,13 +191,12 @@ class PlainConnection:
 
     def recv_bytes(self, maxlength: int = MESSAGE_LIMIT) -> bytes:
         """The next message; blocks until it is there, EOFError when the peer is silent for too long."""
-        PlainConnection.fill(self, 4)  # not that of a subclass
+        self.fill(4)
         (size,) = struct.unpack_from("!i", self._buffer)
         if not 0 <= size <= maxlength:
             self.close()
             raise EOFError("the peer announced a message that is too long")
-        if len(self._buffer) < 4 + size:
-            self.fill(4 + size)
+        self.fill(4 + size)
         data = bytes(memoryview(self._buffer)[4 : 4 + size])
         del self._buffer[: 4 + size]
         return data

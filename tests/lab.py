@@ -409,9 +409,9 @@ def check_once(records: list[dict[str, Any]], count: int) -> None:
 
 
 def check_silence(*programs: Program) -> None:
-    """No traceback on anybody's standard error."""
+    """No traceback on anybody's standard error, and nothing that would command a terminal."""
     for program in programs:
-        assert not program.said("Traceback|internal error"), program.stderr
+        assert not program.said("Traceback|internal error|\x1b"), program.stderr
 
 
 def check_said(program: Program, status: int, *patterns: str) -> str:

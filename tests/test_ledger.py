@@ -206,7 +206,7 @@ def test_tasks_are_leased_in_the_order_in_which_they_came_however_many_wait_behi
 
 @pytest.mark.parametrize("limit", ["retries", "redeliveries"])
 @pytest.mark.parametrize("count", [0, 1, 3])
-def test_a_task_that_always_raises_or_loses_its_worker_runs_once_and_as_often_as_the_limit_says(limit: str, count: int) -> None:
+def test_a_task_that_always_raises_or_loses_its_worker_runs_once_more_than_the_limit_says(limit: str, count: int) -> None:
     ledger = make_ledger(1, **{limit: count})
 
     def end_badly() -> tuple[list[int], list[int]]:

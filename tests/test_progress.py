@@ -180,7 +180,7 @@ HANGING = rf"\(task 0 on {re.escape(socket.gethostname())}\)"
     [(150, "1 process on 1 host, longest 0:0[1-9] " + HANGING), (70, r"\r  0 %  0 of 1, longest 0:\d\d " + HANGING)],
     ids=["wide", "narrow"],
 )
-def test_what_has_run_longest_is_named_where_room_is_little_too(farm: Farm, open_terminal: Any, columns: int, shown: str) -> None:
+def test_what_has_run_longest_is_named_even_in_little_room(farm: Farm, open_terminal: Any, columns: int, shown: str) -> None:
     terminal = open_terminal(columns, *FILE, *STAY)
     terminal.wait_text(shown)
     farm.let_go()

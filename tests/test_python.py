@@ -333,12 +333,13 @@ def test_large_results_wait_for_a_slow_caller_at_the_workers(mine: Mine, monkeyp
         assert len([*records]) == 299
 
 
-def test_failures_are_counted_for_each_run_and_the_last_task_counts(mine: Mine) -> None:
+@pytest.mark.parametrize("tasks", [[1, 3], [1] * 10], ids=["the last task counts", "tasks are left"])
+def test_failures_are_counted_for_each_run_and_too_many_end_it(mine: Mine, tasks: list[int]) -> None:
     with mine.start(max_failures=2, log=lambda text: time.sleep(0.05)) as master:
         for _again in range(2):
             assert [record.ok for record in master.run([1])] == [False]
         with pytest.raises(Failure, match=r"^stopped, as --max-failures 2 asks") as raised:
-            list(master.run([1, 3]))
+            list(master.run(tasks))
     assert raised.value.status == 1
 
 

@@ -65,6 +65,10 @@ def turn(line: str) -> str:
     return json.dumps({**record, "result": math.nan if error else record["result"], "error": error}) + "\n"
 
 
+def shuffle(line: str) -> str:
+    return json.dumps(dict(reversed(json.loads(line).items()))) + "\n"
+
+
 DEEP = "[" * 5000 + "]" * 5000
 REWRITTEN = {
     "a whole line without its end": lambda text: text[:-1],
@@ -73,7 +77,7 @@ REWRITTEN = {
     "with NaN": lambda text: "".join(fill(line) for line in text.splitlines()).replace(": null", ": NaN"),
     "the error at the end": lambda text: "".join(turn(line) for line in text.splitlines()),
     "all members": lambda text: "".join(fill(line) for line in text.splitlines()),
-    "other order": lambda text: "".join(json.dumps(dict(reversed(json.loads(t).items()))) + "\n" for t in text.splitlines()),
+    "other order": lambda text: "".join(shuffle(line) for line in text.splitlines()),
     "more members": lambda text: text.replace('"id"', '"note": {"id": -1, "task": [1], "error": 1}, "id"'),
     "CRLF": lambda text: text.replace("\n", "\r\n"),
     "zeros behind a torn line": lambda text: text + record(8)[:30] + "\0" * 5000,
