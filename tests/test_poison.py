@@ -128,7 +128,7 @@ def replace_stdout():
 
 def catch(error, handler=None):
     """Ends with a signal that it sends to itself, though another task may have ignored it."""
-    if handler:
+    if handler is not None:  # SIG_DFL is 0
         signal.signal(error, handler)
     os.kill(os.getpid(), error)
     time.sleep(1000)
