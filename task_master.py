@@ -738,7 +738,7 @@ def parse_ids(text: str) -> list[int]:
 
 
 def parse_report(text: str) -> Outcomes:
-    """The outcomes in a report, the first one for each id. Raises ValueError."""
+    """The outcomes in a report, the last one for each id. Raises ValueError."""
     first, _, rest = text.partition("\n")
     ids = parse_ids(first)
     if rest.count("\n") + 1 != len(ids):
@@ -747,8 +747,7 @@ def parse_report(text: str) -> Outcomes:
     plain = len(rest) < PLAIN_SIZE * len(ids) and match_plain_outcomes(rest) and not rest.endswith("\n")
     if plain and len({*ids}) == len(ids):  # as nearly always
         return Outcomes(ids, [True] * len(ids), [False] * len(ids), texts)
-    first_texts = dict(zip(reversed(ids), reversed(texts)))
-    return Outcomes(*map(list, zip(*[(task_id, *check_outcome(text)) for task_id, text in reversed(first_texts.items())])))
+    return Outcomes(*map(list, zip(*[(task_id, *check_outcome(text)) for task_id, text in dict(zip(ids, texts)).items()])))
 
 
 def has_many_values(text: str) -> bool:
