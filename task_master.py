@@ -114,7 +114,7 @@ SYNC_INTERVAL = 0.7  # seconds that records may wait for their fsync; with LOOK_
 PROGRESS_INTERVAL = 30.0  # seconds between lines of progress where there is no terminal
 HANGING = 5.0  # seconds that a task must run, and longer than all the rest should take, to be shown first
 LOOK_INTERVAL = 0.2  # seconds between looks at signals and the clock
-GOODBYE = 2.0  # seconds for the workers to hear that the job is over
+GOODBYE = 7.0  # seconds for the workers to hear that the job is over: a process may take 5 to leave before its slot asks
 WORKER_GRACE = 10.0  # seconds for a worker that we have started to leave by itself
 OUTPUT_GRACE = 5.0  # seconds for what it has printed to be read after its end
 RESTARTS = 5  # of a local worker that ends without having reported anything
@@ -1090,7 +1090,7 @@ def read_tasks(descriptor: int, name: str, as_text: bool, null: bool) -> Iterato
         if lines and not number:
             lines[0] = lines[0].removeprefix(b"\xef\xbb\xbf")  # a byte order mark
             if not null and (b"\0" in lines[0] or lines[0].startswith((b"\xff\xfe", b"\xfe\xff"))):
-                raise Failure(f"{name}: it has zero bytes, as UTF-16 has: convert it to UTF-8, or use -0 if they end the tasks")
+                raise Failure(f"{name}: it has zero bytes or begins like UTF-16: convert it to UTF-8, or use -0 for zero bytes")
         tasks = [] if as_text else parse_plain_lines(lines)
         for line_number, line in enumerate(lines[len(tasks) :], number + len(tasks) + 1):
             try:

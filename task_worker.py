@@ -460,6 +460,7 @@ POLL_INTERVAL = 0.25  # seconds after which a slot looks around while its child 
 EXIT_GRACE = 5.0  # seconds for a child to leave by itself
 OUTPUT_LIMIT = 1 << 20  # bytes kept of each stream of a --command
 ERROR_SIZE = 8192  # characters kept of an error's message, and twice that of its traceback
+FRAMES = 1000  # of a traceback, the innermost ones: to describe a million would take minutes
 PIECE = 1 << 14  # bytes of an outcome that go through the pipe at a time: written at once, so that no death can cut it
 MEMORY_SIZE = 1 << 20  # bytes that a child shares with its slot: some words, the first ones named here, then outcomes
 POSITION, STARTED_AT, REVOKED, LENGTH, TIME_LIMIT, HEADER = 0, 1, 2, 3, 4, 64
@@ -568,6 +569,7 @@ def parse_template(template: str) -> tuple[str, list[str], list[str]]:
     def convert_part(match: re.Match[str], text: str) -> str:
         part, begin, quote, rest, body = match.group(0, "begin", "quote", "rest", "body")
         if begin and not (quote or re.search(r"\$\(|`", body)):  # a here-document, in which quotes mean themselves
+            body = re.sub(r"(?<!\\)((?:\\\\)*)\\(?={)", r"\1\\\\", body)  # a backslash there means itself, but not before $
             names.extend(MEMBER.findall(body))
             return begin + convert(rest) + MEMBER.sub(r"${TASK__\1}", body).replace("{}", "${TASK}")
         if begin:
@@ -903,8 +905,6 @@ def identify_streams() -> list[Any]:
 
 def describe_error(error: BaseException, **more: Any) -> str:
     """An exception as the member `"error"` of a record; its own `__str__` may be broken."""
-    import traceback
-
     message, trace = "(its __str__ raises)", ""
     with contextlib.suppress(BaseException):
         message = str(error)
@@ -912,7 +912,9 @@ def describe_error(error: BaseException, **more: Any) -> str:
         return format_error("CommandFailed", message, **error.members)
     frames = error.__traceback__ and error.__traceback__.tb_next  # the first one is ours
     with contextlib.suppress(BaseException):
-        trace = "".join(traceback.format_exception(type(error), error, frames))
+        import traceback  # here, since there may be no descriptor or memory left for it
+
+        trace = "".join(traceback.format_exception(type(error), error, frames, limit=-FRAMES))
     return format_error(type(error).__name__, message, trace, **more)
 
 

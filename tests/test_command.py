@@ -96,6 +96,7 @@ def test_a_file_name_that_is_not_utf_8_finds_its_file(farm: Farm) -> None:
         ("cat > f <<E\nE\nprintf '%s|' {}; echo\ncat >> f <<E\nx\nE", "/a/b c.tar.gz|"),
         ("cat <<END-1.x\n{}\nEND-1.x", "/a/b c.tar.gz"),
         ("(cat <<E)\n{}\nE", "/a/b c.tar.gz"),
+        ("cat <<E\nC:\\{} \\\\{}\nE", "C:\\/a/b c.tar.gz \\/a/b c.tar.gz"),
         ("cat <<E; printf '%s|' 'a\nb' {}; echo\nx\nE", "x\na\nb|/a/b c.tar.gz|"),
         ("x=$((1<<n))\nprintf '%s|' {}\nn=3; echo", "/a/b c.tar.gz|"),
         ("echo '\\`' {}", "\\` /a/b c.tar.gz"),

@@ -241,6 +241,14 @@ def test_what_has_finished_is_not_lost_with_its_process_while_the_master_answers
     assert reports[0].startswith('0\n"result"')
 
 
+def test_a_worker_hears_that_the_job_is_over_though_its_process_takes_a_while_to_leave(farm: Farm) -> None:
+    code = "import threading, time\n\ndef work(n):\n    threading.Thread(target=time.sleep, args=(1000,)).start()\n    return n\n"
+    farm.write("slow.py", code)
+    master = farm.master("1", "--results", "results.jsonl")
+    worker = farm.worker(master, "--processes", 1, "--tasks-per-process", 1, "--wait", 1, "--function", "slow:work")
+    assert (master.wait(), worker.wait()) == (0, 0), worker.stderr
+
+
 def test_a_worker_that_is_thrown_out_again_and_again_takes_its_time(farm: Farm) -> None:
     """A thousand attempts a second would keep the master from whatever it is that ails it, and fill the log."""
 

@@ -13,7 +13,7 @@ import pytest
 from lab import Farm, check_once, check_silence
 
 MODULE = r'''
-import ctypes, io, os, re, signal, subprocess, sys, threading, time
+import ctypes, io, os, re, resource, signal, subprocess, sys, threading, time
 
 class Unspeakable(Exception):
     def __str__(self):
@@ -44,6 +44,14 @@ def chain():
 
 def recurse(n=0):
     return recurse(n + 1)
+
+def use_up_files():
+    """So that not even a module can be imported any more."""
+    sys.modules.pop("traceback", None)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (64, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+    kept = []
+    while True:
+        kept.append(open(os.devnull))
 
 def crash_the_stack():
     nested = ()
@@ -154,6 +162,7 @@ FAILING = {
     "end of file": ("EOFError", lambda: throw(EOFError())),
     "broken pipe": ("BrokenPipeError", lambda: throw(BrokenPipeError())),
     "out of memory": ("MemoryError", lambda: bytearray(1 << 60)),
+    "out of files": ("OSError: .*open files", use_up_files),
     "unspeakable": ("Unspeakable", lambda: throw(Unspeakable())),
     "abrupt": ("ProcessDied", lambda: throw(Abrupt())),
     "masked": (".*", lambda: throw(Masked())),

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import json
 import math
 import re
+import sys
 import time
 from typing import Any
 
@@ -194,3 +196,23 @@ def test_a_job_that_stops_after_failures_counts_them_as_the_file_does(farm: Farm
     said = [line for line in master.stderr if re.search(" retried,|--max-failures", line) and "to carry on" not in line]
     assert limit <= failed < 500
     assert set(re.findall(r"\b(\d+)(?: tasks?)? failed\b", " ".join(said))) == {str(failed)}, said
+
+
+def test_of_a_long_traceback_the_innermost_thousand_frames_are_told(request: pytest.FixtureRequest) -> None:
+    def outermost() -> None:
+        inner(2000)
+
+    def inner(n: int) -> None:
+        if n:
+            inner(n - 1)
+        innermost()
+
+    def innermost() -> None:
+        raise ValueError
+
+    request.addfinalizer(functools.partial(sys.setrecursionlimit, sys.getrecursionlimit()))
+    sys.setrecursionlimit(5000)
+    with pytest.raises(ValueError) as raised:
+        outermost()
+    trace = json.loads("{" + task_worker.describe_error(raised.value) + "}")["error"]["traceback"]
+    assert "in innermost" in trace and "in outermost" not in trace
