@@ -13,7 +13,7 @@ import pytest
 from lab import Farm, check_once, check_silence
 
 MODULE = r'''
-import ctypes, io, os, re, resource, signal, subprocess, sys, threading, time
+import ctypes, io, os, resource, signal, subprocess, sys, threading, time
 
 class Unspeakable(Exception):
     def __str__(self):
@@ -59,21 +59,11 @@ def crash_the_stack():
         nested = (nested,)
     return hash(nested)
 
-def circle():
-    ring = []
-    ring.append(ring)
-    return ring
-
 def nest():
     nested = []
     for _ in range(100_000):
         nested = [nested]
     return nested
-
-def sleep_with_grandchildren():
-    subprocess.Popen(["sleep", "1000"])
-    os.fork()
-    time.sleep(1000)
 
 def exit_beside_a_grandchild():
     """The grandchild keeps the pipe of its dead parent open."""
@@ -145,23 +135,11 @@ def ignore_signals():
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
 
-def stubborn():
-    while True:
-        try:
-            time.sleep(1000)
-        except BaseException:
-            pass
-
 # What makes an error of its own task; and how that begins, as `TYPE: MESSAGE`
 FAILING = {
     "system exit": ("SystemExit", lambda: sys.exit(3)),
-    "system exit without a reason": ("SystemExit", lambda: sys.exit()),
     "keyboard interrupt": ("KeyboardInterrupt", lambda: throw(KeyboardInterrupt())),
-    "generator exit": ("GeneratorExit", lambda: throw(GeneratorExit())),
-    "stop iteration": ("StopIteration", lambda: throw(StopIteration())),
-    "end of file": ("EOFError", lambda: throw(EOFError())),
     "broken pipe": ("BrokenPipeError", lambda: throw(BrokenPipeError())),
-    "out of memory": ("MemoryError", lambda: bytearray(1 << 60)),
     "out of files": ("OSError: .*open files", use_up_files),
     "unspeakable": ("Unspeakable", lambda: throw(Unspeakable())),
     "abrupt": ("ProcessDied", lambda: throw(Abrupt())),
@@ -170,26 +148,18 @@ FAILING = {
     "surrogates and newlines": ("ValueError", lambda: throw(ValueError("\ud800\n\r\0\u2028"))),
     "chain": ("ValueError", chain),
     "os._exit(0)": ("ProcessDied", lambda: os._exit(0)),
-    "os._exit(9)": ("ProcessDied: .*exit status 9", lambda: os._exit(9)),
-    "exit beside a grandchild": ("ProcessDied", exit_beside_a_grandchild),
+    "exit beside a grandchild": ("ProcessDied: .*exit status 3", exit_beside_a_grandchild),
     "segfault": ("ProcessDied: .*SIGSEGV", lambda: ctypes.string_at(0)),
-    "abort": ("ProcessDied", os.abort),
     "stack overflow": ("ProcessDied|RecursionError", crash_the_stack),  # which Python 3.14 and newer see in time
     "SIGKILL": (r"ProcessDied: .*SIGKILL\) \(out of memory\?\)", lambda: catch(signal.SIGKILL)),
     "SIGTERM": ("ProcessDied", lambda: catch(signal.SIGTERM, signal.SIG_DFL)),
     "SIGINT": ("KeyboardInterrupt", lambda: catch(signal.SIGINT, signal.default_int_handler)),
     "SIGKILL to the group": ("ProcessDied", lambda: os.kill(0, signal.SIGKILL)),
     "SIGSTOP": ("TimeoutError", lambda: catch(signal.SIGSTOP)),
-    "endless loop": ("TimeoutError", lambda: [None for _ in iter(int, 1)]),
     "endless sleep": ("TimeoutError: .* 8 s", lambda: time.sleep(1e6)),
-    "endless loop that catches all": ("TimeoutError", stubborn),
-    "endless loop in C": ("TimeoutError", lambda: re.match(r"(a|a)*$", "a" * 500 + "b")),
     "sleep in C with the lock held": ("TimeoutError", lambda: ctypes.PyDLL(None).sleep(1000)),
     "sleep without descriptors": ("TimeoutError", lambda: close_the_rest(1000)),
-    "sleep with grandchildren": ("TimeoutError", sleep_with_grandchildren),
     "recursion": ("RecursionError", recurse),
-    "a key that is no text": ("TypeError: .*a key .*tuple", lambda: {(1, 2): 3}),
-    "a circle": ("ValueError: .*contains itself", circle),
     "nested too deeply": ("ValueError: .*nested too deeply", nest),
     "too large": ("ValueError: .*write it to a file", lambda: "x" * (63 << 20)),
     "read a line": ("EOFError", input),
@@ -197,7 +167,7 @@ FAILING = {
 # What does no harm, to itself or to others, and its result
 HARMLESS = {
     "a megabyte of prints": (None, lambda: print("y" * 100 + "\n", end="") or [print("z" * 1023) for _ in range(1024)][0]),
-    "read standard input": ("", lambda: sys.stdin.read()),
+    "a pipe that does not block": (None, lambda: os.set_blocking(1, False) or print("x" * 1_000_000)),
     "surrogate as a result": ("\ud800", lambda: "\ud800"),
     "change of folder": (None, lambda: os.chdir("/")),
     "daemon thread": (None, lambda: threading.Thread(target=time.sleep, args=(1000,), daemon=True).start()),
@@ -217,6 +187,7 @@ SPOILING = {
     "return twice": return_twice,
 }
 READING = {
+    "read standard input": lambda: sys.stdin.read(),
     "read descriptor 0": lambda: len(os.read(0, 1)),
     "a child that reads descriptor 0": lambda: subprocess.run(["cat"], stdout=subprocess.PIPE).stdout.decode(),
 }
@@ -290,19 +261,10 @@ def test_a_task_that_does_no_harm_keeps_its_result(job: Job, way: str) -> None:
     assert record["attempts"] == 1
 
 
-@pytest.mark.parametrize("way", ["abort", "unspeakable", "surrogates and newlines", "too large"])
-def test_the_first_failure_of_its_kind_is_one_line_with_reason_task_worker_and_attempt(job: Job, way: str) -> None:
-    record = job.bad[way]
-    (line,) = job.master.said(rf"task {record['id']} failed: {record['error']['type']}: ")
-    assert line.endswith(f'(task {record["id"]}: "{way}", on {record["worker"]}), attempt 1')
-
-
-def test_failures_that_are_alike_are_said_once_and_counted_in_the_end(job: Job) -> None:
-    count = len([record for record in job.bad.values() if record.get("error", {}).get("type") == "TimeoutError"])
-    assert count > 1
-    first, counted = job.master.said("TimeoutError")
-    text = first.partition(" failed: ")[2].rpartition(", attempt")[0]
-    assert counted.split(" x ") == [f"task_master: {count:7}", text]
+def test_a_message_of_several_lines_is_told_in_one(job: Job) -> None:
+    record = job.bad["surrogates and newlines"]
+    (line,) = job.master.said(rf"task {record['id']} failed: ValueError: ")
+    assert line.endswith(f'(task {record["id"]}: "surrogates and newlines", on {record["worker"]}), attempt 1')
 
 
 @pytest.mark.parametrize("way", [*NAMES["SPOILING"], pytest.param("stay", marks=pytest.mark.early)])
@@ -355,70 +317,20 @@ def test_a_process_that_cannot_load_its_function_again_holds_no_tasks(farm: Farm
     assert [record["id"] for record in farm.in_order() if "error" in record] == [5]
 
 
-LOGGER = """
-import os, sys
-
-class Logger:
-    def write(self, text):
-        pass
-    def flush(self):
-        pass
-
-sys.stdout = Logger()
-
-def run(task):
-    return os.getpid()
-"""
-
-
 def test_a_module_may_replace_standard_output_by_something_that_can_only_be_written(farm: Farm) -> None:
-    farm.write("mod.py", LOGGER)
+    logger = "sys.stdout = types.SimpleNamespace(write=len, flush=int)"
+    farm.write("mod.py", f"import os, sys, types\n{logger}\ndef run(task):\n    return os.getpid()\n")
     worker = farm.run_job("--function", "mod:run", *range(20))
     assert len({record["result"] for record in farm.records()}) == 1
     assert not worker.said("Traceback")
 
 
-PRINTING = """
-import os, time
-
-def run(task):
-    print("begun", task)
-    if task == 0:
-        time.sleep(1000)
-    os.set_blocking(1, False)
-    print("x" * 200_000)
-    return task
-"""
-
-
-@pytest.mark.early
-def test_a_pipe_that_does_not_block_hurts_nobody(farm: Farm) -> None:
-    farm.write("mod.py", PRINTING)
-    master = farm.master("--results", "results.jsonl", "--timeout", 5, *range(5))
-    options = ("--function", "mod:run", "--processes", 1)
-    worker = farm.worker(master, *options)
-    worker.wait_line("begun 0", "stdout")
-    assert (master.wait(), worker.wait()) == (1, 0)
-    assert [record["id"] for record in farm.records() if "error" in record] == [0]
-
-
 def test_standard_input_is_empty_for_a_task(farm: Farm) -> None:
-    tasks = farm.write_tasks([*NAMES["READING"], "read standard input"])
+    tasks = farm.write_tasks([*NAMES["READING"]])
     master = farm.master("--tasks", tasks, "--results", "results.jsonl", "--timeout", 10)
     farm.worker(master, "--function", "mod:run", stdin=subprocess.PIPE)  # which stays open and silent
     assert master.wait() == 0, farm.records()
-    assert [record["result"] for record in farm.records()] == [0, "", ""]
-
-
-def test_retries_of_a_task_that_misbehaves_are_counted_and_said(farm: Farm) -> None:
-    tasks = farm.write_tasks([1, "segfault", 2, "system exit", 3])
-    master = farm.run_job("--tasks", tasks, "--retries", 2, function="mod:run", status=1)
-    attempts = {record["task"]: record["attempts"] for record in farm.records()}
-    assert attempts == {1: 1, 2: 1, 3: 1, "segfault": 3, "system exit": 3}
-    first, second = master.said("task 1 is retried")
-    assert "attempt 1" in first and "attempt 2" in second
-    assert all("ProcessDied" in line and "SIGSEGV" in line for line in (first, second))
-    assert master.said("2 failed, 4 retried"), master.stderr
+    assert {record["task"]: record["result"] for record in farm.records()} == dict(zip(NAMES["READING"], ["", 0, ""]))
 
 
 def test_large_results_that_do_not_fit_one_message_together_are_all_recorded(farm: Farm) -> None:

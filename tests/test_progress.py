@@ -204,17 +204,14 @@ def test_when_nobody_is_connected_the_line_has_the_command_for_a_worker_of_this_
 @pytest.mark.parametrize(
     ("columns", "shown"),
     [
-        (200, rf"--host {re.escape(socket.gethostname())} --port \d+ --function m\.n:f --no-tls"),
-        (90, r"--port \d+ --fun.*\.\.\."),
+        (200, rf"--host {re.escape(socket.gethostname())} --port \d+ --command 'echo {{}} echo done' --no-tls"),
+        (90, r"--port \d+ --com.*\.\.\."),
     ],
 )
-def test_the_command_for_another_host_names_this_one_and_is_visibly_cut(open_terminal: Any, columns: int, shown: str) -> None:
-    open_terminal(columns, *FILE, "--host", "0.0.0.0", "--no-tls", "--function", "m.n:f", 1).wait_text(shown)
-
-
-def test_a_command_of_several_lines_is_shown_on_one(open_terminal: Any) -> None:
-    terminal = open_terminal(200, *FILE, "--command", "echo {}\necho done", 1)
-    terminal.wait_text("--command 'echo {} echo done'")
+def test_the_command_for_another_host_names_this_one_in_one_line_that_is_visibly_cut(
+    open_terminal: Any, columns: int, shown: str
+) -> None:
+    open_terminal(columns, *FILE, "--host", "0.0.0.0", "--no-tls", "--command", "echo {}\necho done", 1).wait_text(shown)
 
 
 def test_the_line_follows_a_terminal_that_becomes_narrower(farm: Farm, open_terminal: Any) -> None:
@@ -282,6 +279,9 @@ def test_without_a_terminal_there_is_a_plain_line_now_and_then(farm: Farm) -> No
     assert len(lines) >= 2
     assert all(re.match(f"task_master: (waiting for the worker .*, )?{BAR}", line) for line in lines)
     assert not any("\r" in line or "\x1b" in line for line in master.stderr)
+    begun = [" left" in line for line in lines if not re.search(" (0|20) of 20", line)]
+    assert begun and all(begun), "the time left is known when a task is done"
+    assert not [line for line in lines if re.search(" 0 of 20.* left", line)]
 
 
 def test_a_queue_that_has_nothing_to_do_is_silent(farm: Farm) -> None:
@@ -294,24 +294,14 @@ def test_a_queue_that_has_nothing_to_do_is_silent(farm: Farm) -> None:
     master.wait_line("2 done, ")
 
 
-def test_the_time_left_is_known_when_a_task_is_done(farm: Farm) -> None:
-    master = run_patched(farm, "--workers", 1, "--function", "functions:nap", *["2"] * 2)
-    assert master.wait() == 0, master.stderr
-    assert master.said("  1 of 2, ") and not master.said("  0 of 2, .* left")
-    assert all(" left" in line for line in master.said("  1 of 2, "))
-
-
-def test_quiet_says_nothing_but_where_it_listens(farm: Farm) -> None:
-    master = run_patched(farm, "--quiet", *JOB_OPTIONS, *STEPS)
-    assert master.wait() == 1
+def test_quiet_leaves_the_lines_on_standard_output_and_says_nothing_else_but_where_the_master_listens(farm: Farm) -> None:
+    patched, what = farm.make_patched(PROGRESS_INTERVAL=0.3) / "task_master.py", ("--quiet", "--function", "mod:steps")
+    master = farm.run(patched, "--port", 0, *what, *STEPS[:8])
+    worker = farm.worker(master, *what)
+    assert (worker.wait(), master.wait()) == (0, 1)
+    puts, results = [f"Put task {n}..." for n in range(8)], [f"Result: {n}" for n in range(8) if n % 5 != 4]
+    assert master.stdout == [*puts, "Try get results...", *results]
     assert master.said("listening on") == master.stderr
-
-
-def test_quiet_leaves_the_lines_on_standard_output_and_a_quiet_worker_says_nothing_on_standard_error(farm: Farm) -> None:
-    master = farm.master("--quiet", "3")
-    worker = farm.worker(master, "--quiet")
-    assert (worker.wait(), master.wait()) == (0, 0)
-    assert master.stdout == ["Put task 3...", "Try get results...", "Result: 3 * 3 = 9"]
     assert worker.stderr == []
 
 
@@ -339,48 +329,32 @@ def test_the_summary_counts_what_happened_and_names_the_hosts(farm: Farm) -> Non
     assert "task_master: host far: 1 process, 0 runs, 0 failed, 0 % busy" in master.stderr
     (line,) = master.said(f"host {re.escape(socket.gethostname())}: ")
     busy = re.search(r": 1 process, 6 runs, 3 failed, (\d+) % busy$", line)
-    assert busy and 0 < int(busy[1]) <= 100, line
+    assert busy and 20 <= int(busy[1]) <= 100, line  # of a noisy machine
     assert len(master.said("task 0 failed: ValueError: no luck .*, attempt 3$")) == 1
 
 
-def run_failing(farm: Farm, kinds: dict[int, int]) -> Program:
-    """A job with so many failures of each kind, the most frequent last."""
-    farm.write_tasks([[kind, number] for kind, count in kinds.items() for number in range(count)])
-    return farm.run_job("--tasks", "tasks.jsonl", function="mod:fail", status=1)
-
-
-def test_the_first_failure_of_each_kind_is_said_and_the_summary_counts_the_kinds(farm: Farm) -> None:
-    master = run_failing(farm, {0: 3, 1: 12, 2: 1})
-    said = master.said(r"task \d+ failed: ")
-    assert [
-        re.search(r"task (\d+) failed: (\w+): .* \(task \1: (\[.*\]), on (\S+)/\d+\), attempt 1$", line).groups() for line in said
-    ] == [
-        ("0", "ValueError", "[0, 0]", socket.gethostname()),
-        ("3", "OSError", "[1, 0]", socket.gethostname()),
-        ("15", "TypeError", "[2, 0]", socket.gethostname()),
+def test_the_first_failure_of_each_kind_is_said_and_the_summary_counts_ten_kinds(farm: Farm) -> None:
+    tasks = farm.write_tasks([[kind, number] for kind in range(13) for number in range(kind + 1)])
+    master = farm.run_job("--tasks", tasks, function="mod:fail", status=1)
+    firsts, names = [sum(range(kind + 1)) for kind in range(13)], ["ValueError", "OSError", "TypeError"] * 5
+    said = r"task (\d+) failed: (\w+): .* \(task \1: (\[.*\]), on (\S+)/\d+\), attempt 1$"
+    assert [re.search(said, line).groups() for line in master.said(r"task \d+ failed: ")] == [
+        (str(firsts[kind]), names[kind], f"[{kind}, 0]", socket.gethostname()) for kind in range(13)
     ]
     table = [re.match(r"task_master: ( *\d+) x (\w+): (.*) \(task (\d+): ", line) for line in master.said(r"\d x ")]
     assert [match.groups() for match in table if match] == [
-        ("     12", "OSError", "no b in '0' or 0", "3"),
-        ("      3", "ValueError", "no a in '0' or 0", "0"),
-        ("      1", "TypeError", "no c in '0' or 0", "15"),
+        (f"{kind + 1:7}", names[kind], f"no {'abcdefghijklmnop'[kind]} in '0' or 0", str(firsts[kind]))
+        for kind in range(12, 2, -1)
     ]
-    assert "task_master: 16 failed:" in master.stderr
-    assert last_line(master)[:2] == ("0", "16")
-
-
-def test_the_summary_has_ten_kinds_of_failures_at_most(farm: Farm) -> None:
-    master = run_failing(farm, {kind: kind + 1 for kind in range(13)})
-    counts = [int(line.split()[1]) for line in master.said(r"\d x ")]
-    assert counts == [13, 12, 11, 10, 9, 8, 7, 6, 5, 4]
+    assert "task_master: 91 failed:" in master.stderr
     assert master.said("and 6 of other kinds, see the records with an error$")
-    assert last_line(master)[:2] == ("0", str(sum(range(14))))
+    assert last_line(master)[:2] == ("0", "91")
 
 
 def test_of_the_retries_of_a_kind_the_first_are_said_and_all_are_counted(farm: Farm) -> None:
     tasks = farm.write_tasks([[kind, number] for kind in (0, 1) for number in range(30)])
     master = farm.run_job("--tasks", tasks, "--retries", 1, function="mod:fail", status=1)
-    assert len(master.said("is retried: ValueError")) == len(master.said("is retried: OSError")) == 10
+    assert len(master.said("is retried: ValueError.*, attempt 1$")) == len(master.said("is retried: OSError")) == 10
     assert last_line(master)[:3] == ("0", "60", "60")
 
 
