@@ -48,9 +48,7 @@ LOOPBACK = [("127.0.0.1", "127.0.0.1"), ("127.0.0.2", "127.0.0.2"), ("localhost"
 
 
 @pytest.mark.parametrize(("host", "shown"), ALL + LOOPBACK)
-def test_local_workers_find_a_master_on_any_address_which_it_tells_and_loopback_needs_no_choice(
-    farm: Farm, host: str, shown: str
-) -> None:
+def test_local_workers_find_a_master_on_any_address_which_it_tells(farm: Farm, host: str, shown: str) -> None:
     choice = ["--no-tls"] * ((host, shown) in ALL)
     master = farm.run_master("--host", host, *choice, "--workers", 1, "3")
     assert master.said(rf"listening on {re.escape(shown)}:\d+$")

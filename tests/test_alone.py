@@ -35,15 +35,6 @@ def test_a_worker_copied_alone_and_its_master_print_what_the_tutorial_prints(far
     assert worker.stdout[11:] == ["worker exit."]
 
 
-def test_a_worker_copied_alone_finds_a_function_in_the_current_folder(farm: Farm) -> None:
-    folder = copy_alone(farm, "task_worker.py")
-    master = farm.master("21")
-    options = ["--port", master.port(), "--processes", 1, "--function", "functions:double"]
-    worker = farm.run(*ALONE, folder / "task_worker.py", *options)
-    assert (worker.wait(), master.wait()) == (0, 0), worker.stderr
-    assert master.stdout[-1] == "Result: 42"
-
-
 @pytest.mark.parametrize("options", [["--port", "0", "3"], ["--help"], ["--nonsense"]], ids=" ".join)
 def test_a_master_copied_alone_says_what_is_missing(farm: Farm, options: list[str]) -> None:
     folder = copy_alone(farm, "task_master.py")

@@ -201,9 +201,7 @@ for value in ["first", %s]:
 
 @pytest.mark.skipif(len(PYTHONS) < 2, reason=f"only one Python from 3.9 on was found: {', '.join(PYTHONS)}")
 @pytest.mark.parametrize("version", PYTHONS)
-def test_a_master_with_a_local_worker_and_workers_of_other_python_versions_understand_each_other(
-    farm: Farm, version: str
-) -> None:
+def test_a_master_and_workers_of_different_python_versions_understand_each_other(farm: Farm, version: str) -> None:
     """Each runs one task, which is over when all of them run."""
     farm.write("meet.py", MEET.format(count=len(PYTHONS)))
     options = ["--tasks", "-", "--results", "results.jsonl", "--workers", 1, "--function", "meet:meet"]

@@ -9,12 +9,11 @@ import contextlib
 import json
 import os
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from lab import MEGABYTE, ROOT, Farm, Program, check_one_line
+from lab import MEGABYTE, Farm, Program, check_one_line
 
 from task_worker import Command, CommandFailed, Failure, check_template, parse_template
 
@@ -276,15 +275,3 @@ def test_output_is_kept_up_to_one_megabyte_and_cut_visibly(stream: str, redirect
 def test_output_that_is_not_utf_8_is_shown_with_replacements() -> None:
     shown = {"exit": 0, "stdout": "a\ufffdb", "stderr": "\ufffd"}
     assert call("printf 'a\\377b'; printf '\\303' >&2; : {}", 1) == shown
-
-
-def test_a_command_may_start_a_farm_of_its_own(farm: Farm) -> None:
-    template = f"{sys.executable} {ROOT / 'task_master.py'} --port 0 --workers 1 --quiet {{}}"
-    assert "Result: 3 * 3 = 9" in str(outputs(farm, template, [3])[0])
-
-
-def test_a_worker_of_its_own_runs_its_own_command(farm: Farm) -> None:
-    master = farm.master("--results", "results.jsonl", "1")
-    worker = farm.worker(master, "--command", "echo {} $(basename $PWD)")
-    assert (worker.wait(), master.wait()) == (0, 0)
-    assert farm.records()[0]["result"]["stdout"] == f"1 {farm.folder.name}\n"

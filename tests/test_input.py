@@ -239,30 +239,16 @@ def test_a_line_that_has_become_bad_since_it_has_a_result_spoils_no_record(farm:
         assert [record["task"] for record in farm.in_order()] == [1, "x"]
 
 
-@pytest.fixture
-def fed(farm: Farm) -> Program:
-    """A master with a local worker whose standard input is a pipe."""
-    return farm.master("--tasks", "-", "--results", "-", *ECHO, stdin=subprocess.PIPE)
-
-
-def test_each_task_on_standard_input_is_recorded_before_the_next_is_written_though_one_is_bad(fed: Program) -> None:
-    for number, line in enumerate(['"a"', "2", "{bad", "[4]"]):
-        fed.put(f"{line}\n")
-        record = json.loads(fed.wait_line(f'"id": {number},', "stdout").string)
-        assert record.get("result") == ["a", 2, None, [4]][number]
-        assert fed.is_running()
-    fed.end_input()
-    assert fed.wait() == 1
-    assert len(fed.stdout) == 4
-
-
-def test_a_line_that_arrives_in_pieces_is_one_task(fed: Program) -> None:
-    fed.put("1\n2")
-    fed.wait_line('"id": 0,', "stdout")  # so the piece behind it has been read
-    fed.put("3\n")
-    assert json.loads(fed.wait_line('"id": 1,', "stdout").string)["result"] == 23
-    fed.end_input()
-    assert fed.wait() == 0
+def test_each_task_on_standard_input_is_recorded_before_the_next_is_written_though_one_is_bad_or_in_pieces(farm: Farm) -> None:
+    master = farm.master("--tasks", "-", "--results", "-", *ECHO, stdin=subprocess.PIPE)
+    for number, text in enumerate(['"a"\n', "2\n", "{bad\n4", "5\n"]):
+        master.put(text)
+        record = json.loads(master.wait_line(f'"id": {number},', "stdout").string)
+        assert record.get("result") == ["a", 2, None, 45][number]
+        assert master.is_running()
+    master.end_input()
+    assert master.wait() == 1
+    assert len(master.stdout) == 4
 
 
 @pytest.mark.parametrize("kind", ["JSON", "text", "number"])

@@ -10,11 +10,10 @@ import stat
 import subprocess
 import time
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
-from lab import PATIENCE, ROOT, Farm, Program, check_one_line, check_said, free_port
+from lab import PATIENCE, ROOT, Farm, check_one_line, check_said, free_port
 
 MODULE = """
 import multiprocessing, os, subprocess
@@ -44,14 +43,6 @@ def write_key(farm: Farm, mode: int = 0o600) -> Path:
     return path
 
 
-def run_pair(farm: Farm, env: dict[str, str], *options: object, **more: Any) -> Program:
-    """A master and a worker with this environment, to their end."""
-    master = farm.master("3", *options, env=env, **more)
-    worker = farm.worker(master, *options, env=env)
-    assert (worker.wait(), master.wait()) == (0, 0), (worker.stderr, master.stderr)
-    return master
-
-
 @pytest.mark.parametrize("what", [("--function", "mod:spy"), ("--command", COMMAND)], ids=["function", "command"])
 @pytest.mark.parametrize("source", ["environment", "file"])
 @pytest.mark.parametrize("local", [True, False], ids=["local", "remote"])
@@ -65,6 +56,7 @@ def test_no_task_sees_the_key(farm: Farm, what: tuple[str, str], source: str, lo
     text = (farm.folder / "results.jsonl").read_text()
     assert "PATH=" in text, "it has looked"
     assert farm.key not in text
+    assert not [*farm.home.iterdir()], "no key file is made"
     log = farm.folder / "imported.log"
     assert farm.key not in log.read_text() if "--function" in what else '"unset\\n' in text
 
@@ -164,21 +156,17 @@ def test_a_key_file_of_ones_own_is_taken_and_its_group_may_read_what_root_owns(f
 
 
 def test_a_master_makes_the_key_file_once_for_its_user_alone_and_workers_find_it(farm: Farm) -> None:
-    first = run_pair(farm, farm.env(TASK_AUTHKEY=None), umask=0)
-    path = farm.home / ".task_authkey"
+    env, path = farm.env(TASK_AUTHKEY=None), farm.home / ".task_authkey"
+    first = farm.master("3", env=env, umask=0)
+    assert (farm.worker(first, env=env).wait(), first.wait()) == (0, 0), first.stderr
     key = path.read_text()
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert re.fullmatch(r"[0-9a-f]{64}\n", key)  # 256 bits
     assert first.said(rf"made the key file {path}\b")
     assert key.strip() not in "\n".join(first.stderr + first.stdout)
-    second = run_pair(farm, farm.env(TASK_AUTHKEY=None))
+    second = farm.run_master("--workers", 1, "3", env=env)
     assert path.read_text() == key
     assert not second.said("key file")
-
-
-def test_a_key_in_the_environment_makes_no_key_file(farm: Farm) -> None:
-    run_pair(farm, farm.env())
-    assert list(farm.home.iterdir()) == []
 
 
 @pytest.mark.parametrize(

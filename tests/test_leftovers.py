@@ -146,13 +146,6 @@ def test_what_a_task_has_started_is_gone_before_the_next_one_begins(scene: Scene
     scene.wait_none_left()
 
 
-def test_a_process_that_is_replaced_takes_along_what_its_tasks_have_started(scene: Scene) -> None:
-    master = scene.master('"first"', '"second"', "--tasks-per-process", 1, "--workers", 1, "--function", "leave:spread")
-    assert wait_spread(master, 2)["before"] == []
-    assert master.wait() == 0
-    scene.wait_none_left()
-
-
 def test_a_worker_that_waits_for_the_next_job_takes_along_what_the_last_one_has_started(scene: Scene) -> None:
     master = scene.master('"first"')
     worker = scene.worker(master, "--wait", 0)
@@ -288,16 +281,6 @@ def test_nothing_is_left_of_a_master_whose_local_worker_runs_a_task(scene: Scene
     end(master)
     scene.wait_none_left()
     assert not (scene.farm.folder / "finished").exists()
-
-
-def test_nothing_is_left_after_a_drain(scene: Scene) -> None:
-    master = scene.master('"first"', '"stay"')
-    worker = scene.worker(master)
-    wait_spread(worker, 2)
-    worker.drain(signal.SIGHUP)
-    scene.farm.let_go()
-    assert (worker.wait(), master.wait()) == (0, 0)
-    scene.wait_none_left()
 
 
 @pytest.mark.parametrize("local", [True, False], ids=["local", "remote"])

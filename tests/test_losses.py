@@ -53,21 +53,6 @@ def test_a_task_whose_workers_are_lost_too_often_is_recorded_as_failed(farm: Far
     assert farm.started() == ["guilty"] * (redeliveries + 1)
 
 
-def test_a_worker_killed_while_idle_costs_no_task_its_only_chance(any_farm: Farm) -> None:
-    master = any_farm.master("--tasks", "-", "--results", "-", "--redeliveries", 0, stdin=subprocess.PIPE)
-    idle = any_farm.worker(master)
-    master.wait_line("worker .* connected")
-    processes = idle.descendants()
-    idle.kill()
-    check_ended(processes)
-    wait_until(lambda: not [1 for conn in psutil.Process(master.pid).net_connections() if conn.status == "ESTABLISHED"])
-    master.put("1\n")
-    any_farm.worker(master)
-    master.wait_line('"id": 0, .*"result": .*"attempts": 1}', "stdout")
-    master.end_input()
-    assert master.wait() == 0
-
-
 def test_connections_that_end_while_they_wait_for_tasks_cost_none_its_only_chance(farm: Farm) -> None:
     master = farm.master("--tasks", "-", "--results", "-", "--redeliveries", 0, stdin=subprocess.PIPE)
     good = farm.peer(master).join()

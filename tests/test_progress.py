@@ -208,9 +208,7 @@ def test_when_nobody_is_connected_the_line_has_the_command_for_a_worker_of_this_
         (90, r"--port \d+ --com.*\.\.\."),
     ],
 )
-def test_the_command_for_another_host_names_this_one_in_one_line_that_is_visibly_cut(
-    open_terminal: Any, columns: int, shown: str
-) -> None:
+def test_the_command_for_another_host_names_this_one_and_is_visibly_cut(open_terminal: Any, columns: int, shown: str) -> None:
     open_terminal(columns, *FILE, "--host", "0.0.0.0", "--no-tls", "--command", "echo {}\necho done", 1).wait_text(shown)
 
 
@@ -331,6 +329,7 @@ def test_the_summary_counts_what_happened_and_names_the_hosts(farm: Farm) -> Non
     busy = re.search(r": 1 process, 6 runs, 3 failed, (\d+) % busy$", line)
     assert busy and 20 <= int(busy[1]) <= 100, line  # of a noisy machine
     assert len(master.said("task 0 failed: ValueError: no luck .*, attempt 3$")) == 1
+    assert len(master.said("task 0 is retried: ValueError: no luck .*, attempt 2$")) == 1
 
 
 def test_the_first_failure_of_each_kind_is_said_and_the_summary_counts_ten_kinds(farm: Farm) -> None:

@@ -84,14 +84,11 @@ def test_resuming_runs_only_what_failed_and_says_so(farm: Farm, kind: str) -> No
     assert "200 done, 0 failed" in master.stderr[-1] and "180 kept from before" in master.stderr[-1]
 
 
-def test_what_is_resumed_and_has_no_records_is_said(farm: Farm) -> None:
-    master = farm.run_job("--resume", "1")
-    assert master.said("resuming results.jsonl: it has no records yet")
-
-
 def test_resuming_a_finished_job_runs_nothing_but_what_is_new_and_leaves_the_file_as_it_is(farm: Farm) -> None:
     farm.mend()
-    assert run(farm).wait() == 0
+    master = run(farm, "--resume")
+    assert master.wait() == 0
+    assert master.said("resuming results.jsonl: it has no records yet")
     assert started(farm) == list(range(COUNT))
     before = farm.results.read_bytes(), farm.results.stat().st_ino
     assert resume(farm).wait() == 0
@@ -138,9 +135,7 @@ def test_a_file_torn_at_any_byte_of_its_last_line_is_whole_lines_again(farm: Far
 
 @pytest.mark.parametrize("ordered", [False, True])
 @pytest.mark.parametrize("torn", ['{"i', '{"id": 1', '{"id": 1, "task": "', '{"id": 7, "task": "'])
-def test_a_line_that_a_full_disk_has_torn_spoils_no_other_when_the_file_is_put_right(
-    farm: Farm, torn: str, ordered: bool
-) -> None:
+def test_a_line_that_a_full_disk_has_torn_spoils_no_other(farm: Farm, torn: str, ordered: bool) -> None:
     whole = "".join(LINE % (n, n) for n in (2, 1, 0))
     path = farm.write("torn", LINE.replace("result", "error") % (0, 0) + whole)
     file = ResultsFile(str(path), True)
@@ -339,14 +334,6 @@ def test_a_failing_fsync_ends_the_job_with_one_line(farm: Farm) -> None:
     assert master.wait() == 1
     assert "results.jsonl" in master.stderr[-1] and "input/output error" in master.stderr[-1]
     check_silence(master)
-
-
-def test_a_master_whose_messages_nobody_reads_any_more_does_its_job(farm: Farm) -> None:
-    farm.mend()
-    alone = "ours, theirs = os.pipe()\nos.close(ours)\nos.dup2(theirs, 2)"
-    master = farm.run_after(alone, "task_master.py", "--port", 0, *JOB, *WORK)
-    assert master.wait() == 0
-    farm.check_doubled(COUNT)
 
 
 def test_memory_for_a_resumed_job_is_at_most_twenty_four_bytes_a_record(farm: Farm) -> None:

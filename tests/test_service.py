@@ -12,6 +12,8 @@ import sys
 import pytest
 from lab import FalseServer, Farm, check_silence, free_port, wait_until
 
+RESUMED = ("--tasks", "-", "--results", "results.jsonl", "--resume")
+
 
 def test_both_sides_say_in_one_line_that_they_are_connected_and_with_whom(farm: Farm) -> None:
     master = farm.master("--results", "results.jsonl", "1", "2", "3", "4")
@@ -56,52 +58,32 @@ def test_a_worker_that_waits_for_its_master_says_so_once(farm: Farm, wait: str) 
     assert worker.stdout == ["Connect to server 127.0.0.1...", "worker exit."]
 
 
-def test_a_worker_that_was_started_first_waits_for_its_master(farm: Farm) -> None:
-    port = free_port()
-    worker = farm.worker(port, "--processes", 2)
-    worker.wait_line(rf"waiting for the master at 127\.0\.0\.1:{port} .*connection refused")
-    master = farm.run("task_master.py", "--port", port, "3", "4")
-    assert (master.wait(), worker.wait()) == (0, 0), (worker.stderr, master.stderr)
-    assert sorted(master.stdout[-2:]) == ["Result: 3 * 3 = 9", "Result: 4 * 4 = 16"]
-
-
 def test_a_worker_that_waits_for_ever_serves_one_master_after_the_other_with_the_code_as_it_is_then(farm: Farm) -> None:
-    port = 0
+    """Whether it has waited for the first one, or the last one was killed before its job was over."""
+    port = free_port()
+    worker = farm.worker(port, "--wait", 0, "--processes", 2, "--function", "edited:f")
     for number, text in enumerate(["first", "second", "third"]):
         farm.write("edited.py", f"import functions\ndef f(n):\n    functions.stay(n)\n    return '{text}'\n")
-        master = farm.run("task_master.py", "--port", port, "--results", f"{text}.jsonl", "5", "6")
-        port = master.port()
         if not number:
-            worker = farm.worker(master, "--wait", 0, "--processes", 2, "--function", "edited:f")
+            worker.wait_line(rf"waiting for the master at 127\.0\.0\.1:{port} .*connection refused")
+        master = farm.run("task_master.py", "--port", port, *RESUMED, stdin=subprocess.PIPE)
+        master.put("".join(f"{n}\n" for n in range(2 * number + 2)))
         worker.wait_line("it runs", "stdout", count=2 * number + 2)  # both processes take part in each job
         farm.let_go()
-        assert master.wait() == 0, master.stderr
+        farm.wait_records(master, 2 * number + 2)
+        if number == 1:
+            master.kill()
+        else:
+            master.end_input()
+            assert master.wait() == 0, master.stderr
+            worker.wait_line("the job is over; waiting for the next master", count=1 + number // 2)
         (farm.folder / "go").unlink()
-        found = [(record["result"], record["worker"]) for record in farm.records(f"{text}.jsonl")]
-        assert found == [(text, worker.name())] * 2
-        worker.wait_line("the job is over; waiting for the next master", count=number + 1)
+        assert [(record["result"], record["worker"]) for record in farm.records()[-2:]] == [(text, worker.name())] * 2
     worker.signal(signal.SIGTERM)
     assert worker.wait() == 0
-    kinds = [re.sub(".*(connected to|the job is over|draining).*", r"\1", line) for line in worker.stderr]
-    assert kinds == [*["connected to", "the job is over"] * 3, "draining"]
+    kinds = [line.split()[1] for line in worker.said("^task_worker: (?!the function's module was edited)")]
+    assert kinds == ["waiting", "connected", "the", "connected", "lost", "connected", "the", "draining:"], worker.stderr
     assert worker.stdout[-1] == "worker exit."
-
-
-def test_after_the_end_of_its_master_a_worker_runs_the_code_as_it_is_for_the_next_one(farm: Farm) -> None:
-    job = ("--tasks", "-", "--results", "results.jsonl", "--resume")
-    port = 0
-    for number, text in enumerate(["first", "second"]):
-        farm.write("edited.py", f"def f(n):\n    return '{text}'\n")
-        master = farm.run("task_master.py", "--port", port, *job, stdin=subprocess.PIPE)
-        port = master.port()
-        if not number:
-            worker = farm.worker(master, "--wait", 0, "--function", "edited:f")
-        master.put("1\n2\n"[: 2 * number + 2])
-        farm.wait_records(master, number + 1)
-        master.kill()
-    assert [record["result"] for record in farm.records()] == ["first", "second"]
-    worker.signal(signal.SIGTERM)
-    assert worker.wait() == 0
 
 
 LATE = """
@@ -133,25 +115,17 @@ def test_a_process_that_was_too_late_for_a_job_does_not_run_the_code_of_then_in_
     assert [record["result"] for record in farm.records("second.jsonl")] == ["newer", "newer"]
 
 
-def test_a_worker_of_another_version_takes_no_task_and_its_master_says_so_too(farm: Farm) -> None:
+@pytest.mark.parametrize("version", [0, 99])
+def test_a_worker_of_another_version_takes_no_task_and_its_master_says_so_too(farm: Farm, version: int) -> None:
     master = farm.master("--results", "results.jsonl", "--redeliveries", 0, "3")
-    other = farm.run(farm.make_patched(PROTOCOL=99) / "task_worker.py", "--port", master.port(), "--processes", 3)
+    other = farm.run(farm.make_patched(PROTOCOL=version) / "task_worker.py", "--port", master.port(), "--processes", 3)
     assert other.wait() == 3
-    assert len(other.said(rf"the master at 127\.0\.0\.1:{master.port()} speaks protocol \d+, this worker 99: copy ")) == 1
+    assert len(other.said(rf"the master at 127\.0\.0\.1:{master.port()} speaks protocol \d+, this worker {version}: copy ")) == 1
     assert (farm.worker(master).wait(), master.wait()) == (0, 0)  # it goes on with those of its own version
     assert [record["result"] for record in farm.records()] == ["3 * 3 = 9"]
-    told, counted = master.said(r": it speaks protocol 99, this master \d+: copy task_worker\.py")
+    told, counted = master.said(rf": it speaks protocol {version}, this master \d+: copy task_worker\.py")
     assert "refused a connection from " in told and re.search("refused [1-3] connections? from ", counted)
     check_silence(other, master)
-
-
-def test_a_master_of_another_version_and_its_worker_both_say_so(farm: Farm) -> None:
-    master = farm.run(farm.make_patched(PROTOCOL=99) / "task_master.py", "--port", 0, "3")
-    worker = farm.worker(master)
-    assert worker.wait() == 3
-    assert len(worker.said(r"speaks protocol 99, this worker \d+: copy ")) == 1
-    master.wait_line(r"refused a connection from \S+: it speaks protocol \d+, this master 99: copy task_worker\.py")
-    assert master.is_running()
 
 
 def test_a_function_that_one_host_has_does_the_job_there_and_the_other_says_where_it_was_looked_for(farm: Farm) -> None:

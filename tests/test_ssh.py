@@ -13,6 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
+import types
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -20,19 +21,7 @@ from typing import Any
 
 import psutil
 import pytest
-from lab import (
-    Farm,
-    Program,
-    SshHost,
-    SshNet,
-    check_ended,
-    check_said,
-    check_silence,
-    find_pythons,
-    make_script,
-    needs_sshd,
-    wait_until,
-)
+from lab import Farm, Program, SshHost, SshNet, check_ended, check_silence, find_pythons, make_script, needs_sshd, wait_until
 
 import task_master
 from task_master import Failure, TaskMaster
@@ -163,13 +152,11 @@ def test_a_package_travels_with_its_programs_and_nothing_else_does_and_one_above
     assert master.wait() == 2
     said = f"--function pkg.inner.deep:look: {net.farm.folder}/pkg has more than 20 MiB, too much for --ssh"
     assert master.stderr == [f"task_master: {said}"]
-
-
-def test_a_file_name_that_is_no_text_is_refused(net: SshNet) -> None:
-    (net.farm.folder / "tool").mkdir()
-    net.farm.write("tool/__init__.py", "")
-    (net.farm.folder / "tool" / os.fsdecode(b"\xff")).touch()
-    check_said(net.master(*on("host1"), "--function", "tool:f", 1), 2, "--function tool:f: cannot pack .*/tool for --ssh")
+    (net.farm.folder / "pkg" / "more").rename(net.farm.folder / "pkg" / os.fsdecode(b"\xff"))
+    (net.farm.folder / "pkg" / "data" / "words").unlink()
+    master = net.master(*on("host1"), "--function", "pkg.inner.deep:look", 1)
+    assert master.wait() == 2
+    assert re.match("task_master: --function pkg.inner.deep:look: cannot pack .*/pkg for --ssh", *master.stderr)
 
 
 def test_a_folder_with_the_name_of_the_module_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -207,7 +194,12 @@ def test_hosts_that_cannot_work_are_given_up_with_the_reason(net: SshNet) -> Non
     changed, unknown = [key.read_text().split()[1] for key in keys]
     lines = known.read_text().replace(changed, unknown).splitlines()
     known.write_text("\n".join(line for line in lines if not line.startswith("unknown ")) + "\n")
-    good = net.host("good")
+    net.host("good")
+    full = ["mount", "-t", "tmpfs", "-o", "size=32k", "none", str(net.host("full").tmp)]
+    if subprocess.run(full, capture_output=True, check=False).returncode == 0:  # else it cannot be had here
+        farm.closing(types.SimpleNamespace(close=lambda: subprocess.run(["umount", "-l", full[-1]], check=True)))
+        expected["full"] = r"OSError: .*No space left on device.* \(try: ssh full python3\)"
+        names.append("full")
     options = ("--tasks", "-", "--results", "results.jsonl", "--function", "needy:double")
     master = net.master(*on("1/good", *expected), *options, stdin=subprocess.PIPE)
     for name, reason in zip(names, expected.values()):
@@ -216,79 +208,49 @@ def test_hosts_that_cannot_work_are_given_up_with_the_reason(net: SshNet) -> Non
         assert master.said("^needy: task_worker: --function needy:double: .* ModuleNotFoundError: No module named 'nosuch'")
     give(master, range(10))
     farm.check_doubled(10)
-    for host in (*hosts.values(), good):
+    for host in net.hosts:
         host.check_clean()
     for name in names:
         assert len(master.said(f"^(task_master: )?{name}: ")) == 1 or name == "needy"
     check_silence(master)
 
 
-def test_a_host_whose_disk_is_full_is_given_up_and_a_local_worker_does_the_job(net: SshNet) -> None:
-    host = net.host("bad")
-    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=32k", "none", str(host.tmp)], capture_output=True, check=False)
-    if mount.returncode:
-        pytest.skip("cannot mount a tiny file system here")
-    try:
-        master = net.master(*on("bad"), "--workers", 1, "--tasks", "-", stdin=subprocess.PIPE)
-        master.wait_line(r"bad: OSError: .*No space left on device.* \(try: ssh bad python3\); given up$")
-        give(master, [1])
-        host.check_clean()
-    finally:
-        subprocess.run(["umount", "-l", str(host.tmp)], check=True)
-
-
-def test_when_no_worker_is_left_the_job_stops_as_if_drained(net: SshNet) -> None:
-    for name in ("bad1", "bad2"):
-        (net.host(name).folder / "authorized_keys").write_text("")
-    master = net.master(*on("bad1", "bad2"), "--results", "results.jsonl", 1)
-    assert master.wait() == 1
-    assert master.said("stopped; to carry on: .* --resume .* --results results.jsonl 1$")
-    assert re.search("no worker is left .bad1: .*denied.*; bad2: .*denied", master.stderr[-1])
-
-
-def test_a_host_that_is_down_is_tried_until_it_is_up_and_another_worker_does_the_job_until_it_leaves(net: SshNet) -> None:
-    host = net.host("host1")
+def test_a_host_that_is_down_is_tried_until_it_is_up_and_the_job_stops_when_the_last_worker_leaves(net: SshNet) -> None:
+    bad, host = [net.host(name) for name in ("bad", "host1")]
     host.stop()
-    master = net.master(*on("host1"), "--tasks", "-", stdin=subprocess.PIPE)
+    (bad.folder / "authorized_keys").write_text("")
+    master = net.master(*on("bad", "host1"), "--tasks", "-", "--results", "results.jsonl", stdin=subprocess.PIPE)
     worker = net.farm.worker(master)
     master.wait_line(r"worker \S+ connected")
+    master.wait_line("bad: .*Permission denied.*; given up")
     master.wait_line(r"host1: connect to host 127.0.0.1 port \d+: Connection refused .*; trying again")
     (host.folder / "authorized_keys").write_text("")
     host.start()
     master.wait_line("host1: .*Permission denied.*; given up")
     master.put("3\n")
-    master.wait_line("Result: 3", "stdout")
+    net.farm.wait_records(master, 1)
     worker.signal(signal.SIGTERM)
     assert (worker.wait(), master.wait()) == (0, 1)
-    assert "no worker is left (host1: " in master.stderr[-1]
+    assert master.said(r"stopped; to carry on: .* --resume .* --results results.jsonl \(with the same input\)$")
+    assert re.search("no worker is left .bad: .*denied.*; host1: .*denied", master.stderr[-1])
     assert len(master.said("refused")) == 1
 
 
-def test_a_name_that_was_known_and_is_not_any_more_is_tried_again(net: SshNet) -> None:
-    host, farm = net.host("host1"), net.farm
-    ssh = farm.folder / "bin" / "ssh"
-    unknown = "ssh: Could not resolve hostname host1: Name or service not known"
-    _, _, rest = ssh.read_text().partition("\n")
-    make_script(ssh, f'[ ! -e gone ] || {{ echo "{unknown}" >&2; exit 255; }}\n{rest}')
-    options = ("--port", 0, *on("1/host1"), "--function", "functions:stay")
-    master = farm.run("task_master.py", *options, 1, env=net.env())
-    master.wait_line("host1: it runs")
-    (farm.folder / "gone").touch()
-    for session in host.sessions():
-        session.kill()
-    master.wait_line("host1: Could not resolve hostname.*; trying again")
-    (farm.folder / "gone").unlink()
-    master.wait_line("host1: it runs", count=2)
-
-
 @pytest.mark.early
-def test_a_connection_that_was_cut_comes_back(farm: Farm) -> None:
-    host, master = start_long_tasks(SshNet(farm))
+def test_a_connection_that_was_cut_comes_back_though_the_name_is_not_known_for_a_while(farm: Farm) -> None:
+    net = SshNet(farm)
+    unknown = "ssh: Could not resolve hostname host1: Name or service not known"
+    _, _, rest = (net.bin / "ssh").read_text().partition("\n")
+    make_script(net.bin / "ssh", f'[ ! -e gone ] || {{ echo "{unknown}" >&2; exit 255; }}\n{rest}')
+    host, master = start_long_tasks(net)
     before = host.processes()
+    (farm.folder / "gone").touch()
     for session in host.sessions():
         session.kill()
     master.wait_line(r"host1: the connection was lost; trying again")
     check_ended(before)
+    master.wait_line("host1: Could not resolve hostname.*; trying again")
+    (farm.folder / "gone").unlink()
     master.wait_line("host1: it runs", count=4)
     for ssh in master.descendants():
         ssh.kill()
@@ -350,26 +312,22 @@ def test_a_worker_that_was_killed_is_replaced_and_one_that_was_told_to_leave_is_
     host.check_clean()
 
 
-def test_the_first_ctrl_c_drains(net: SshNet) -> None:
-    host, master = start_long_tasks(net, "--results", "results.jsonl", 0)
-    master.drain(signal.SIGINT)
-    (folder,) = host.tmp.iterdir()
-    (folder / "go").touch()
-    assert master.wait() == 130
-    assert len(net.farm.records()) == 2  # what ran is finished, and no more is begun
-    assert not master.said("leaving at once|redelivered since")
-    host.check_clean()
-
-
-def test_the_second_ctrl_c_leaves_nothing_and_does_not_wait_for_a_host_that_is_down(net: SshNet) -> None:
+@pytest.mark.parametrize("again", [False, True], ids=["once", "twice"])
+def test_the_first_ctrl_c_drains_and_the_second_leaves_nothing_whatever_host_is_down(net: SshNet, again: bool) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:  # takes connections and says nothing
         net.configure("silent", f"Port {silent.getsockname()[1]}")
-        host, master = start_long_tasks(net, *on("silent"))
+        host, master = start_long_tasks(net, *on("silent"), "--results", "results.jsonl", 0)
         processes = master.descendants()
         assert len(processes) == 2
         master.drain(signal.SIGINT)
-        master.signal(signal.SIGINT)
+        if again:
+            master.signal(signal.SIGINT)
+        else:
+            (folder,) = host.tmp.iterdir()
+            (folder / "go").touch()
         assert master.wait() == 130
+        assert len(net.farm.records()) == (0 if again else 2)  # what ran is finished, and no more is begun
+        assert bool(master.said("leaving at once|redelivered since")) == again
         host.check_clean()
         check_ended(processes)
 
@@ -394,18 +352,10 @@ def test_neither_forwardings_of_the_user_nor_a_banner_without_a_line_end_keep_a_
     assert not master.said("trying again")
 
 
-@pytest.mark.parametrize(
-    ("said", "hopeless"),
-    [
-        ("Error: remote port forwarding failed for listen port 0", True),
-        ("stdio forwarding failed", False),  # a jump host, when the host behind it is down
-        ("channel 0: open failed: administratively prohibited: open failed", True),
-        ("Cannot execute command-line and remote command.", True),
-        ("connect to host 127.0.0.1 port 22: Connection refused", False),
-    ],
-)
-def test_what_another_attempt_would_not_mend_is_hopeless(said: str, hopeless: bool) -> None:
-    assert bool(task_master.find_hopeless(said)) == hopeless
+def test_what_another_attempt_would_not_mend_is_hopeless() -> None:
+    assert task_master.find_hopeless("channel 0: open failed: administratively prohibited: open failed")
+    assert task_master.find_hopeless("Cannot execute command-line and remote command.")
+    assert not task_master.find_hopeless("stdio forwarding failed")  # a jump host, when the host behind it is down
 
 
 def test_a_host_is_read() -> None:

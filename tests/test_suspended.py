@@ -168,9 +168,7 @@ def test_an_exit_status_counts_though_the_parent_ignores_the_end_of_children(far
 
 @pytest.mark.parametrize("descriptor", [1, 2], ids=["standard output", "standard error"])
 @pytest.mark.parametrize("program", ["task_master.py", "task_worker.py"])
-def test_the_second_signal_ends_a_program_whose_output_is_blocked_without_a_traceback(
-    farm: Farm, program: str, descriptor: int
-) -> None:
+def test_the_second_signal_ends_a_program_whose_output_is_blocked(farm: Farm, program: str, descriptor: int) -> None:
     """The message about the first signal, too, waits in the full pipe while the second one comes."""
     pipe, is_master = Pipe(), program == "task_master.py"
     options = ["--port", 0, "--workers", 1, 1] if is_master else ["--port", farm.master("1").port(), "--processes", 1]

@@ -183,11 +183,6 @@ def test_a_clock_that_is_set_or_has_slept_counts_from_the_next_task(monkeypatch:
     assert 8 * 3600 <= second - first < 9 * 3600
 
 
-def test_a_worker_that_works_all_the_time_is_said_to_be_busy(farm: Farm) -> None:
-    _, master = run(farm, "nap", [1, 1, 1])
-    assert int(master.wait_line(r"host \S+: .*, (\d+) % busy")[1]) >= 20, master.stderr  # of a noisy machine
-
-
 @pytest.mark.parametrize("limit", [1, 3])
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_job_that_stops_after_failures_counts_them_as_the_file_does(farm: Farm, limit: int, processes: int) -> None:
