@@ -40,11 +40,6 @@ def run_command(farm: Farm, template: str, tasks: list[Any], *options: object) -
     return farm.in_order(), master
 
 
-def outputs(farm: Farm, template: str, tasks: list[Any]) -> list[str | None]:
-    """What commands that succeeded wrote; None for the others."""
-    return [record.get("result", {}).get("stdout") for record in run_command(farm, template, tasks)[0]]
-
-
 def call(template: str, task: Any, text: str | None = None) -> dict[str, Any]:
     """The result of a command that is called here, in the folder of the farm, as a child calls it. Raises what it raises."""
     command = Command(template)
@@ -55,7 +50,8 @@ def call(template: str, task: Any, text: str | None = None) -> dict[str, Any]:
 @pytest.mark.parametrize("template", ["printf %s", "printf %s {}", 'printf %s "$TASK"', 'x={}; printf %s "$x"', "printenv TASK"])
 def test_a_task_arrives_as_one_word_whatever_is_in_it_or_else_as_json(farm: Farm, template: str) -> None:
     ends = "\n" if template == "printenv TASK" else ""
-    got = [text.removesuffix(ends) for text in outputs(farm, template, [*WORDS, *OTHERS]) if text is not None]
+    records, _ = run_command(farm, template, [*WORDS, *OTHERS])
+    got = [record["result"]["stdout"].removesuffix(ends) for record in records if "result" in record]
     assert got[: len(WORDS)] == WORDS
     assert [json.loads(text) for text in got[len(WORDS) :]] == OTHERS
 

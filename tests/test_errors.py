@@ -165,11 +165,3 @@ def test_a_worker_says_why_it_cannot_have_its_function_before_it_connects(farm: 
     worker = farm.worker(1, "--processes", 2, "--function", spec)
     check_one_line(worker, 2, rf"task_worker: --function {spec}: .*{reason}")
     assert worker.stdout == []
-
-
-def test_a_master_ends_when_its_local_workers_cannot_have_their_function(farm: Farm) -> None:
-    farm.write("raises.py", UNUSABLE["raises:make"][0])
-    master = farm.master("--workers", 2, "--function", "raises:make", "--results", "results.jsonl", "1")
-    check_said(master, 2, "^task_worker: --function raises:make: .*RuntimeError: the reason")
-    assert "local worker" in master.stderr[-1]
-    assert farm.records() == []

@@ -251,20 +251,14 @@ def test_each_task_on_standard_input_is_recorded_before_the_next_is_written_thou
     assert len(master.stdout) == 4
 
 
-@pytest.mark.parametrize("kind", ["JSON", "text", "number"])
-def test_a_task_of_100_megabytes_fails_with_its_line_and_a_remedy_and_the_job_goes_on(farm: Farm, kind: str) -> None:
-    start, end = (b"1\n1.", b"\n3\n") if kind == "number" else (b'1\n"', b'"\n3\n')
-    with (farm.folder / "tasks.jsonl").open("wb") as file:
-        file.write(start)
-        if kind == "number":
-            file.write(b"1" * MORE_THAN_ALLOWED)
-        else:
-            file.seek(MORE_THAN_ALLOWED, os.SEEK_CUR)  # zeros, without writing them
-        file.write(end)
-    options = ("--tasks", "tasks.jsonl", *["--text"] * (kind == "text"))
-    master = farm.run_job(*options, function="functions:same", status=1)
+@pytest.mark.parametrize(
+    ("task", "options"), [(b'"%s"', []), (b'"%s"', ["--text"]), (b"1.%s", [])], ids=["JSON", "text", "number"]
+)
+def test_a_task_of_100_megabytes_fails_with_its_line_and_a_remedy(farm: Farm, task: bytes, options: list[str]) -> None:
+    farm.write("tasks.jsonl", b"1\n" + task % (b"1" * MORE_THAN_ALLOWED) + b"\n3\n")
+    master = farm.run_job("--tasks", "tasks.jsonl", *options, function="functions:same", status=1)
     first, failed, last = farm.in_order()
-    assert [first["result"], last["result"]] == (["1", "3"] if kind == "text" else [1, 3])
+    assert [first["result"], last["result"]] == (["1", "3"] if options else [1, 3])
     told, _counted = master.said("tasks.jsonl, line 2: .*put a path there")
     assert failed["error"]["message"] in told
     check_silence(master)

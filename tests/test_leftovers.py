@@ -75,7 +75,7 @@ def spread(task):
     null = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     for kind, command in KINDS.items():
         subprocess.Popen(command, env={**os.environ, "KIND": kind}, start_new_session=kind == "stopped", **null)
-    print("spread", json.dumps({"pid": os.getpid(), "before": before}), flush=True)
+    print("spread", json.dumps(before), flush=True)
     if task == "exit":
         os._exit(3)
     if task == "kill":
@@ -112,7 +112,6 @@ class Scene:
         return self.farm.worker(master, "--function", "leave:spread", *argv, **options)
 
     def wait_none_left(self) -> None:
-        """Block until nothing is left."""
         wait_until(lambda: not find_left(self.mark), patience=PATIENCE)
 
     def close(self) -> None:
@@ -128,11 +127,10 @@ def scene(farm: Farm) -> Iterator[Scene]:
         yield scene
 
 
-def wait_spread(program: Program, count: int = 1) -> dict[str, Any]:
-    """Block until tasks have spread `count` times; returns what the last one said."""
+def wait_spread(program: Program, count: int = 1) -> list[str]:
+    """Block until tasks have spread `count` times; returns what was there before the last one did."""
     stream = "stdout" if "task_worker.py" in " ".join(program.process.args) else "stderr"  # there a master passes it on
-    said: dict[str, Any] = json.loads(program.wait_line("^spread (.*)", stream, count).group(1))
-    return said
+    return [*json.loads(program.wait_line("^spread (.*)", stream, count).group(1))]
 
 
 def test_what_a_task_has_started_is_gone_before_the_next_one_begins(scene: Scene) -> None:
@@ -141,7 +139,7 @@ def test_what_a_task_has_started_is_gone_before_the_next_one_begins(scene: Scene
     master = scene.master("--tasks", scene.farm.write_tasks([*tasks, "return"]), "--timeout", 8)
     worker = scene.worker(master)
     assert (master.wait(), worker.wait()) == (1, 0)
-    assert [wait_spread(worker, n)["before"] for n in range(1, 8)] == [[]] * 7
+    assert [wait_spread(worker, n) for n in range(1, 8)] == [[]] * 7
     assert [record["error"]["type"] for record in scene.farm.in_order()[:6]] == [*tasks.values()]
     scene.wait_none_left()
 
@@ -152,7 +150,7 @@ def test_a_worker_that_waits_for_the_next_job_takes_along_what_the_last_one_has_
     assert master.wait() == 0
     worker.wait_line("the job is over")
     again = scene.farm.run("task_master.py", "--port", master.port(), '"second"')
-    assert wait_spread(worker, 2)["before"] == []
+    assert wait_spread(worker, 2) == []
     assert again.wait() == 0
     worker.signal(signal.SIGTERM)
     assert worker.wait() == 0
@@ -240,14 +238,6 @@ def test_a_command_that_overruns_its_time_is_ended_with_all_that_it_started(scen
     scene.wait_none_left()
 
 
-def find_proper(worker: Program, task_pid: int) -> psutil.Process:
-    """The worker proper: the child of the process that was started from which the one that runs the task descends."""
-    process = psutil.Process(task_pid)
-    while (parent := process.parent()) and parent.pid != worker.pid:
-        process = parent
-    return process
-
-
 def leave_twice(program: Program, number: int = signal.SIGINT) -> None:
     """Two signals, the second after the first has been heard."""
     program.drain(number)
@@ -268,7 +258,8 @@ WORKER_ENDS: dict[str, Callable[[Program, psutil.Process], object]] = {
 def test_nothing_is_left_of_a_worker_whose_task_runs(scene: Scene, end: str, task: str) -> None:
     master = scene.master(json.dumps(task))
     worker = scene.worker(master)
-    WORKER_ENDS[end](worker, find_proper(worker, wait_spread(worker)["pid"]))
+    wait_spread(worker)
+    WORKER_ENDS[end](worker, min(psutil.Process(worker.pid).children(), key=psutil.Process.create_time))
     leave_twice(master)
     scene.wait_none_left()
 

@@ -10,7 +10,7 @@ import subprocess
 import sys
 
 import pytest
-from lab import FalseServer, Farm, check_silence, free_port, wait_until
+from lab import FalseServer, Farm, check_said, check_silence, free_port, wait_until
 
 RESUMED = ("--tasks", "-", "--results", "results.jsonl", "--resume")
 
@@ -150,7 +150,7 @@ WAITS = "import os, time; exec('while not os.path.exists(\"go\"): time.sleep(0.0
 def test_a_master_whose_own_worker_cannot_load_the_function_goes_on_with_another(farm: Farm) -> None:
     job = ("--function", "mailer:send", "--workers", 1, "1")
     alone = farm.master(*job)
-    assert alone.wait() == 2
+    check_said(alone, 2, "^task_worker: --function mailer:send: .*No module named 'mailer'")
     assert alone.said(r"no worker is left \(.*: the local worker ended with exit status 2, see standard error\)$")
     complete = farm.folder / "complete"
     complete.mkdir()
