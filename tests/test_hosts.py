@@ -44,13 +44,10 @@ class Cable:
     """Two hosts, each a network namespace, and the cable between them; skips the test where these cannot be had."""
 
     numbers = itertools.count()
-
-    def __init__(self) -> None:
-        number = next(self.numbers)
-        self.near, self.far = f"tm{os.getpid()}n{number}", f"tm{os.getpid()}f{number}"
-        self.address = "10.213.0.1"  # of the near one, as the far one sees it; nobody else does
+    address = "10.213.0.1"  # of the near one, as the far one sees it; nobody else does
 
     def __enter__(self) -> Cable:
+        self.near, self.far = [f"tm{os.getpid()}n{next(self.numbers)}" for _ in range(2)]
         if not shutil.which("ip"):
             pytest.skip("there is no `ip` command")
         try:

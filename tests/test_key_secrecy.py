@@ -9,6 +9,7 @@ import socket
 import stat
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -103,37 +104,26 @@ def test_a_worker_with_another_key_leaves_and_the_master_serves_on(any_farm: Far
     check_said(master, 0, "refused a connection from .*its key is another one")
 
 
-def make_odd_file(path: Path, kind: str) -> None:
-    """Nothing that a key may be in."""
-    if "fifo" in kind:
-        os.mkfifo(path.with_name("fifo"), 0o600)
-    targets = {"fifo": "fifo", "endless": "/dev/zero"}
-    if kind == "folder":
-        path.mkdir()
-    elif kind in targets:
-        path.symlink_to(targets[kind])
-    elif kind != "missing":
-        path.write_text("x" * 32)
-        modes = {"readable by others": 0o604, "writable by a group": 0o620, "readable by another user's group": 0o640}
-        path.chmod(modes.get(kind, 0o600))
-        if "another user" in kind:
-            os.chown(path, 12_345, -1)
+def write_odd(path: Path, mode: int, owner: int = -1) -> None:
+    path.write_text("x" * 32)
+    path.chmod(mode)
+    os.chown(path, owner, -1)
 
 
-REASONS = {
-    "missing": r"key file \S+: no such file or directory\W+\w+",
-    "fifo": "",
-    "folder": "",
-    "endless": "no file",
-    "readable by others": r"can be .* by others: chmod 600 \S",
-    "writable by a group": r"can be .* by others: chmod 600 \S",
-    "another user's": "another user",
-    "readable by another user's group": "",
+ODD: dict[str, tuple[Callable[[Path], object], str]] = {  # what makes it, and what is said of it
+    "missing": (lambda path: None, r"key file \S+: no such file or directory\W+\w+"),
+    "fifo": (lambda path: os.mkfifo(path, 0o600), ""),
+    "folder": (Path.mkdir, ""),
+    "endless": (lambda path: path.symlink_to("/dev/zero"), "no file"),
+    "readable by others": (lambda path: write_odd(path, 0o604), r"can be .* by others: chmod 600 \S"),
+    "writable by a group": (lambda path: write_odd(path, 0o620), r"can be .* by others: chmod 600 \S"),
+    "another user's": (lambda path: write_odd(path, 0o600, 12_345), "another user"),
+    "readable by another user's group": (lambda path: write_odd(path, 0o640, 12_345), ""),
 }
 
 
 @pytest.mark.parametrize("named", [True, False], ids=["named", "in the home"])
-@pytest.mark.parametrize("kind", REASONS)
+@pytest.mark.parametrize("kind", ODD)
 @both_programs
 def test_a_key_file_that_is_none_is_refused_in_one_line(farm: Farm, program: str, kind: str, named: bool) -> None:
     if "another user" in kind and os.geteuid() != 0:
@@ -141,10 +131,11 @@ def test_a_key_file_that_is_none_is_refused_in_one_line(farm: Farm, program: str
     if kind == "missing" and not named:
         pytest.skip("then the master makes it, and a worker waits for it")
     path = farm.folder / "odd" if named else farm.home / ".task_authkey"
-    make_odd_file(path, kind)
+    make, reason = ODD[kind]
+    make(path)
     options = ("--authkey-file", path) if named else ()
     refused = farm.run(program, "--port", 0 if "master" in program else 1, *options, env=farm.env(TASK_AUTHKEY=None))
-    check_one_line(refused, 2, re.escape(str(path)), REASONS[kind])
+    check_one_line(refused, 2, re.escape(str(path)), reason)
 
 
 @pytest.mark.parametrize("mode", [0o600, 0o400, 0o640, 0o440], ids=oct)
@@ -187,23 +178,16 @@ def test_a_worker_without_a_key_says_where_to_copy_it_from(farm: Farm) -> None:
 
 
 def test_a_worker_may_be_started_before_the_master_and_before_the_key_exists(farm: Farm) -> None:
-    port = free_port()
+    port, path = free_port(), farm.home / ".task_authkey"
     worker = farm.worker(port, env=farm.env(TASK_AUTHKEY=None))
     worker.wait_line(rf"no key in {farm.home}/\.task_authkey.*start the master")
+    path.touch(0o600)
+    worker.pause(1.5)  # while the key is being made
+    path.write_text(farm.key)
     master = farm.run("task_master.py", "--port", port, "3", env=farm.env(TASK_AUTHKEY=None))
     assert (worker.wait(), master.wait()) == (0, 0), (worker.stderr, master.stderr)
     assert master.stdout[-1] == "Result: 3 * 3 = 9"
     assert worker.stdout == ["Connect to server 127.0.0.1...", "run task 3 * 3...", "worker exit."]
-
-
-def test_a_key_that_is_just_being_made_is_waited_for(farm: Farm) -> None:
-    master = farm.master("1")
-    path = farm.home / ".task_authkey"
-    path.touch(0o600)
-    worker = farm.worker(master, env=farm.env(TASK_AUTHKEY=None))
-    worker.pause(1.5)
-    path.write_text(farm.key)
-    assert (worker.wait(), master.wait()) == (0, 0)
 
 
 def test_masters_that_start_together_without_a_key_agree_on_one(farm: Farm) -> None:

@@ -122,32 +122,24 @@ def test_an_outcome_of_another_run_is_refused(farm: Farm) -> None:
     assert [record["result"] for record in farm.records()] == ["7 * 7 = 49"]
 
 
-def test_a_worker_whose_connection_was_cut_reports_what_it_finished_meanwhile(farm: Farm) -> None:
+@pytest.mark.parametrize("another", [False, True])
+def test_what_a_worker_finishes_after_its_connection_was_cut_is_for_the_same_run_alone(farm: Farm, another: bool) -> None:
     master = farm.master('"any"', *RESULTS)
     relay = farm.closing(Relay(master.port()))
     worker = farm.worker(relay.port, "--function", "functions:stay")
     farm.wait_started(worker)
-    relay.cut()
-    master.wait_line("redelivered since")
+    if another:
+        master.kill()
+        master = farm.master('"any"', *RESULTS, "--resume")
+        relay.target = master.port()
+        relay.cut()
+    else:
+        relay.cut()
+        master.wait_line("redelivered since")
     farm.let_go()
     assert (master.wait(), worker.wait()) == (0, 0)
-    assert farm.started() == ["any"], "it was not run again"
+    assert farm.started() == ["any"] * (1 + another)
     assert [record["result"] for record in farm.records()] == ["any"]
-
-
-def test_a_worker_that_meets_another_run_drops_what_it_finished(farm: Farm) -> None:
-    master = farm.master('"any"', *RESULTS)
-    relay = farm.closing(Relay(master.port()))
-    worker = farm.worker(relay.port, "--function", "functions:stay")
-    farm.wait_started(worker)
-    master.kill()
-    again = farm.master('"any"', *RESULTS, "--resume")
-    relay.target = again.port()
-    relay.cut()
-    farm.let_go()
-    assert again.wait() == 0
-    assert farm.started() == ["any", "any"]
-    assert len(farm.records()) == 1
 
 
 @pytest.mark.parametrize("answered", [b"", answer("no", "#ERROR"), answer([], "#ERROR"), answer([0] * 5000)], ids=len)

@@ -31,31 +31,28 @@ BROKEN = {
     "too large": LIMITED,
     "broken pipe": "r, w = os.pipe(); os.dup2(w, 1); os.close(r)",
 }
-FORMS = {f"{form}-{how}": (form, how) for form in ("records", "lines") for how in ("buffered", "unbuffered")}
+each_form = pytest.mark.parametrize("form", ["records", "lines"])
 
 
 def stuff(n: int) -> str:
-    """What the workers return."""
     return f"{n}:" + "x" * 20_000
 
 
 def start_after(farm: Farm, code: str, form: str) -> Program:
-    """A master with a worker and 30 tasks, in whose own process `code` has run before; `form` is one of FORMS."""
-    what, how = FORMS[form]
-    options = [*["--results", "-"] * (what == "records"), *range(30)]
-    env = farm.env(PYTHONUNBUFFERED="1" * (how == "unbuffered"))
-    master = farm.run_after(code, "task_master.py", "--port", 0, *options, env=env)
+    """A master with a worker and 30 tasks, in whose own process `code` has run before."""
+    options = [*["--results", "-"] * (form == "records"), *range(30)]
+    master = farm.run_after(code, "task_master.py", "--port", 0, *options)
     farm.write("mine.py", inspect.getsource(stuff))
     farm.worker(master, "--function", "mine:stuff", "--wait", 0.1)
     return master
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="sizes of pipes and /dev/full are of Linux")
-@pytest.mark.parametrize("form", FORMS)
+@each_form
 def test_a_slow_reader_of_a_pipe_that_does_not_block_gets_everything(farm: Farm, form: str) -> None:
     master = start_after(farm, PIPE, form)
     assert master.wait() == 0, master.stderr
-    if form.startswith("records"):
+    if form == "records":
         texts = [json.loads(line)["result"] for line in master.stdout]
     else:
         assert len([line for line in master.stdout if line.startswith("Put task ")]) == 30
@@ -64,7 +61,7 @@ def test_a_slow_reader_of_a_pipe_that_does_not_block_gets_everything(farm: Farm,
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="sizes of pipes and /dev/full are of Linux")
-@pytest.mark.parametrize("form", ["records-buffered", "lines-buffered"])
+@each_form
 @pytest.mark.parametrize("why", BROKEN)
 def test_what_cannot_be_written_to_standard_output_is_said_and_not_counted(farm: Farm, form: str, why: str) -> None:
     master = start_after(farm, BROKEN[why], form)

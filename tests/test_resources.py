@@ -33,13 +33,6 @@ def tasks(farm: Farm) -> None:
     farm.write_tasks(range(TASKS))
 
 
-def run_in_shell(farm: Farm, place: list[str], script: str, *argv: object) -> Program:
-    """Start a program in a shell that has done something before, in some other place."""
-    return farm.start(
-        [*place, "sh", "-c", script + '; exec "$@"', "sh", sys.executable, str(ROOT / str(argv[0])), *map(str, argv[1:])]
-    )
-
-
 JOB = ("--port", 0, "--tasks", "tasks.jsonl", "--results", "results.jsonl", "--redeliveries", 0)
 
 
@@ -49,7 +42,6 @@ def start_master(farm: Farm, *options: object, after: str = "") -> Program:
 
 
 def check_all_done(farm: Farm) -> None:
-    """Each task was run once, and well."""
     farm.check_doubled(TASKS)
     assert {record["attempts"] for record in farm.records()} == {1}
 
@@ -92,8 +84,8 @@ def test_a_worker_goes_on_with_the_processes_that_it_could_start(farm: Farm, lim
 @needs_setpriv
 def test_a_worker_whose_user_may_have_no_more_processes_goes_on_with_what_it_has(farm: Farm) -> None:
     master = start_master(farm)
-    options = ("--port", master.port(), "--processes", 12, "--function", "mod:work")
-    worker = run_in_shell(farm, [*ANOTHER_USER, "prlimit", "--nproc=26"], ":", "task_worker.py", *options)
+    place = [*ANOTHER_USER, "prlimit", "--nproc=26", sys.executable, str(ROOT / "task_worker.py")]
+    worker = farm.start([*place, "--port", str(master.port()), "--processes", "12", "--function", "mod:work"])
     assert (master.wait(), worker.wait()) == (0, 0)
     check_all_done(farm)
     check_lines(worker, r"(ulimit -u|processes|threads).*(ulimit -u|--processes)")
@@ -155,8 +147,8 @@ def test_a_process_needs_no_memfd_where_that_is_forbidden(monkeypatch: pytest.Mo
 def test_a_job_needs_no_shared_memory_of_the_system(farm: Farm, place: str) -> None:
     if not may_mount():
         pytest.skip("no mount namespaces here")
-    command = ("task_master.py", *JOB, "--workers", 2, "--function", "mod:work")
-    master = run_in_shell(farm, ["unshare", "--mount"], PLACES[place], *command)
+    command = [sys.executable, str(ROOT / "task_master.py"), *map(str, JOB), "--workers", "2", "--function", "mod:work"]
+    master = farm.start(["unshare", "--mount", "sh", "-c", PLACES[place] + '; exec "$@"', "sh", *command])
     assert master.wait() == 0, master.stderr
     check_all_done(farm)
 
@@ -200,7 +192,6 @@ def test_a_worker_that_cannot_replace_a_process_finishes_what_the_others_run(far
 
 
 def test_a_worker_that_is_refused_leaves_though_a_task_runs(farm: Farm) -> None:
-    """It could not report it."""
     master = farm.master("1", "--results", "results.jsonl")
     worker = farm.worker(master, "--processes", 2, "--function", "functions:stay")
     worker.wait_line("it runs", "stdout")

@@ -59,9 +59,6 @@ def check_refused(master: Program, *words: str) -> None:
     assert all(word in master.stderr[-1] for word in words), master.stderr
 
 
-INPUTS = ["arguments", "file", "stream"]
-
-
 def give_input(farm: Farm, kind: str, tasks: list[Any]) -> tuple[list[object], dict[str, Any]]:
     """The options, and those of the process, that give tasks in one of these ways."""
     if kind == "arguments":
@@ -70,9 +67,14 @@ def give_input(farm: Farm, kind: str, tasks: list[Any]) -> tuple[list[object], d
     return (JOB[:2], {}) if kind == "file" else (["--tasks", "-"], {"stdin": farm.closing(path.open("rb"))})
 
 
-@pytest.mark.parametrize("kind", INPUTS)
-def test_resuming_runs_only_what_failed_and_says_so(farm: Farm, kind: str) -> None:
+@pytest.mark.parametrize("kind", ["arguments", "file", "stream"])
+def test_resuming_runs_only_what_failed_and_an_input_that_differs_is_refused_by_its_first_task(farm: Farm, kind: str) -> None:
     run_half(farm)
+    before = farm.results.read_bytes()
+    for tasks, words in (([*range(12), 1200, 1300, *range(14, COUNT)], ("task 12 ", "1200")), ([*range(COUNT - 5)], ("195",))):
+        options, more = give_input(farm, kind, tasks)
+        check_refused(resume(farm, *options, **more), "results.jsonl", *words)
+        assert farm.results.read_bytes() == before
     farm.mend()
     options, more = give_input(farm, kind, list(range(COUNT)))
     master = resume(farm, *WORK, *options, **more)
@@ -99,16 +101,6 @@ def test_resuming_a_finished_job_runs_nothing_but_what_is_new_and_leaves_the_fil
     assert started(farm) == list(range(COUNT, COUNT + 25))
     farm.check_doubled(COUNT + 25)
     assert master.said("resuming results.jsonl: 200 done are kept, 0 failed are repeated, 25 to do$")
-
-
-@pytest.mark.parametrize("kind", INPUTS)
-def test_an_input_that_differs_is_refused_naming_the_first_task_that_does(farm: Farm, kind: str) -> None:
-    run_half(farm)
-    before = farm.results.read_bytes()
-    for tasks, words in (([*range(12), 1200, 1300, *range(14, COUNT)], ("task 12 ", "1200")), ([*range(COUNT - 5)], ("195",))):
-        options, more = give_input(farm, kind, tasks)
-        check_refused(resume(farm, *options, **more), "results.jsonl", *words)
-        assert farm.results.read_bytes() == before
 
 
 def test_tasks_written_another_way_are_the_same_tasks_and_blank_lines_take_no_id(farm: Farm) -> None:
@@ -198,39 +190,30 @@ os.open = tell
 """
 
 
-def test_a_resumed_job_only_appends_and_drops_superseded_lines_at_its_end(farm: Farm) -> None:
+@pytest.mark.parametrize(("end", "status"), [(0, 0), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
+def test_a_resumed_job_only_appends_and_drops_superseded_lines_when_it_ends_or_drains(farm: Farm, end: int, status: int) -> None:
     master, before = start_repeating(farm, TELL)
-    kept = [line for line in before.splitlines() if b'"error"' not in line]
     peer = farm.peer(master).join()
-    for n in BAD:
+    repeated, left = (BAD[:1], BAD[1:]) if end else (BAD, [])
+    for n in repeated:
         assert peer.lease_ids() == [n]
         assert farm.results.read_bytes().startswith(before)
         peer.report(ok(n, 2 * n))
-    assert master.wait() == 0
-    assert farm.results.read_bytes().splitlines()[: len(kept)] == kept
-    farm.check_doubled(COUNT)
-    assert [path.name for path in farm.folder.glob("results*")] == ["results.jsonl"]
-    (line,) = master.stdout
-    assert re.search(r"results\.jsonl\.[0-9a-f]{8,} is new and private$", line)
-
-
-@pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGKILL])
-def test_the_last_records_count_of_a_job_that_was_drained_or_killed(farm: Farm, end: int) -> None:
-    """A drain leaves them alone in the file; a kill leaves the file as it was, and they stand behind that."""
-    master, before = start_repeating(farm)
-    peer = farm.peer(master).join()
-    assert peer.lease_ids() == [BAD[0]]
-    peer.report(ok(BAD[0], 2 * BAD[0]))
     master.signal(end)
-    assert master.wait() == (143 if end == signal.SIGTERM else -end)
-    if end == signal.SIGTERM:
-        farm.check_once(COUNT)
-        assert sorted(record["id"] for record in farm.records() if "error" in record) == BAD[1:]
-    else:
-        assert farm.results.read_bytes().startswith(before)
+    assert master.wait() == status
+    after = farm.results.read_bytes()
+    if end == signal.SIGKILL:
+        assert after.startswith(before)
         assert len(farm.records()) == COUNT + 1
+    else:
+        kept = [line for line in before.splitlines() if b'"error"' not in line]
+        assert [line for line in after.splitlines() if b'"error"' not in line][: len(kept)] == kept
+        farm.check_once(COUNT)
+        assert sorted(record["id"] for record in farm.records() if "error" in record) == left
+        assert re.search(r"results\.jsonl\.[0-9a-f]{8,} is new and private$", *master.stdout)
+    assert [path.name for path in farm.folder.glob("results*")] == ["results.jsonl"]
     assert run(farm, "--resume").wait() == 0
-    assert started(farm) == BAD[1:]
+    assert started(farm) == left
     farm.check_doubled(COUNT)
 
 
