@@ -326,13 +326,6 @@ def test_standard_input_is_empty_for_a_task(farm: Farm) -> None:
     assert {record["task"]: record["result"] for record in farm.records()} == dict(zip(NAMES["READING"], ["", 0, ""]))
 
 
-def test_large_results_that_do_not_fit_one_message_together_are_all_recorded(farm: Farm) -> None:
-    farm.write("large.py", "def make(n):\n    return 'x' * n\n")
-    farm.run_job("--tasks", farm.write_tasks([*[1] * 60, 7_900_000, 60_000_000, *[1] * 20]), function="large:make")
-    assert [len(record["result"]) for record in farm.records()] == [record["task"] for record in farm.records()]
-    assert {record["attempts"] for record in farm.records()} == {1}
-
-
 def test_a_result_nested_as_deeply_as_json_allows_is_printed_recorded_and_kept(farm: Farm) -> None:
     farm.write("deep.py", "def nest(n):\n    x = 1\n    for _ in range(n):\n        x = [x]\n    return x\n")
     farm.write_tasks(range(900, 1010, 2))

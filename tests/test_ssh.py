@@ -391,10 +391,3 @@ def test_from_python(net: SshNet, monkeypatch: pytest.MonkeyPatch) -> None:
         for _ in range(2):
             assert sorted(record.result for record in master.run(range(50))) == [2 * n for n in range(50)]
     host.check_clean()
-    net.configure("bad", "HostName bad.invalid")
-    with (
-        TaskMaster(port=0, authkey=b"k" * 16, ssh=["bad"]) as master,
-        pytest.raises(Failure, match=r"no worker is left \(bad: ") as caught,
-    ):
-        next(iter(master.run(range(50))))
-    assert caught.value.status == 1
