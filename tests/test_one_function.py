@@ -9,7 +9,7 @@ import sys
 import zipfile
 
 import pytest
-from lab import ROOT, Farm, check_ended, check_one_line, check_said, wait_until
+from lab import ROOT, Farm, check_one_line, check_said
 
 from task_worker import Failure, check_spec
 
@@ -42,19 +42,12 @@ call = Box()
 """
 
 
-def test_a_killed_masters_workers_end_and_do_not_serve_one_that_waits_for_workers(farm: Farm) -> None:
-    first = farm.master("--results", "first.jsonl", "--workers", 2, "--function", "mod:old", *range(500))
-    path = farm.folder / "first.jsonl"
-    wait_until(lambda: path.exists() and path.read_bytes(), first)
-    processes = first.descendants()
-    assert len(processes) >= 3
-    first.kill()
-    master = farm.run("task_master.py", "--port", first.port(), "--results", "results.jsonl", "1", "2")
-    master.wait_line("listening")
-    check_ended(processes)
-    assert farm.worker(master, "--function", "mod:new").wait() == 0
-    assert master.wait() == 0
-    assert farm.values() == ["new 1", "new 2"]
+def test_a_worker_that_a_master_has_started_serves_no_other_one(farm: Farm) -> None:
+    """As when its own was killed, and another one listens on that port."""
+    master = farm.master("1")
+    worker = farm.worker(master, env=farm.env(TASK_RUN="another"), stdin=subprocess.PIPE)
+    check_said(worker, 3, "there is another master than the one that started this worker")
+    assert (farm.worker(master).wait(), master.wait()) == (0, 0)
 
 
 KINDS = {"mod:new": ["--function", "mod:new"], "echo hi": ["--command", "echo hi {}"], "square|demonstration": []}
@@ -121,7 +114,7 @@ def test_a_process_that_loads_an_edited_module_in_the_midst_of_a_job_says_so(far
     master = farm.master("--results", "results.jsonl", "--tasks", "-", stdin=subprocess.PIPE)
     worker = farm.worker(master, "--function", "mod:old", "--tasks-per-process", 2)
     master.put("1\n2\n")
-    wait_until(lambda: len(farm.records()) == 2)
+    farm.wait_records(master, 2)
     farm.write("mod.py", MODULE.replace("old {n}", "edited {n}"))
     master.give([3, 4, 5])
     assert (worker.wait(), master.wait()) == (0, 0)
