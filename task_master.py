@@ -98,7 +98,7 @@ READY_LIMIT = 50_000  # tasks that are READY; the reader waits while there are m
 READY_BYTES = 64 << 20  # and characters of their text
 LEASE_LIMIT = 10_000  # tasks that one connection may hold
 LEASE_BYTES = 8 << 20  # characters of text in one lease, unless a single task has more
-LEASE_PART = 16  # a slot gets a sixteenth of what it asked for even if its share is smaller
+LEASE_PART = 16  # a slot gets at least a sixteenth of what it asked for
 IDLE_POLLS = 25.0  # requests for tasks a second from all idle slots together, at most (but each may ask every second)
 PLAIN_SIZE = 1000  # characters of an outcome, on average; larger ones are read faster as JSON
 VALUE_LIMIT = 2_000_000  # strings and lists in an outcome, some 60 bytes of memory each while it is checked
@@ -142,7 +142,7 @@ def check_digits(text: str) -> int:
     return len(text)
 
 
-# What json.loads calls: a third of the time. The rough one reads each number as a small one, which takes no memory of its own.
+# What json.loads calls, in a third of its time. The rough one reads numbers as small integers, of which Python keeps one each.
 scan_strictly = json.JSONDecoder(parse_constant=refuse_constant).scan_once  # type: ignore[attr-defined]
 scan_roughly = json.JSONDecoder(parse_constant=refuse_constant, parse_int=check_digits, parse_float=len).scan_once  # type: ignore[attr-defined]
 
@@ -358,7 +358,7 @@ class Ledger:
         with self._lock:
             standing = self._slots.get(holder)
             if standing and self._is_paused(standing, now):
-                # Not for `_leasable`: a signal for others would end here. At most 1 s, since nothing signals a drain.
+                # Not on `_leasable`: it would eat a signal for others. At most 1 s: `_over` is not told of a drain.
                 pause = max(standing.resumes_at - now, len(self._slots) / IDLE_POLLS)
                 return self._over.wait_for(lambda: self.phase > Phase.OVER, min(timeout, pause, 1.0))
             self._queue_due(now)
@@ -418,7 +418,7 @@ class Ledger:
                     continue  # it has a record
                 again = not ok and not final and task.failures < self._retries
                 if task.holder is not holder and (again or (not ok and outcome == task.outcome)):
-                    continue  # it is going to be run again anyway; or it came before, and its acknowledgement was lost
+                    continue  # it runs again anyway; or this error was counted before, and the answer was lost
                 task.ok, task.outcome = ok, outcome
                 task.failures += not ok
                 (retried if again else last).append(task)
@@ -568,7 +568,7 @@ class Ledger:
         return bool(self._ready) and not self._gate_closed
 
     def _is_paused(self, standing: Standing, now: float) -> bool:
-        """Whether a worker has to wait before its next task; if that is since it was in doubt, only while it still is."""
+        """Whether a worker has to wait before its next task; a pause that a doubt brought ends with the doubt."""
         return standing.resumes_at > now and (not standing.pause or self._is_in_doubt(standing, now))
 
     def _is_in_doubt(self, standing: Standing, now: float) -> bool:
@@ -587,7 +587,7 @@ class Ledger:
         left: list[Task] = []
         others = any(other is not standing and not other.failing for other in self._workers.values())
         room, ready = LEASE_BYTES, self._ready
-        limit = min(limit, LEASE_LIMIT // 2, LEASE_LIMIT - held)  # half, since it asks for more before its report is read
+        limit = min(limit, LEASE_LIMIT // 2, LEASE_LIMIT - held)  # half: it leases anew before its report is read
         while ready and len(tasks) < limit and len(left) < AVOID_LIMIT:
             task = ready.popleft()
             self._ready_bytes -= len(task.text)
@@ -1051,7 +1051,7 @@ def check_json(text: str) -> str:
         shown = " ".join(text.split())
         shown = shown if len(shown) < 40 else shown[:40] + "..."
         reason = f"{error.msg.lower().removesuffix(' at')} at column {error.colno}"
-        raise ValueError(f"{shown} is not JSON: {reason} (a task is one value on one line; --text takes it as it is)") from None
+        raise ValueError(f"{shown} is not JSON: {reason} (one value a line; --text takes any, jq -c .[] splits a list)") from None
     except UnicodeEncodeError:
         raise ValueError("it is not UTF-8 (--text takes it as it is)") from None
     except RecursionError:
@@ -1138,7 +1138,7 @@ def read_lines(descriptor: int, name: str, end: bytes) -> Iterator[list[bytes]]:
     except OSError as error:
         raise Failure(f"cannot read {name}: {explain_error(error)}") from None
     if not os.path.isfile(descriptor):
-        yield []  # what has ended the one who writes may come here, too, and the last line be cut
+        yield []  # the signal that ended the writer may come here, too: its last line may be cut
     if rest:
         yield [bytes(rest)]
 
@@ -1169,7 +1169,7 @@ class ResultsFile:
         self._stale = array.array("q")  # where lines begin that are blank, or replaced by a later record
         self._end = 0  # of the records that were there before
         self._torn = False  # whether there is part of one behind them
-        self._line_end = b""  # which the last of them lacks; `_end` is behind it, and so `_written` begins with -1
+        self._line_end = b""  # if the last of them lacks it; `_end` counts it, so `_written` begins at -1
         self._written = 0  # bytes that this job has appended
         self._unsynced_since: float | None = None
         with self._explaining(2):
@@ -1534,7 +1534,7 @@ SSH = (
     "ssh -T -o BatchMode=yes -o ExitOnForwardFailure=yes -o ClearAllForwardings=no -o ControlPath=none -o LogLevel=INFO "
     "-o ConnectTimeout=30 -o ServerAliveInterval=15"
 ).split()
-# So the next attempt would end, too: told to leave (0), an old Python, a full disk (1), no such function (2), no Python (127).
+# Trying again would not help: told to leave (0), an old Python, a full disk (1), no such function (2), no Python (127).
 HOPELESS = (0, 1, 2, 3, 126, 127)
 find_hopeless = re.compile(  # in what ssh says
     r"Permission denied \(|Too many authentication failures|Host key (verification failed|for .* has changed)|"
@@ -1568,6 +1568,8 @@ with tempfile.TemporaryDirectory(prefix="task_worker-") as folder:
     print("task_worker", worker.pid, "started", flush=True)
     status = worker.wait()
     time.sleep(2 * (status < 0))  # what is being killed may still write there
+    if left := {*os.listdir(folder)} - {name.split("/")[0] for name in archive.namelist()} - {"__pycache__"}:
+        print("task_worker: tasks wrote to relative paths, which are removed:", *sorted(left)[:5], flush=True)
 sys.exit(status if status >= 0 else 128 - status)
 """
 
@@ -1575,7 +1577,7 @@ sys.exit(status if status >= 0 else 128 - status)
 def check_ssh_host(text: str) -> str:
     """A type for argparse: [N/]HOST[:PYTHON]."""
     if not match_ssh_host(text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a host: it takes [N/]HOST[:PYTHON], a port goes into ~/.ssh/config")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a host: it takes one [N/]HOST[:PYTHON], ports go into ~/.ssh/config")
     return text
 
 
@@ -1591,7 +1593,7 @@ class SshWorker(LocalWorker):
         self._said: list[str] | None = None  # by ssh, and by the host's shell; None when the worker runs
 
     def end(self) -> None:
-        """As for a local one: when ssh has ended, so has the worker's standard input. What leads ssh to a jump host ends, too."""
+        """Kill ssh, and its own ssh to a jump host: the worker leaves when its standard input ends."""
         if self._process and self._process.returncode is None:
             with contextlib.suppress(OSError, AttributeError):  # it has just ended; or the system has no groups
                 os.killpg(self._process.pid, signal.SIGKILL)
@@ -1626,7 +1628,7 @@ class SshWorker(LocalWorker):
                 time.sleep(BEAT_INTERVAL)
 
     def _may_go_on(self, status: int) -> bool:
-        """Not if the next attempt would end so, too. The reason is told in the words of ssh or of the host's shell."""
+        """Not if trying again would not help. The reason is told in the words of ssh or of the host's shell."""
         before, fatal = self.reason, [*filter(find_hopeless, self._said or [])]
         vanished = self._known and "Could not resolve" in "".join(fatal)  # it was found before: the network has failed
         hopeless = status in HOPELESS or (bool(fatal) and not vanished)
@@ -1876,7 +1878,7 @@ class TaskMaster:
         try:
             for tasks in batches:
                 first, self._next_id = self._next_id, self._next_id + len(tasks)
-                if isinstance(tasks, BadTask) and tasks[0]:  # else it has a result, of when the line was another
+                if isinstance(tasks, BadTask) and tasks[0]:  # "" has a result, from before the line was changed
                     outcome = format_outcome(format_error("ValueError", tasks.problem))
                     with self._recording:
                         self._record([self.ledger.submit_failed(first, tasks[0], outcome)], "")
@@ -1923,7 +1925,7 @@ class TaskMaster:
             self._refuse(peer.host, problem)
             return problem
         self.ledger.enlist(peer, str(statement.get("id", peer.name)), peer.moved_at)
-        if first:
+        if first and self.ledger.phase <= Phase.OVER:
             self._log(f"worker {peer.name} connected")
             if digest not in ("", statement.get("digest")):
                 module = f"the module of {runs['function']}"
@@ -2122,7 +2124,7 @@ def check_argument(name: str, value: Any, kind: Callable[[str], Any]) -> Any:
     if value is None and name in ("timeout", "max_failures", *WORKER_OPTIONS):
         return None
     if name in ("function", "command") and not isinstance(value, str):
-        raise Failure(f"{name}: it takes a name or template as text, not {value!r}")
+        raise Failure(f"{name}: it takes text, as in {'mailer:send' if name == 'function' else 'sha256sum {}'!r}, not {value!r}")
     try:
         read = kind(str(value))
     except argparse.ArgumentTypeError as error:
@@ -2313,7 +2315,7 @@ class Job:
         return self._conclude()
 
     def _read_until_stopped(self) -> Iterator[list[str]]:
-        """The tasks until a signal has come, since the last one may be cut if it has ended who writes them, too."""
+        """The tasks until a signal comes: if it has ended their writer, too, the last line may be cut."""
         for tasks in self._batches:
             since = time.monotonic()
             while (self._stopped_by or not tasks) and self._looked_at < since and self._master.ledger.phase <= Phase.ENDED:
@@ -2371,7 +2373,7 @@ class Job:
         (host, port), options = self._master.address, self._options
         host = socket.gethostname() if host in ("0.0.0.0", "::") else host
         what = {"--host": host, "--port": str(port), "--function": options.function, "--command": options.command}
-        words = [word for name, value in what.items() if value not in (None, "5000") for word in (name, value)]
+        words = [word for name, value in what.items() if value not in (None, "5000", "127.0.0.1") for word in (name, value)]
         tls = [] if options.tls is None else ["--tls" if options.tls else "--no-tls"]
         return f"no worker is connected: {shlex.join(['python3', 'task_worker.py', *words, *tls])}"
 
@@ -2441,7 +2443,7 @@ def check_options(parser: Parser, options: argparse.Namespace) -> None:
     problems = {
         "standard output is closed, where the results should go: use --results FILE": not sys.stdout and no_file,
         "standard input is closed, where the tasks should come from: use --tasks FILE": not sys.stdin and options.tasks == "-",
-        "TASK and --tasks: give one of them": options.task and options.tasks is not None,
+        f"TASK {' '.join(options.task)[:60]} and --tasks: give one of them": options.task and options.tasks is not None,
         "--text and -0 need tasks: give TASK or --tasks FILE (-: standard input)": (options.text or options.null) and no_tasks,
         "--resume needs the --results FILE of the job to carry on": options.resume and no_file,
         "--resume needs the tasks again, as TASK or with --tasks FILE": options.resume and no_tasks,

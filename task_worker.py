@@ -73,7 +73,7 @@ import threading
 import time
 from multiprocessing import AuthenticationError, connection, reduction, resource_tracker
 
-TYPE_CHECKING = False  # the module typing would take a fortieth of the time to start, twice (row `cold` of the benchmark)
+TYPE_CHECKING = False  # to import typing would delay the start of worker and child by a fortieth each (row `cold`)
 if TYPE_CHECKING:
     import ssl
     from typing import Any, Callable, NoReturn
@@ -314,7 +314,7 @@ def explain_exit(status: int) -> str:
 
 STOP_SIGNALS = {getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)}
 TERMINALS = [descriptor for descriptor in range(3) if os.isatty(descriptor)]
-CAUGHT: dict[int, float] = {}  # by signal: until when the next one counts as the same
+CAUGHT: dict[int, float] = {}  # by signal: until when another one is ignored
 SAME_SIGNAL = 0.005  # seconds for which that is so: `timeout` sends a signal to a process and to its group
 
 
@@ -493,7 +493,7 @@ STANDARD = getattr(sys, "stdlib_module_names", None) or {  # the names of the st
 
 
 def find_shadows(folder: str) -> set[str]:
-    """Modules of the standard library, also of other systems, that a file in the folder could stand in for."""
+    """The files in the folder that are named like a module of the standard library, of any system."""
     with contextlib.suppress(PermissionError):  # one may only pass through it
         return {name.partition(".")[0] for name in os.listdir(folder)} & STANDARD
     return set()
@@ -506,7 +506,7 @@ def load_function(spec: str) -> Callable[[Any], Any]:
     try:  # search the user's folders behind the standard library, so that no file there stands in for a module of that
         folders = [folder, os.path.dirname(os.path.realpath(__file__))]
         for shadow in set().union(*map(find_shadows, folders)):
-            if not importlib.util.find_spec(shadow):  # it is one of other systems, which Python tries to import
+            if not importlib.util.find_spec(shadow):  # of another system, but Python tries to import it
                 sys.modules[shadow] = None  # type: ignore[assignment]
         places = [index for index, entry in enumerate(sys.path) if entry.endswith(("site-packages", "dist-packages"))]
         place = min(places, default=len(sys.path))
@@ -630,7 +630,7 @@ class Command:
         environment = {**self._environment, b"TASK": text, b"TASK_ID": self.task_id.encode()}
         for name in self._names:
             if not isinstance(task, dict) or name not in task:
-                raise ValueError(f"the command wants the member {name} of the task, which it does not have")
+                raise ValueError(f"the command has {{{name}}}, but the task no member {name} ({{}} is the whole task)")
             member = json.loads(self.text, parse_float=str)[name] if isinstance(task[name], float) else task[name]
             environment[f"TASK__{name}".encode()] = to_bytes(member)
         for name in self._quoted:
@@ -676,7 +676,7 @@ def read_output(file: Any) -> str:
 def convert_array(value: Any) -> Any:
     """For JSON: what numpy, pandas and torch have, as lists and numbers. Raises TypeError for anything else."""
     if not hasattr(type(value), "tolist"):
-        raise TypeError(f"a {type(value).__name__} is not JSON")
+        raise TypeError(f"a {type(value).__name__} is not JSON: give a str, say")
     return value.tolist()
 
 
@@ -701,7 +701,7 @@ def encode_result(value: Any) -> str:
 
 def make_plain(value: Any, place: str, is_key: bool) -> Any:
     """A value as JSON has it: what has `tolist` converted, and None for NaN and the infinities. Raises TypeError."""
-    # No argument has a default: 3.13.0 does not count calls that use one, and what contains itself would fill the memory.
+    # No defaults: 3.13.0 does not count such calls as recursion, and a value that contains itself would fill the memory.
     if hasattr(type(value), "tolist") and type(plain := value.tolist()) is not type(value):  # numpy, pandas, torch
         return make_plain(plain, place, is_key)
     if isinstance(value, float) and not math.isfinite(value):
@@ -715,7 +715,7 @@ def make_plain(value: Any, place: str, is_key: bool) -> Any:
         values = [make_plain(item, f"{place}[{json.dumps(key, default=str)}]", False) for key, item in value.items()]
         return dict(zip(keys, values))
     kind = f"{type(value).__module__}.{type(value).__qualname__}".replace("builtins.", "")
-    raise TypeError(f"{place} is a {kind}, which JSON does not have")
+    raise TypeError(f"{place} is a {kind}, which JSON does not have: return str() of it, say")
 
 
 # ---- child: the only process that runs the function ----------------------------------------------------------------
@@ -919,8 +919,8 @@ def describe_error(error: BaseException, **more: Any) -> str:
 
 
 def share_compiled_code() -> None:
-    """Let children import this file by its name: what Python has compiled before makes their start a fifth shorter."""
-    path = os.path.realpath(__file__)  # if a child knows nothing else of the main module, it runs it again from its text
+    """Let children import this file by its name, from Python's cache of compiled code: a fifth off their start."""
+    path = os.path.realpath(__file__)  # a child that knows only the path of the main module compiles it anew
     if __name__ != "__main__":
         return
     sys.modules["__main__"].__spec__ = None  # that of `python -m` would have them look for it
@@ -958,7 +958,7 @@ class Child:
         try:
             self._pipe, theirs = self.context.Pipe()
             self._poll = make_poll(self._pipe)
-            while self.killing_all:  # this process is about to end, and waits for `starting`, which is not fair
+            while self.killing_all:  # leave `starting` to `leave_at_once`: the lock is not fair
                 time.sleep(EXIT_GRACE)
             with theirs, self.starting:
                 if sys.platform == "linux":
@@ -1077,7 +1077,7 @@ def kill_started(mark: str, root: int | None = None) -> None:
                     pass
                 except PermissionError:
                     found.discard(pid)  # it is another user's, by sudo say
-        looks = 3 if found else looks - 1  # what goes from process to process hides from some
+        looks = 3 if found else looks - 1  # a process that keeps forking escapes some looks
         if looks:
             time.sleep(0.002)
 
@@ -1113,7 +1113,7 @@ def supervise(leaving: threading.Event) -> None:
         with contextlib.suppress(OSError):
             os.kill(worker, signal.SIGSTOP)
             signal.signal(signal.SIGTSTP, signal.SIG_DFL)
-            os.kill(os.getpid(), signal.SIGTSTP)  # here it waits to be continued; but not where no shell could do that
+            os.kill(os.getpid(), signal.SIGTSTP)  # stops here until continued; not at all if no shell could do that
             signal.signal(signal.SIGTSTP, pause)
             os.kill(worker, signal.SIGCONT)
 
@@ -1236,7 +1236,7 @@ class Slot(threading.Thread):
         self._worker = worker
         self._child: Child | None = None
         self._digest = ""  # of the module that the child has loaded
-        self._started_after = ""  # id of the last run that was over when the child was started
+        self._started_after = ""  # `Worker.finished` at the child's start
         self._left = 0  # tasks until the child is replaced
         self._link: Link | None = None
         self._run_id = ""  # of the master whose outcomes we hold
@@ -1466,7 +1466,7 @@ class Slot(threading.Thread):
                         raise Failure(f"a process ended before it could run a task: {death}") from None
         finally:
             self._release(self._done)
-            if not self._link:  # a result is worth more than one attempt to report it
+            if not self._link:  # --wait begins anew: there are results to report
                 self._worker.served_at = time.monotonic()
         finished += self._done
         return max(1, int(wanted * finished / max(time.monotonic() - begun_at, 1e-6)))
@@ -1543,7 +1543,7 @@ class Worker:
         self._answer_limit = None if self._patience == math.inf else max(ANSWER_LIMIT, self._patience)
         self._lock = threading.Lock()
         self._state = ""  # then "new", "connected", "waiting" or, after a job, "idle"
-        self.served_at = time.monotonic()  # when the master last answered or was first missed, or a slot has outcomes for it
+        self.served_at = time.monotonic()  # --wait counts from here: the last answer, the first miss, or new outcomes
         self.finished = ""  # id of the last run that is over
         self.over = False  # whether there is no job any more, nor will be
         self._failure: Failure | None = None
@@ -1623,7 +1623,7 @@ class Worker:
         busy = any(slot.is_busy() for slot in self._slots)  # then an outage must not cost its work
         if (waited >= self._patience and not busy) or (unknown and self._patience < math.inf):
             near = is_loopback(self._address[0])
-            hint = "is it running? is --port right?" if near else "is it running, with --host 0.0.0.0? is --host right here?"
+            hint = "is it running? is --port right?" if near else "is it running, with --host 0.0.0.0? is --host right? firewall?"
             raise Failure(f"cannot reach the master at {self._place}: {reason} ({hint})", 3)
         if before != "idle" and not self.leaving.is_set():
             verb = "lost" if before == "connected" else "waiting for"

@@ -26,7 +26,7 @@ MASTER, WORKER = "task_master.py", "task_worker.py"
         ([WORKER, "--wait", "-1"], "--wait: -1 .* it takes seconds(?!.*TASK)"),
         ([WORKER, "--host", "127.0.0.1:5000"], "--host: .*127.0.0.1:5000.* --port"),
         ([MASTER, "--host", "http://localhost"], "--host: .*http://localhost.* is not a host"),
-        ([MASTER, "--ssh", "host:22", "1"], "--ssh: .*host:22.* is not a host: .* a port goes into ~/.ssh/config"),
+        ([MASTER, "--ssh", "host:22", "1"], "--ssh: .*host:22.* is not a host: .* ports go into ~/.ssh/config"),
         ([MASTER, "--text"], "--text .* --tasks"),
         ([MASTER, "-0"], "-0 .* --tasks"),
         ([MASTER, "--retries", "-1"], "--retries: -1 .* it takes "),

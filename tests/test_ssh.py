@@ -90,6 +90,7 @@ def test_what_stands_in_the_home_there_is_not_used_and_a_python_below_it_can_be_
     master.wait_line("worker host1/.* connected", count=2)
     give(master, range(100))
     net.farm.check_doubled(100)
+    assert not master.said("relative paths")
 
 
 def test_the_key_is_in_no_argument_and_no_file_and_nothing_is_left_when_the_master_is_killed(net: SshNet) -> None:
@@ -109,13 +110,14 @@ def test_the_key_is_in_no_argument_and_no_file_and_nothing_is_left_when_the_mast
 def test_options_for_workers_reach_the_host_and_tls_goes_through_the_tunnel(farm: Farm) -> None:
     net = SshNet(farm.use_tls())
     net.host("host1", python=farm.python)
-    options = ("--command", 'echo {} "$PPID"', "--tasks-per-process", 1, "--quiet", "--results", "results.jsonl")
+    options = ("--command", 'echo {} "$PPID"; : >"$TASK_ID"', "--tasks-per-process", 1, "--quiet", "--results", "results.jsonl")
     master = net.master(*on("1/host1"), *options, 1, 2)
     assert master.wait() == 0, master.stderr
     outputs = [record["result"]["stdout"].split() for record in farm.records()]
     assert [task for task, _ in outputs] == ["1", "2"]
     assert outputs[0][1] != outputs[1][1]
     assert not master.said("Connect to server|worker exit")
+    assert master.said("^host1: task_worker: tasks wrote to relative paths, which are removed: 0 1$")
 
 
 def write_package(farm: Farm) -> None:
@@ -371,7 +373,7 @@ BAD = ["", "a b", "host\n", 5, None, *"[-x] 0/host x/host host: host:22 ::1 fe80
 
 @pytest.mark.parametrize("text", [*OPTIONS, *BAD])
 def test_what_is_no_host_is_refused(text: Any) -> None:
-    with pytest.raises(Failure, match=r"ssh: .*(is not a host: it takes \[N/\]HOST\[:PYTHON\]|it takes a str)"):
+    with pytest.raises(Failure, match=r"ssh: .*(is not a host: it takes one \[N/\]HOST\[:PYTHON\]|it takes a str)"):
         TaskMaster(port=0, authkey=b"k" * 16, ssh=[text])
     with pytest.raises(Failure, match="ssh: it takes a list"):
         TaskMaster(port=0, authkey=b"k" * 16, ssh=text or "host1")
