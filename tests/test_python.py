@@ -137,14 +137,6 @@ def test_a_result_that_cannot_be_read_here_is_an_error_of_that_task(mine: Mine) 
     assert deep.ok or (deep.result is None and "cannot be read" in deep.error["message"])
 
 
-def test_run_may_be_called_again_and_counts_from_0(mine: Mine) -> None:
-    with mine.start() as master:
-        for values in ([2, 4], [6, 8, 10], []):
-            records = sorted(master.run(values))
-            found = [(record.id, record.task, record.result) for record in records]
-            assert found == [(number, value, value // 2) for number, value in enumerate(values)]
-
-
 def test_a_run_begins_when_all_records_of_the_last_one_were_taken(mine: Mine) -> None:
     with mine.start() as master:
         first = master.run([2, 4])
@@ -211,18 +203,19 @@ def test_a_farm_may_be_run_by_any_thread(mine: Mine) -> None:
     assert results == [1, 2]
 
 
-def test_the_next_task_is_asked_for_before_there_is_one_and_meanwhile_no_other_run_begins(mine: Mine) -> None:
+def test_tasks_are_asked_for_one_by_one_while_no_other_run_begins_and_the_next_run_counts_from_0(mine: Mine) -> None:
     tasks: queue.SimpleQueue[int | None] = queue.SimpleQueue()
     with mine.start() as master:
         for _again in range(2):
             tasks.put(2)
             seen = []
             for record in master.run(iter(tasks.get, None)):
-                seen.append(record.result)
+                seen.append((record.id, record.task, record.result))
                 with pytest.raises(Failure, match="run"):
                     next(iter(master.run([100])))
                 tasks.put(2 * len(seen) + 2 if len(seen) < 4 else None)
-            assert seen == [1, 2, 3, 4]
+            assert seen == [(0, 2, 1), (1, 4, 2), (2, 6, 3), (3, 8, 4)]
+        assert [*master.run([])] == []
 
 
 def test_an_endless_iterable_is_read_while_there_is_room_and_ends_with_the_interest_in_it(mine: Mine) -> None:
@@ -289,23 +282,18 @@ def test_what_the_iterable_raises_or_has_that_is_no_json_is_raised_after_the_rec
 
 @pytest.mark.parametrize("at", ["the start", "a record", "the end", "no time"])
 def test_a_block_that_raises_or_was_never_used_leaves_nothing_and_its_port_is_free(mine: Mine, at: str) -> None:
+    """A task that runs then is lost with the block."""
     port = 0
     for _ in range(3):
-        with contextlib.suppress(ZeroDivisionError), mine.start(workers=2, port=port) as master:
+        with contextlib.suppress(ZeroDivisionError), mine.start(workers=2, port=port, function="time:sleep") as master:
             port = master.address[1]
             if at == "the start":
                 raise ZeroDivisionError
-            for _record in master.run(range(10_000) if at == "a record" else [2, 4]) if at != "no time" else ():
+            for _record in master.run([0, 1000 * (at == "a record")]) if at != "no time" else ():
                 if at == "a record":
                     raise ZeroDivisionError
             if at == "the end":
                 raise ZeroDivisionError
-
-
-def test_a_task_that_runs_is_lost_with_the_block(mine: Mine) -> None:
-    with pytest.raises(ZeroDivisionError), mine.start(function="time:sleep") as master:
-        for _record in master.run([0, 1000]):
-            raise ZeroDivisionError
 
 
 @pytest.mark.parametrize("count", [2, 20_000])
