@@ -289,21 +289,18 @@ def test_the_reason_for_a_refusal_is_short_however_long_the_message_is(beside: B
     assert max(map(len, beside.master.stderr)) < 2000
 
 
-def test_data_nested_a_million_times_does_not_crash_the_master(beside: Beside) -> None:
+def test_data_nested_or_repeated_a_million_times_does_not_crash_the_master_nor_fill_its_memory(beside: Beside) -> None:
     """A tuple in a tuple in a tuple: to take its hash overflows the C stack."""
-    for (shape, make), depth in itertools.product(EVIL_SHAPES.items(), (190_000, 2_000_000)):  # few enough objects, and too many
-        conn = beside.peer().connection
-        conn.send_bytes(make(b")" + b"\x85" * depth))
-        assert is_refused(conn), (shape, depth)
-        beside.master.pause(0.1)
-
-
-def test_a_message_of_a_million_objects_does_not_fill_the_memory(beside: Beside) -> None:
     for filling in (b"]\x94", b"]", b")\x85", b"}"):
         conn = beside.peer().connection
         conn.send_bytes(b"\x80\x04(" + filling * (4 * MEGABYTE // len(filling)) + b"t.")
         assert is_refused(conn), filling
     assert beside.grown() < 128 * MEGABYTE
+    for (shape, make), depth in itertools.product(EVIL_SHAPES.items(), (190_000, 2_000_000)):  # few enough objects, and too many
+        conn = beside.peer().connection
+        conn.send_bytes(make(b")" + b"\x85" * depth))
+        assert is_refused(conn), (shape, depth)
+        beside.master.pause(0.1)
 
 
 def test_a_result_that_holds_itself_a_trillion_times_does_not_stop_the_master(farm: Farm) -> None:
@@ -360,7 +357,7 @@ NOT_EXPOSED = [
 ]  # fmt: skip
 
 
-def test_calls_that_are_not_for_clients_or_of_the_wrong_shape_are_refused(beside: Beside) -> None:
+def test_calls_that_are_of_the_wrong_shape_or_not_for_clients_or_not_exposed_are_refused(beside: Beside) -> None:
     for call in [*[(None, method, arguments, {}) for method, arguments in FOREIGN_CALLS], *WRONG_SHAPES]:
         for conn in (beside.connect(), beside.peer().connection):
             conn.send(call)
@@ -373,9 +370,6 @@ def test_calls_that_are_not_for_clients_or_of_the_wrong_shape_are_refused(beside
         conn = beside.connect()
         conn.send((None, "decref", (name,), {}))  # which drops no reference
         conn.recv()
-
-
-def test_methods_that_are_not_exposed_are_refused(beside: Beside) -> None:
     peer = beside.peer()
     for name in (TASKS, RESULTS, "0", "", None, 0, "no such queue"):
         for method, arguments in itertools.product(NOT_EXPOSED, [(), (1, 0.0)]):
@@ -599,27 +593,26 @@ def test_replies_of_the_wrong_shape_or_large_or_deep_do_not_crash_a_worker_nor_f
 # ---- fuzz ----------------------------------------------------------------------------------------------------------
 
 
+CALLS: list[Any] = [
+    (None, WELCOME, ("host/1",), {}),
+    (TASKS, JOIN, (PROTOCOL,), {}),
+    (TASKS, LEASE, (3, 0.0), {}),
+    (TASKS, RELEASE, ([0, 1, 2],), {}),
+    (RESULTS, REPORT, ("run", 0.5, f"0\n{GOOD}"), {}),
+    (TASKS, "get", (False,), {}),
+    (RESULTS, "put", ({"a": [1, 2.5, None, "x"]},), {}),
+]
+
+
 def random_string(dice: random.Random) -> bytes:
     """Random bytes: bare, framed, or a good message with some of its bytes changed."""
     data = dice.randbytes(dice.choice((1, 4, 20, 300, 5000)))
-    kind = dice.randrange(4)
-    if kind < 3:
-        return [data, frame(data), frame(b"\x80\x04" + data + b".")][kind]
-    calls: list[Any] = [
-        (None, WELCOME, ("host/1",), {}),
-        (TASKS, JOIN, (PROTOCOL,), {}),
-        (TASKS, LEASE, (3, 0.0), {}),
-        (TASKS, RELEASE, ([0, 1, 2],), {}),
-        (RESULTS, REPORT, ("run", 0.5, f"0\n{GOOD}"), {}),
-        (TASKS, "get", (False,), {}),
-        (RESULTS, "put", ({"a": [1, 2.5, None, "x"]},), {}),
-    ]
-    name, method, arguments, _ = call = dice.choice(calls)
+    name, method, arguments, _ = call = dice.choice(CALLS)
     in_words = " ".join(map(str, [name, method, *arguments[:-1]])) + f"\n{arguments[-1]}"  # as a worker says it
     message = bytearray(frame(dice.choice([in_words.encode(), pickle.dumps(call, dice.randrange(5))])))
     for _ in range(dice.randrange(1, 4)):
         message[dice.randrange(len(message))] = dice.randrange(256)
-    return bytes(message)
+    return dice.choice([data, frame(data), frame(b"\x80\x04" + data + b"."), bytes(message)])
 
 
 @pytest.mark.timeout(60 + STRINGS)

@@ -404,10 +404,6 @@ def test_a_farm_belongs_to_the_process_that_has_opened_it(farm: Farm) -> None:
     assert "has forked this one" in script.stdout[0] and script.stdout[1] == "[2]"
 
 
-def test_the_module_offers_three_names() -> None:
-    assert sorted(task_master.__all__) == ["Failure", "Record", "TaskMaster"]
-
-
 SCRIPT = """
 import multiprocessing
 import sys

@@ -21,7 +21,6 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 from lab import BLOCKS, PATIENCE, README, ROOT, Farm, Program, SshNet, find_block, free_port, make_script, needs_sshd, wait_until
 
@@ -238,10 +237,11 @@ def names_in(heading: str) -> list[str]:
     return re.findall(r"`(\w+)`", " ".join(row[0] for row in read_table(heading)))
 
 
-def test_the_tables_have_the_arguments_of_the_master_and_the_members_of_a_record() -> None:
+def test_the_module_offers_three_names_whose_arguments_and_members_are_in_the_tables() -> None:
     arguments = [*inspect.signature(task_master.TaskMaster).parameters]
     assert sorted(names_in("| argument of `TaskMaster` |")) == sorted(arguments)
     assert sorted(names_in("| `Record` |")) == sorted([*task_master.Record._fields, "ok"])
+    assert sorted(task_master.__all__) == ["Failure", "Record", "TaskMaster"]
 
 
 @pytest.mark.usefixtures("port_5000")
@@ -391,23 +391,6 @@ def test_a_service_whose_key_or_module_is_wrong_exits_at_once(newcomer: Newcomer
     newcomer.write("words.py")
     (newcomer.home / ".task_authkey").write_text("another key of more than 16 bytes")
     assert "refused the key" in newcomer.run(command, status=3).stderr[-1]
-
-
-@needs(not os.path.exists("/proc/self/environ") or not shutil.which("setsid"), reason="looks into /proc, and needs setsid")
-def test_what_has_cleared_its_environment_lives_until_the_worker_ends(farm: Farm) -> None:
-    command = ["sleep", f"{os.getpid()}66"]
-
-    def find_sleepers() -> list[psutil.Process]:
-        return [process for process in psutil.process_iter(["cmdline"]) if process.info["cmdline"] == command]
-
-    master = farm.master("1")
-    worker = farm.worker(master, "--wait", 0, "--command", f": {{}}; setsid env -i {' '.join(command)} & sleep 1")
-    assert master.wait() == 0
-    worker.wait_line("the job is over")
-    wait_until(find_sleepers)
-    worker.signal(signal.SIGTERM)
-    assert worker.wait() == 0
-    assert not find_sleepers()
 
 
 class Post:
