@@ -5,7 +5,7 @@
     python tests/benchmark.py throughput command --runs 9           these rows alone
     python tests/benchmark.py latency --product . --product ../old  two versions, in turn
     python tests/benchmark.py memory --scale 0.1                    a tenth of the work
-    python tests/benchmark.py night --minutes 60
+    python tests/benchmark.py night --scale 0.1                     six minutes instead of an hour
 
 Each row is one function below, which names contenders. They take turns in each round. The table gives the median over the
 rounds, and the ratio of each product to each contender: the median of the ratios within a round, since the speed of a machine
@@ -254,8 +254,8 @@ class Product(NamedTuple):
 class Lab:
     """What every row needs: the products, how much to do, and a folder in which all programs run."""
 
-    def __init__(self, folder: Path, products: list[Product], scale: float, minutes: float) -> None:
-        self.folder, self.products, self.scale, self.minutes = folder, products, scale, minutes
+    def __init__(self, folder: Path, products: list[Product], scale: float) -> None:
+        self.folder, self.products, self.scale = folder, products, scale
         self.results, self._joined = folder / "results.jsonl", folder / "joined"
         inherited = {name: value for name, value in os.environ.items() if not name.startswith(("TASK_", "PYTHON"))}
         self._env = {**inherited, "HOME": str(folder), "TASK_AUTHKEY": secrets.token_hex(16)}
@@ -708,7 +708,7 @@ def sample_night(lab: Lab, product: Product) -> list[Values]:
         farm.send(make_tasks())
         for _ in range(60):
             with lab.running(product.worker(farm.port, 2, "functions:dream")):
-                time.sleep(lab.minutes)  # a sixtieth of the night
+                time.sleep(60 * lab.scale)  # a sixtieth of the night
                 with contextlib.suppress(psutil.NoSuchProcess):  # it just ended
                     samples.append({**look_at(farm.process, "master"), **look_at(worker, "worker")})
             relay.close()
@@ -745,14 +745,13 @@ def make_lines(row: str, rounds: list[dict[str, Values]], products: list[str]) -
     for figure in dict.fromkeys(figure for values in first.values() for figure in values):
         for name in [name for name in first if figure in first[name]]:
             median = statistics.median(got[name][figure] for got in rounds)
-            ratios = [compare(rounds, figure, product, name, products) for product in products]
+            ratios = [compare(rounds, figure, product, name) for product in products]
             yield [row, figure, name, f"{median:,.0f}" if median >= 100 else f"{median:.3g}", *ratios]
 
 
-def compare(rounds: list[dict[str, Values]], figure: str, product: str, name: str, products: list[str]) -> str:
-    """The ratio of a product to a contender; empty when that is itself, zero, or the variant of another product."""
-    others_variant = name not in products and name.partition(", ")[0] in products and not name.startswith(f"{product}, ")
-    if product == name or product not in rounds[0] or others_variant or not all(got[name][figure] for got in rounds):
+def compare(rounds: list[dict[str, Values]], figure: str, product: str, name: str) -> str:
+    """The ratio of a product to a contender; empty when that is itself, or zero."""
+    if product == name or product not in rounds[0] or not all(got[name][figure] for got in rounds):
         return ""
     return f"{statistics.median(got[product][figure] / got[name][figure] for got in rounds):.2f}"
 
@@ -764,27 +763,20 @@ def print_table(lines: list[list[str]]) -> None:
         print("| " + " | ".join(text.ljust(width) for text, width in zip(line, widths)) + " |")
 
 
-def name_products(folders: list[Path]) -> list[Product]:
-    """The products by the names of their folders, or by their paths where that is not clear."""
-    names = [folder.name for folder in folders]
-    return [Product(name if names.count(name) == 1 else str(folder), folder) for name, folder in zip(names, folders)]
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(prog="benchmark", description="Measure how fast the farm is.")
     parser.add_argument("rows", nargs="*", metavar="ROW", help=f"of {', '.join(ROWS)} (default: all but night)")
     parser.add_argument("--product", type=Path, action="append", metavar="DIR", help="a version to measure (default: this one)")
     parser.add_argument("--runs", type=int, default=5, metavar="N", help="rounds (default: %(default)s)")
     parser.add_argument("--scale", type=float, default=1.0, metavar="F", help="do F times as much (default: %(default)g)")
-    parser.add_argument("--minutes", type=float, default=60.0, metavar="N", help="length of the night (default: %(default)g)")
     options = parser.parse_args()
     if unknown := set(options.rows) - set(ROWS):
         parser.error(f"no such row: {', '.join(sorted(unknown))}")
-    products = name_products([folder.resolve() for folder in options.product or [Path(__file__).parent.parent]])
+    products = [Product(str(folder), folder.resolve()) for folder in options.product or [Path(__file__).parent.parent]]
     names = [product.name for product in products]
     missing, table = [], [["row", "figure", "contender", "median", *[f"{name} / it" for name in names]]]
     with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
-        lab = Lab(Path(folder), products, options.scale, options.minutes)
+        lab = Lab(Path(folder), products, options.scale)
         try:
             for row in options.rows or [name for name in ROWS if name != "night"]:
                 print(f"{row}...", file=sys.stderr, flush=True)
