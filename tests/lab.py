@@ -162,14 +162,14 @@ class Program:
         """Whether it has ended, and all that it wrote is read."""
         return not self.is_running() and not any(reader.is_alive() for reader in self._readers)
 
-    def find_line(self, pattern: str, name: str, count: int) -> re.Match[str] | None:
-        """The last match of the first `count` lines of a stream that match; None while there are fewer."""
-        matches = [match for line in list(self.lines[name]) if (match := re.search(pattern, line))]
-        return matches[count - 1] if len(matches) >= count else None
-
     def wait_line(self, pattern: str, name: str = "stderr", count: int = 1, timeout: float = PATIENCE) -> re.Match[str]:
         """Block until `count` lines of a stream match; returns the last of these matches. Fails with all the output."""
-        return wait_until(functools.partial(self.find_line, pattern, name, count), self, patience=timeout)
+
+        def find_line() -> re.Match[str] | None:
+            matches = [match for line in list(self.lines[name]) if (match := re.search(pattern, line))]
+            return matches[count - 1] if len(matches) >= count else None
+
+        return wait_until(find_line, self, patience=timeout)
 
     def port(self) -> int:
         """The port that the master listens on; blocks until it does."""
@@ -322,7 +322,6 @@ class Farm:
         return self.write(name, "".join(json.dumps(task) + "\n" for task in tasks))
 
     def records(self, name: str = "results.jsonl") -> list[dict[str, Any]]:
-        """The records in a results file."""
         return [json.loads(line) for line in (self.folder / name).read_text().splitlines()]
 
     def in_order(self, name: str = "results.jsonl") -> list[dict[str, Any]]:
@@ -355,7 +354,6 @@ class Farm:
         (self.folder / "go").touch()
 
     def check_once(self, count: int, name: str = "results.jsonl") -> None:
-        """Each of so many tasks has one record."""
         check_once(self.records(name), count)
 
     def check_doubled(self, count: int) -> None:
@@ -834,11 +832,9 @@ class SshNet:
         return host
 
     def master(self, *argv: object, **options: Any) -> Program:
-        """Start a master on a free port."""
         return self.farm.master(*argv, env=self.env(), **options)
 
     def env(self) -> dict[str, str]:
-        """The environment of the masters."""
         return self.farm.env(PATH=f"{self.bin}{os.pathsep}{os.environ['PATH']}")
 
     def close(self) -> None:

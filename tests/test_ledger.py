@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -547,16 +547,11 @@ def test_an_outcome_is_not_acknowledged_when_it_cannot_be_recorded_any_more(phas
 # ---- waiting ------------------------------------------------------------------------------------------------------
 
 
-def start_waiting(ledger: Ledger, count: int, act: Callable[[int], object] = id) -> tuple[list[threading.Thread], list[bool]]:
-    """Threads that wait for a task, hear of it and act; among so many slots that each may wait for two minutes."""
+def start_waiting(ledger: Ledger, count: int) -> tuple[list[threading.Thread], list[bool]]:
+    """Threads that wait for a task; among so many slots that each may wait for two minutes."""
     enlist(ledger, *range(int(120 * task_master.IDLE_POLLS)))
     answers: list[bool] = []
-
-    def wait(holder: int) -> None:
-        answers.append(ledger.wait_ready(holder, 120.0, 0.0))
-        act(holder)
-
-    waiters = [in_thread(wait, holder) for holder in range(count)]
+    waiters = [in_thread(lambda holder=holder: answers.append(ledger.wait_ready(holder, 120.0, 0.0))) for holder in range(count)]
     check_blocked(waiters[0])
     return waiters, answers
 
