@@ -10,6 +10,7 @@ import json
 import os
 import queue
 import re
+import runpy
 import shlex
 import shutil
 import signal
@@ -287,35 +288,25 @@ def test_pandas_counts_failures_by_type_and_time_by_host(newcomer: Newcomer, fai
 
 @needs_matplotlib
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the libraries about each other
-def test_the_picture_shows_who_worked_when_and_what_failed(newcomer: Newcomer, failing: int) -> None:
-    newcomer.write("look.py")
-    newcomer.run("python3 look.py results.jsonl picture.png")
-    pixels = (importlib.import_module("matplotlib.image").imread(newcomer.folder / "picture.png")[:, :, :3] * 255).round()
-    colors = {"blue": (31, 119, 180), "red": (214, 39, 40), "black": (0, 0, 0)}
-    blue, red, black = [(abs(pixels - color) < 8).all(axis=2) for color in colors.values()]
-
-    def find_spines(axis: int) -> list[int]:
-        """Where long black lines are, each once."""
-        found = [place for place, share in enumerate(black.mean(axis=axis)) if share > 0.35]
-        return [place for place in found if place - 1 not in found]
-
-    def find_blue(second: int, begin: int, end: int) -> list[int]:
-        """The rows between two that are blue at a time; the picture shows 400 seconds."""
-        return [row for row in range(begin + 2, end - 2) if blue[row, round(left + (right - left) * second / 400)]]
-
-    (left, *_, right), (*lanes, top, bottom) = find_spines(0), find_spines(1)
-    working = [find_blue(second, *lanes) for second in (50, 150, 350)]
-    assert all(max(above) < min(below) for above, below in zip(working, working[1:])), working  # one below the other
-    assert all(len(rows) == max(rows) - min(rows) + 1 for rows in working)  # and each alone at its time
-    assert find_blue(250, *lanes) == find_blue(250, top, bottom) == []
-    heights = [len(find_blue(second, top, bottom)) for second in (50, 150, 350)]
-    assert max(heights) - min(heights) < 0.1 * max(heights)  # ten tasks a second by each
-    reds = [row for row, found in enumerate(red.any(axis=1)) if found]
-    assert bool(reds) == bool(failing)
-    if failing:  # a task of a/1 and one of b/2: below their lanes, and none below that of c/3
-        first, second, third = working
-        reds = [row for row in reds if row < lanes[1]]
-        assert max(first) < min(reds) < min(second) < max(second) < max(reds) < min(third)
+def test_pictures_show_who_worked_when_and_what_failed(newcomer: Newcomer, failing: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(newcomer.folder)
+    monkeypatch.setattr(sys, "argv", ["look.py", "results.jsonl", "picture.png"])
+    top, bottom = runpy.run_path(str(newcomer.write("look.py")))["figure"].axes
+    assert (newcomer.folder / "picture.png").read_bytes().startswith(b"\x89PNG")
+    (image,) = top.images
+    pixels = (image.to_rgba(image.get_array())[:, :, :3] * 255).round()
+    blue, red = [(abs(pixels - color) < 2).all(axis=2) for color in ((31, 119, 180), (214, 39, 40))]
+    done, failed = [patch.get_data() for patch in bottom.patches]
+    right = 1.002 * done.edges[-1]
+    assert [*image.get_extent()] == pytest.approx([0, right, 9, 0]) and top.get_xlim() == bottom.get_xlim()
+    assert [(tick.get_position()[1], tick.get_text()) for tick in top.get_yticklabels()] == [(1, "a/1"), (4, "b/2"), (7, "c/3")]
+    lanes = [blue[:, round(second / right * blue.shape[1])].nonzero()[0].tolist() for second in (50, 150, 250, 350)]
+    assert lanes == [[0], [3], [], [6]]  # one below the other, and each alone at its time
+    assert red.any(axis=1).nonzero()[0].tolist() == [1, 4][:failing]  # below the lanes of a/1 and b/2
+    heights = [done.values[done.edges.searchsorted(second)] for second in (50, 150, 250, 350)]
+    assert heights == pytest.approx([10, 10, 0, 10], rel=0.1)  # tasks a second
+    assert failed.values.any() == bool(failing)
+    assert [patch.get_facecolor() for patch in bottom.patches] == [image.cmap(1), image.cmap(2)]
 
 
 @needs_matplotlib
