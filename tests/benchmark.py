@@ -740,27 +740,17 @@ def take_turns(contenders: Contenders, runs: int) -> tuple[list[dict[str, Values
 
 
 def make_lines(row: str, rounds: list[dict[str, Values]], products: list[str]) -> Iterator[list[str]]:
-    """The lines of the table for a row: one for each figure and contender."""
+    """The lines of the table for a row: one for each figure and contender, with the ratio of each other product to it."""
     first = rounds[0]
     for figure in dict.fromkeys(figure for values in first.values() for figure in values):
         for name in [name for name in first if figure in first[name]]:
             median = statistics.median(got[name][figure] for got in rounds)
-            ratios = [compare(rounds, figure, product, name) for product in products]
-            yield [row, figure, name, f"{median:,.0f}" if median >= 100 else f"{median:.3g}", *ratios]
-
-
-def compare(rounds: list[dict[str, Values]], figure: str, product: str, name: str) -> str:
-    """The ratio of a product to a contender; empty when that is itself, or zero."""
-    if product == name or product not in rounds[0] or not all(got[name][figure] for got in rounds):
-        return ""
-    return f"{statistics.median(got[product][figure] / got[name][figure] for got in rounds):.2f}"
-
-
-def print_table(lines: list[list[str]]) -> None:
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    lines.insert(1, ["-" * width for width in widths])
-    for line in lines:
-        print("| " + " | ".join(text.ljust(width) for text, width in zip(line, widths)) + " |")
+            line = [row, figure, name, f"{median:,.0f}" if median >= 100 else f"{median:.3g}"]
+            for product in products:
+                shown = product != name and product in first and all(got[name][figure] for got in rounds)
+                ratios = [got[product][figure] / got[name][figure] for got in rounds] if shown else []
+                line.append(f"{statistics.median(ratios):.2f}" if shown else "")
+            yield line
 
 
 def main() -> int:
@@ -787,7 +777,9 @@ def main() -> int:
             print("stopped", file=sys.stderr)
     cpus = len(os.sched_getaffinity(0))
     print(f"Python {sys.version.split()[0]}, {cpus} CPUs, {sys.platform}, medians of {options.runs}, scale {options.scale:g}\n")
-    print_table(table)
+    widths = [max(map(len, column)) for column in zip(*table)]
+    for line in [table[0], ["-" * width for width in widths], *table[1:]]:
+        print("| " + " | ".join(text.ljust(width) for text, width in zip(line, widths)) + " |")
     print("", *missing, sep="\n")
     return 0
 

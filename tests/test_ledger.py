@@ -547,15 +547,6 @@ def test_an_outcome_is_not_acknowledged_when_it_cannot_be_recorded_any_more(phas
 # ---- waiting ------------------------------------------------------------------------------------------------------
 
 
-def start_waiting(ledger: Ledger, count: int) -> tuple[list[threading.Thread], list[bool]]:
-    """Threads that wait for a task; among so many slots that each may wait for two minutes."""
-    enlist(ledger, *range(int(120 * task_master.IDLE_POLLS)))
-    answers: list[bool] = []
-    waiters = [in_thread(lambda holder=holder: answers.append(ledger.wait_ready(holder, 120.0, 0.0))) for holder in range(count)]
-    check_blocked(waiters[0])
-    return waiters, answers
-
-
 WAKING = {
     **COMING_BACK,
     "submitted": lambda ledger: ledger.submit([(1, "1")]),
@@ -571,7 +562,11 @@ def test_waiting_for_a_task_ends_when_one_can_be_leased_or_none_ever(move: str) 
         ledger.close_gate(True)
     else:
         lease(ledger, ANNA)
-    waiters, answers = start_waiting(ledger, 3 if move == "the job drains" else 1)
+    enlist(ledger, *range(int(120 * task_master.IDLE_POLLS)))  # so many that each may wait for two minutes
+    answers: list[bool] = []
+    holders = range(3 if move == "the job drains" else 1)
+    waiters = [in_thread(lambda holder=holder: answers.append(ledger.wait_ready(holder, 120.0, 0.0))) for holder in holders]
+    check_blocked(waiters[0])
     WAKING[move](ledger)
     check_ends(waiters)
     assert answers == [True] * len(waiters)
@@ -581,7 +576,7 @@ def test_one_who_is_woken_for_what_its_worker_must_not_have_wakes_the_next() -> 
     ledger = make_ledger(10)
     for holder in (ANNA, "her second slot", "her third slot"):
         ledger.enlist(holder, ANNA, 0.0)
-    enlist(ledger, *range(int(120 * task_master.IDLE_POLLS)))  # so many that each may wait for two minutes
+    enlist(ledger, *range(int(120 * task_master.IDLE_POLLS)))
     fail(ledger, ANNA, 10)
 
     def wait(holder: object) -> None:
