@@ -820,8 +820,11 @@ class Memory:
 
 def make_memory() -> Any:
     """A memfd, or an array in a temporary file where there is none, or where it is forbidden, as in some containers."""
-    with contextlib.suppress(AttributeError, OSError):
+    try:
         return os.memfd_create("task_worker")
+    except (AttributeError, OSError) as error:
+        if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE):
+            raise  # the array needs a descriptor, too
     return Child.context.RawArray("b", MEMORY_SIZE)
 
 
