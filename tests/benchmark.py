@@ -521,7 +521,7 @@ def measure_naps(lab: Lab) -> Contenders:
 
 
 def measure_slots(lab: Lab) -> Contenders:
-    """A thousand connected processes beside two, and what they cost the master when idle."""
+    """A thousand connected processes beside two, for the first tasks and later on, and what they cost the master when idle."""
     count, many = lab.count(500_000), lab.count(250, 2)
 
     def measure(product: Product, workers: int, processes: int) -> Values:
@@ -534,8 +534,13 @@ def measure_slots(lab: Lab) -> Contenders:
             grown, used = farm.process.memory_info().rss - before, cpu_seconds(farm.process)
             time.sleep(10)
             idle = 10 * (cpu_seconds(farm.process) - used)
-            rate = count / farm.seconds([b"%d\n" % n for n in range(count)], count)
-        return {"tasks/s": rate, "% of a core, idle": idle, "KB a process": grown / 1024 / workers / processes}
+            first, later = [count / farm.seconds([b"%d\n" % n for n in range(count)], count) for _ in range(2)]
+        return {
+            "tasks/s, first": first,
+            "tasks/s, later": later,
+            "% of a core, idle": idle,
+            "KB a process": grown / 1024 / workers / processes,
+        }
 
     return {**lab.ours(lambda product: measure(product, 4, many)), **lab.ours(lambda product: measure(product, 1, 2), ", two")}
 
