@@ -1502,7 +1502,11 @@ class Slot(threading.Thread):
         """Note outcomes, each with its line end, of the first tasks without one."""
         before, self._done = self._done, self._done + outcomes.count("\n")
         if outcomes:
-            self._outcomes.append(f"{join_ids(self._fed[before : self._done])}\n{outcomes[:-1]}")
+            ids, texts = join_ids(self._fed[before : self._done]), outcomes[:-1]
+            if len(self._outcomes) > self._sent and len(self._outcomes[-1]) < MEMORY_SIZE:
+                earlier_ids, _, earlier = self._outcomes.pop().partition("\n")  # one report for both: each costs a round trip
+                ids, texts = f"{earlier_ids} {ids}", f"{earlier}\n{texts}"
+            self._outcomes.append(f"{ids}\n{texts}")
 
     def _shorten(self, child: Child) -> None:
         """Release what stands behind a slow task, or any in a long lease, or when the worker leaves or the master is lost."""
