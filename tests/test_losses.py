@@ -218,6 +218,21 @@ def test_what_has_finished_is_not_lost_with_its_process_while_the_master_answers
     assert reports[0].startswith('0\n"result"')
 
 
+def test_what_finishes_while_a_report_waits_for_its_answer_comes_in_one_report(farm: Farm) -> None:
+    leases, reports = iter(["\n".join([f"{n} {n}" for n in range(5)]), None]), []
+
+    def reply(method: str, arguments: list[str]) -> bytes:
+        if method == REPORT:
+            reports.append(arguments[-1].partition("\n")[0])
+            wait_until(lambda: len(farm.started()) == 5)  # the worker looks for what has finished again and again
+        return answer(next(leases)) if method == LEASE else good_answer(method)
+
+    farm.write("slow.py", "import time, functions\n\ndef work(n):\n    functions.note(n)\n    time.sleep(0.4)\n    return n\n")
+    worker = farm.worker(farm.false_master(reply).port, "--function", "slow:work", "--processes", 1)
+    assert worker.wait() == 0
+    assert len(reports) <= 3 and " ".join(reports) == "0 1 2 3 4"  # the last task may come by itself
+
+
 def test_a_worker_hears_that_the_job_is_over_though_its_process_takes_a_while_to_leave(farm: Farm) -> None:
     code = "import threading, time\n\ndef work(n):\n    threading.Thread(target=time.sleep, args=(1000,)).start()\n    return n\n"
     farm.write("slow.py", code)
