@@ -493,7 +493,7 @@ STANDARD = getattr(sys, "stdlib_module_names", None) or {  # the names of the st
 
 
 def find_shadows(folder: str) -> set[str]:
-    """The files in the folder that are named like a module of the standard library, of any system."""
+    """The names of modules of the standard library, of any system, that files in the folder have, too."""
     with contextlib.suppress(PermissionError):  # one may only pass through it
         return {name.partition(".")[0] for name in os.listdir(folder)} & STANDARD
     return set()
@@ -569,7 +569,7 @@ def parse_template(template: str) -> tuple[str, list[str], list[str]]:
     def convert_part(match: re.Match[str], text: str) -> str:
         part, begin, quote, rest, body = match.group(0, "begin", "quote", "rest", "body")
         if begin and not (quote or re.search(r"\$\(|`", body)):  # a here-document, in which quotes mean themselves
-            body = re.sub(r"(?<!\\)((?:\\\\)*)\\(?={)", r"\1\\\\", body)  # a backslash there means itself, but not before $
+            body = re.sub(r"(?<!\\)((?:\\\\)*)\\(?={)", r"\1\\\\", body)  # `\{` keeps its backslash in a shell, `\$` does not
             names.extend(MEMBER.findall(body))
             return begin + convert(rest) + MEMBER.sub(r"${TASK__\1}", body).replace("{}", "${TASK}")
         if begin:
