@@ -1790,7 +1790,7 @@ class TaskMaster:
 
     def start(self) -> None:
         """Open the port and start the workers. Raises Failure."""
-        if LOADING in os.environ or "TASK_RUN" in os.environ:
+        if LOADING in os.environ:
             remedy = 'put what makes it below `if __name__ == "__main__":` there'
             raise Failure(f"this TaskMaster is made while a worker loads the module: {remedy}")
         server = make_server(self)

@@ -764,7 +764,7 @@ def leave_terminal() -> None:
     """Streams and a session of its own: Ctrl-C in the terminal reaches the parent alone, and a kill takes the whole group."""
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # so that nothing a task starts waits for the terminal
     for name, descriptor in (("stdout", 1), ("stderr", 2)):
-        stream = io.BufferedWriter(Output(os.dup(descriptor), "w"))
+        stream = io.BufferedWriter(Output(os.dup(descriptor), "w", closefd=False))  # nobody closes it at the end
         setattr(sys, name, io.TextIOWrapper(stream, errors="backslashreplace", line_buffering=True))
     if hasattr(os, "setsid"):
         os.setsid()

@@ -98,6 +98,11 @@ def test_what_a_task_prints_is_seen_at_once_and_when_it_is_killed(farm: Farm) ->
     assert "last" in worker.stdout
 
 
+def test_python_has_nothing_to_warn_of(farm: Farm) -> None:
+    job = farm.run_job(1, 2, function="functions:double", env=farm.env(PYTHONDEVMODE="1"))
+    assert not job.said("Warning"), job.stderr
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="fifos are of POSIX")
 @pytest.mark.parametrize("option", ["--ordered", "--resume"])
 def test_a_results_file_that_cannot_be_read_is_refused_before_anybody_reads_it(farm: Farm, option: str) -> None:
