@@ -116,8 +116,10 @@ REFUSED = {
 }
 
 
-def test_whatever_has_tolist_is_a_result_and_nan_is_null(farm: Farm) -> None:
-    values = {**PLAIN, **(NUMPY if importlib.util.find_spec("numpy") else {})}
+@pytest.mark.parametrize("values", [PLAIN, NUMPY], ids=["plain", "numpy"])
+def test_whatever_has_tolist_is_a_result_and_nan_is_null(farm: Farm, values: dict[str, Any]) -> None:
+    if values is NUMPY:
+        pytest.importorskip("numpy")
     records, _ = run(farm, "value", list(values))
     assert {record["task"]: record["result"] for record in records} == values
 
