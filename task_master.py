@@ -1119,24 +1119,40 @@ def skip_recorded(batches: Iterable[list[str]], results: ResultsFile) -> Iterato
         raise Refusal(f"the results file {results.path} belongs to other tasks: it has more than these {task_id}")
 
 
+def read_chunks(descriptor: int, name: str) -> Iterator[bytes]:
+    """What can be read, in pieces as they arrive. Raises Failure, also for a file that gets other content meanwhile."""
+    is_file, known = os.path.isfile(descriptor), b""
+    try:
+        while True:
+            if known:  # read it again, since half a line of this list and half of another are no task
+                os.lseek(descriptor, -len(known), os.SEEK_CUR)
+            # To wait in sys.stdin.buffer would crash the interpreter at its end.
+            chunk = os.read(descriptor, len(known) + (1 << 18))
+            if not chunk.startswith(known):
+                raise Failure(f"{name} was overwritten meanwhile: the rest is not run (give each job a file of its own)")
+            if len(chunk) == len(known):
+                return
+            yield chunk[len(known) :]
+            known = chunk[-100:] if is_file else b""
+    except OSError as error:
+        raise Failure(f"cannot read {name}: {explain_error(error)}") from None
+
+
 def read_lines(descriptor: int, name: str, end: bytes) -> Iterator[list[bytes]]:
     """Lines without their end, in batches as they arrive; one too long comes cut, as far as it was read. Raises Failure."""
     rest = bytearray()
     skipping = False  # what comes is the rest of a line that was too long
-    try:
-        while chunk := os.read(descriptor, 1 << 18):  # to wait in sys.stdin.buffer would crash the interpreter at its end
-            if skipping:
-                _, found, chunk = chunk.partition(end)
-                skipping = not found
-            rest += chunk
-            if end in chunk or len(rest) > TEXT_LIMIT:
-                *lines, last = bytes(rest).split(end)
-                if len(last) > TEXT_LIMIT:
-                    lines, last, skipping = [*lines, last], b"", True
-                rest = bytearray(last)
-                yield lines
-    except OSError as error:
-        raise Failure(f"cannot read {name}: {explain_error(error)}") from None
+    for chunk in read_chunks(descriptor, name):
+        if skipping:
+            _, found, chunk = chunk.partition(end)
+            skipping = not found
+        rest += chunk
+        if end in chunk or len(rest) > TEXT_LIMIT:
+            *lines, last = bytes(rest).split(end)
+            if len(last) > TEXT_LIMIT:
+                lines, last, skipping = [*lines, last], b"", True
+            rest = bytearray(last)
+            yield lines
     if not os.path.isfile(descriptor):
         yield []  # the signal that ended the writer may come here, too: its last line may be cut
     if rest:
@@ -1812,8 +1828,9 @@ class TaskMaster:
             finished = self.ledger.is_over() and self.ledger.phase != Phase.FAILED
             connected = {peer.name for peer in [*self.peers] if finished and not self.ledger.first_held()}
             self.ledger.end(Phase.CLOSED, None if finished else Failure("this TaskMaster was closed before its tasks were done"))
+            ended = {worker.name for worker in self.started if self.ledger.first_held()}  # below, as a task still runs
             give_up_at = time.monotonic() + GOODBYE
-            while finished and self.peers and time.monotonic() < give_up_at:
+            while finished and {peer.name for peer in [*self.peers]} - ended and time.monotonic() < give_up_at:
                 time.sleep(0.01)
             self._server.stop()
             for worker in self.started:
@@ -2194,7 +2211,7 @@ def make_parser() -> Parser:
     )
     add = parser.add_argument_group("tasks").add_argument
     add("task", nargs="*", metavar="TASK", help="a JSON value (default: ten random integers)")
-    add("--tasks", metavar="FILE", help="JSON Lines, one task a line; -: standard input")
+    add("--tasks", metavar="FILE", action="append", help="JSON Lines, one task a line; -: standard input")
     add("--text", action="store_true", help="a task is a line of text, not of JSON")
     add("-0", "--null", action="store_true", help="a task is a text before a zero byte (find -print0)")
     parser._has_negative_number_optionals.clear()  # of -0; so that --port -1 is a bad port, and -5 a TASK
@@ -2439,11 +2456,13 @@ class Job:
 
 def check_options(parser: Parser, options: argparse.Namespace) -> None:
     """Ends the program when options do not go together, or a stream is closed that they need."""
+    *earlier, options.tasks = options.tasks or [None]
     no_file, no_tasks = options.results in (None, "-"), not options.task and options.tasks is None
     problems = {
         "standard output is closed, where the results should go: use --results FILE": not sys.stdout and no_file,
         "standard input is closed, where the tasks should come from: use --tasks FILE": not sys.stdin and options.tasks == "-",
         f"TASK {' '.join(options.task)[:60]} and --tasks: give one of them": options.task and options.tasks is not None,
+        "--tasks takes one FILE: join several with cat, and give --tasks -": earlier,
         "--text and -0 need tasks: give TASK or --tasks FILE (-: standard input)": (options.text or options.null) and no_tasks,
         "--resume needs the --results FILE of the job to carry on": options.resume and no_file,
         "--resume needs the tasks again, as TASK or with --tasks FILE": options.resume and no_tasks,

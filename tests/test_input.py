@@ -6,13 +6,14 @@ import json
 import os
 import re
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from lab import Farm, Program, check_once, check_one_line, check_said, check_silence
 
-from task_master import Failure, make_parser, open_input
+from task_master import Failure, check_options, make_parser, open_input
 
 ECHO = ("--workers", 1, "--function", "functions:same")
 MORE_THAN_ALLOWED = 100_000_000  # bytes
@@ -30,8 +31,14 @@ def read(folder: Path, content: bytes, *options: str) -> list[list[str]]:
     """The tasks in a file, as JSON texts in batches. Raises Failure."""
     path = folder / "tasks"
     path.write_bytes(content)
-    parsed = make_parser().parse_args(["--tasks", str(path), *options])
-    return [batch for batch in open_input(parsed) if batch]
+    return [batch for batch in open_batches(path, *options) if batch]
+
+
+def open_batches(path: Path, *options: str) -> Iterator[list[str]]:
+    parser = make_parser()
+    parsed = parser.parse_args(["--tasks", str(path), *options])
+    check_options(parser, parsed)
+    return open_input(parsed)
 
 
 def echoed(farm: Farm) -> list[Any]:
@@ -55,6 +62,32 @@ def test_arguments_are_json_values_or_strings(farm: Farm, options: list[str], ar
     farm.run_job(*options, *arguments, function="functions:same")
     assert echoed(farm) == tasks
     assert len((farm.folder / "results.jsonl").read_bytes().splitlines()) == len(tasks)
+
+
+@pytest.mark.parametrize("lines", [100, 100_000, 300_000])
+def test_a_file_that_is_overwritten_while_it_is_read_gives_no_task_of_two_halves(tmp_path: Path, lines: int) -> None:
+    path = tmp_path / "tasks"
+    path.write_text("".join(f"list one, {number}\n" for number in range(200_000)))
+    batches = open_batches(path, "--text")
+    read = next(batches)
+    path.write_text("".join(f"another list, {number}\n" for number in range(lines)))
+    with pytest.raises(Failure, match="tasks was overwritten"):
+        read += [text for batch in batches for text in batch]
+    assert read == [f'"list one, {number}"' for number in range(len(read))]
+
+
+def test_a_file_that_grows_while_it_is_read_is_read_to_its_end(tmp_path: Path) -> None:
+    path = tmp_path / "tasks"
+    path.write_text("1\n" * 200_000)
+    batches = open_batches(path)
+    count = len(next(batches))
+    with path.open("a") as file:
+        file.write("1\n" * 100)
+    assert count + sum(map(len, batches)) == 200_100
+
+
+def test_a_second_tasks_file_is_refused_instead_of_the_first_being_dropped(farm: Farm) -> None:
+    check_one_line(farm.master("--tasks", "one", "--tasks", "two"), 2, "--tasks takes one FILE: .*cat")
 
 
 @pytest.mark.parametrize("number", ["-1e5", "-1E-5", "-5", "-0.5"])
