@@ -548,7 +548,7 @@ split_template = re.compile(
     (?P<body> \n (?: .*? \n )?? \t* (?P=end) $ )  # and its text
     | (?<! [^\s;&|(] ) (?<! \\. ) \# [^\n]*  # a comment
     | \\. | '[^']*'? | "(?:\\.|[^"\\])*"?  # what is quoted
-    | \$\$ | \$\{ (?: \\. | '[^'{}]*' | "[^"{}]*" | [^{}"'\\\n] )* \} | \{\w*\} | .  # a variable, braces, or a character
+    | \$\$ | \$\{ (?: \\. | '[^'{}]*' | "[^"{}]*" | [^{}"'\\\n] )* \} | \{[\w./#%]*\} | .  # a variable, braces, or a character
     """,
     re.DOTALL | re.MULTILINE | re.VERBOSE,
 ).finditer
@@ -582,6 +582,8 @@ def parse_template(template: str) -> tuple[str, list[str], list[str]]:
         elif MEMBER.fullmatch(part):
             names.append(part[1:-1])
             return f'"$TASK__{part[1:-1]}"'  # never a task's text: a shell does not read what a variable holds as code
+        elif re.fullmatch(r"\{[./#%]+\}", part):
+            raise Failure(f'{shown}: {part} is of GNU parallel: write "${{TASK%.*}}", "${{TASK##*/}}" or "$TASK_ID", say')
         return '"$TASK"' if part == "{}" else part
 
     def keep(text: str) -> str:
@@ -730,6 +732,7 @@ def run_child(pipe: Any, memory: Memory, folder: str | None, function: str | Non
             os.chdir(folder)
         call: Callable[[Any], Any] = Command(command) if command else square
         if function:
+            del sys.argv[1:]  # they are for the worker, not for a module that reads them
             os.environ[LOADING] = "1"
             multiprocessing.set_start_method(None, force=True)  # which spawn has set: the function may want another one
             call = load_function(function)
@@ -740,7 +743,7 @@ def run_child(pipe: Any, memory: Memory, folder: str | None, function: str | Non
         pipe.send_bytes(answer)
         return
     streams = identify_streams()
-    with pipe, contextlib.suppress(EOFError, OSError):  # the slot closed the pipe
+    with contextlib.suppress(EOFError, OSError), pipe:  # the slot closed the pipe, or a task did
         while run_tasks(call, pipe.recv_bytes().decode().split("\n"), memory, pipe, streams):
             pipe.send_bytes(b".")
             if identify_streams() != streams:  # looked at while the slot reports
@@ -764,7 +767,7 @@ def leave_terminal() -> None:
     """Streams and a session of its own: Ctrl-C in the terminal reaches the parent alone, and a kill takes the whole group."""
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # so that nothing a task starts waits for the terminal
     for name, descriptor in (("stdout", 1), ("stderr", 2)):
-        stream = io.BufferedWriter(Output(os.dup(descriptor), "w", closefd=False))  # nobody closes it at the end
+        stream = io.BufferedWriter(Output(descriptor, "w", closefd=False))
         setattr(sys, name, io.TextIOWrapper(stream, errors="backslashreplace", line_buffering=True))
     if hasattr(os, "setsid"):
         os.setsid()

@@ -99,6 +99,7 @@ def test_a_file_name_that_is_not_utf_8_finds_its_file(farm: Farm) -> None:
         ("cat {} - <<'E' 2>&1 | tail -1\nhere\nE\necho {}", "here\n/a/b c.tar.gz"),
         ('echo "$(echo "a")" {}', "a /a/b c.tar.gz"),
         ("# don't {}\necho {} # it's $#{}", "/a/b c.tar.gz"),
+        ("echo ${#} {} | sed 's/{.}//'", "0 /a/b c.tar.gz"),
         ("echo a#'b' {}; echo $# ${#TASK} \\#'c'", "a#b /a/b c.tar.gz\n0 13 #c"),
         ("x=${TASK%%r #*}; y=${TASK#'/a'}; echo $y {} ${x:+1} #'", "/b c.tar.gz /a/b c.tar.gz 1"),
         ("printf '%s|' {} $(echo x)#{}; echo $$$${} | tr -d 0-9", "/a/b c.tar.gz|x#/a/b c.tar.gz|/a/b c.tar.gz"),
@@ -180,6 +181,7 @@ def split(templates: str) -> list[str]:
     [
         *[(template, "quot") for template in [*split(QUOTED), *QUOTED_LINES]],
         *[(template, r"\{\}|TASK") for template in [*split(UNPLACED), *UNPLACED_LINES]],
+        *[(f"convert {{}} {braces}.png", "GNU parallel") for braces in ("{.}", "{/}", "{//}", "{/.}", "{#}", "{%}")],
     ],
 )
 def test_a_template_that_would_go_wrong_is_refused_with_the_remedy(template: str, remedy: str) -> None:

@@ -160,6 +160,12 @@ def test_a_module_in_a_zip_is_imported(farm: Farm, safe: dict[str, str]) -> None
     assert "Result: 15" in master.stdout
 
 
+def test_a_module_that_reads_the_command_line_gets_none_of_the_workers(farm: Farm) -> None:
+    farm.write("reads.py", "import sys\n\nwords = sys.argv[1:]\n\ndef f(n):\n    return words\n")
+    farm.run_job(1, function="reads:f")
+    assert farm.values() == [[]]
+
+
 COROUTINES = {"mod:later": "later", "mod:Box.later": "boxed", "mod:call": "called"}
 
 

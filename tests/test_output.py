@@ -98,6 +98,22 @@ def test_what_a_task_prints_is_seen_at_once_and_when_it_is_killed(farm: Farm) ->
     assert "last" in worker.stdout
 
 
+def test_a_task_can_catch_what_its_programs_print(farm: Farm) -> None:
+    body = """
+    with tempfile.TemporaryFile() as file:
+        kept = os.dup(sys.stdout.fileno())
+        os.dup2(file.fileno(), sys.stdout.fileno())
+        os.system("echo from a program")
+        print("from Python", flush=True)
+        os.dup2(kept, 1)
+        file.seek(0)
+        return file.read().decode()
+    """
+    farm.write("catch.py", f"import os, sys, tempfile\ndef f(n):{body}")
+    farm.run_job(1, function="catch:f")
+    assert farm.values() == ["from a program\nfrom Python\n"]
+
+
 def test_python_has_nothing_to_warn_of(farm: Farm) -> None:
     job = farm.run_job(1, 2, function="functions:double", env=farm.env(PYTHONDEVMODE="1"))
     assert not job.said("Warning"), job.stderr
