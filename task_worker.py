@@ -515,7 +515,8 @@ def load_function(spec: str) -> Callable[[Any], Any]:
     except BaseException as error:  # the module's own code runs here, and may raise anything
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         if isinstance(error, ModuleNotFoundError):
-            reason += f" (looked in {folder} and the path of {sys.executable})"
+            where = "what --ssh sends of the master's current folder" if "/task_worker-" in folder else folder
+            reason += f" (looked in {where} and the path of {sys.executable})"
         raise Failure(f"--function {spec}: cannot import it on {socket.gethostname()}: {reason}") from None
     if not callable(function):
         raise Failure(f"--function {spec}: it is a {type(function).__name__}, not a function")
@@ -669,9 +670,10 @@ def open_output() -> Any:
 
 
 def read_output(file: Any) -> str:
-    """A file as text, cut visibly after OUTPUT_LIMIT bytes."""
+    """A file as text, cut visibly after OUTPUT_LIMIT bytes. Raises OSError if it may not have all that was printed."""
     cut = os.fstat(file.fileno()).st_size - OUTPUT_LIMIT
     text = os.pread(file.fileno(), OUTPUT_LIMIT, 0).decode("utf-8", "replace")
+    os.write(file.fileno(), b"\n")  # raises OSError if the disk is full: then there is more that is missing here
     return text if cut <= 0 else f"{text}\n[... {cut} bytes cut]"
 
 
@@ -944,7 +946,7 @@ class ChildDied(Exception):
     def __init__(self, status: int, seconds: float) -> None:
         hint = " (out of memory?)" if status == -9 else ""
         super().__init__(f"the task's process ended: {explain_exit(status)}{hint}")
-        self.started_at, self.seconds = time.time() - seconds, seconds
+        self.status, self.started_at, self.seconds = status, time.time() - seconds, seconds
 
 
 class Child:
@@ -1262,6 +1264,8 @@ class Slot(threading.Thread):
             self._start_child()
             while not self._worker.leaving.is_set():
                 self._serve()
+            if self._outcomes and not self._worker.over:  # the connection was lost, and what ran then has finished
+                self._serve()
         except Failure as failure:
             self._worker.fail(failure)
         except OSError as error:
@@ -1522,12 +1526,17 @@ class Slot(threading.Thread):
         """After the child's death: keep the outcomes that it left, and note one for the task that ran."""
         self._child = None
         self._keep(child.take_outcomes())
-        if self._done <= child.position() < len(self._fed):
+        # Told to end with its worker, as a shutdown tells all processes: that is no fault of the task.
+        lost = -death.status in STOP_SIGNALS and self._worker.leaving.wait(0.5)
+        if self._done <= child.position() < len(self._fed) and not lost:
             members = format_error("ProcessDied", str(death))
             if child.overdue:
                 members = format_error("TimeoutError", f"no result within the time limit of {self._time_limit:g} s")
             self._keep(format_outcome(members, death.started_at, death.seconds) + "\n")
         self._report()
+        if lost and self._link:
+            self._link.close()  # so that the master gives the task to another worker
+            self._link = None
 
 
 class Worker:
@@ -1585,15 +1594,15 @@ class Worker:
                 write_line(f"Connect to server {self._address[0]}...", 1)
             if not self._state:
                 self._state, self.served_at = "new", time.monotonic()
-        delay = 0.05
-        while not self.leaving.is_set():
+        delay = 0.0
+        while not (self.leaving.is_set() and delay):  # once at least: there may be outcomes to report
             try:
                 return Link(self._address, self._authkey, self._name, self._context, self._answer_limit)
             except (OSError, EOFError, AuthenticationError) as error:
                 if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE):
                     raise
                 self.miss(error)
-            delay = min(2.0, delay * 2)
+            delay = min(2.0, delay * 2 or 0.1)
             self.leaving.wait(delay * random.uniform(0.5, 1.0))
         return None
 
@@ -1635,7 +1644,7 @@ class Worker:
             near = is_loopback(self._address[0])
             hint = "is it running? is --port right?" if near else "is it running, with --host 0.0.0.0? is --host right? firewall?"
             raise Failure(f"cannot reach the master at {self._place}: {reason} ({hint})", 3)
-        if before != "idle" and not self.leaving.is_set():
+        if before != "idle" and not self.over:
             verb = "lost" if before == "connected" else "waiting for"
             self._change("waiting", f"{verb} the master at {self._place} ({reason})")
         self.leaving.wait(0.1)  # it may take connections only to end them

@@ -43,6 +43,34 @@ def test_a_lost_worker_is_one_line_and_its_tasks_are_redelivered_and_its_process
     assert len(told) in (1, 2)  # a line for each connection
 
 
+@pytest.mark.parametrize("cut_first", [True, False])
+def test_what_a_drained_worker_finishes_after_its_connection_was_cut_is_reported(farm: Farm, cut_first: bool) -> None:
+    master = farm.master(*RESULTS, "1")
+    relay = farm.closing(Relay(master.port()))
+    worker = farm.worker(relay.port, "--function", "functions:stay")
+    farm.wait_started(worker)
+    if not cut_first:
+        worker.drain()
+    relay.cut()
+    master.wait_line("redelivered")
+    if cut_first:
+        worker.drain()
+    farm.let_go()
+    assert (worker.wait(), master.wait()) == (0, 0)
+    assert farm.started() == ["1"]
+
+
+def test_a_drained_worker_that_cannot_report_says_that_it_lost_its_master(farm: Farm) -> None:
+    master = farm.master(*RESULTS, "1")
+    worker = farm.worker(master, "--function", "functions:stay")
+    farm.wait_started(worker)
+    worker.drain()
+    master.kill()
+    farm.let_go()
+    assert worker.wait() == 0
+    assert len(worker.said("lost the master at 127.0.0.1")) == 1
+
+
 @pytest.mark.parametrize("redeliveries", [0, 2])
 def test_a_task_whose_workers_are_lost_too_often_is_recorded_as_failed(farm: Farm, redeliveries: int) -> None:
     tasks = farm.write_tasks([*range(30), "guilty", *range(31, 60)])

@@ -153,6 +153,18 @@ def test_a_job_needs_no_shared_memory_of_the_system(farm: Farm, place: str) -> N
     check_all_done(farm)
 
 
+def test_output_of_a_command_that_a_full_disk_has_cut_is_no_result(farm: Farm) -> None:
+    if not may_mount():
+        pytest.skip("no mount namespaces here")
+    command = [sys.executable, str(ROOT / "task_master.py"), "--port", "0", "--results", "results.jsonl", "--workers", "1"]
+    mount = 'mount -t tmpfs -o size=64k none /mnt && TMPDIR=/mnt exec "$@"'
+    job = farm.start(["unshare", "--mount", "sh", "-c", mount, "sh", *command, "--command", "seq {} | cat; true", "9", "99999"])
+    assert job.wait() == 1, job.stderr
+    good, cut = farm.in_order()
+    assert good["result"]["stdout"].endswith("8\n9\n")
+    assert "No space left on device" in cut["error"]["message"]
+
+
 @pytest.mark.parametrize("when", ["before", "meanwhile"])
 @pytest.mark.parametrize("what", [(), ("--command", "echo $((2 * TASK))")], ids=["function", "command"])
 def test_a_worker_whose_current_directory_was_deleted_loses_no_task(farm: Farm, when: str, what: Any) -> None:

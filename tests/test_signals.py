@@ -330,6 +330,21 @@ def test_a_stop_from_the_keyboard_is_none_where_no_shell_could_continue(farm: Fa
     assert worker.said("the worker was killed by signal 9")
 
 
+def test_a_task_that_is_told_to_end_together_with_its_worker_has_not_failed(farm: Farm) -> None:
+    """As by a service manager that signals all processes."""
+    master = farm.master(*RESULTS, "1")
+    first = farm.worker(master, "--function", "functions:stay")
+    farm.wait_started(first)
+    (child,) = first.children()
+    child.terminate()
+    first.signal(signal.SIGTERM)
+    assert first.wait() == 0
+    farm.let_go()
+    farm.worker(master, "--function", "functions:stay")
+    assert master.wait() == 0
+    assert [record["attempts"] for record in farm.records()] == [2]
+
+
 def test_to_leave_while_a_process_starts_gives_no_traceback(farm: Farm) -> None:
     script = farm.write("starts.py", STARTS)
     for n in range(12):
