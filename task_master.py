@@ -153,12 +153,12 @@ class Console:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self.is_terminal = os.isatty(2)
-        self._blank = b""  # what clears the progress, while there is one
+        self.blank = b""  # what clears the progress, while there is one
 
     def write(self, data: bytes, descriptor: int = 2) -> None:
         """Write whole lines, or only clear the progress. Raises OSError when standard output does not take them."""
         with self._lock if descriptor == 2 or os.isatty(1) else contextlib.nullcontext():  # a pipe must block nobody else
-            blank, self._blank = self._blank, b""
+            blank, self.blank = self.blank, b""
             if blank or descriptor == 2:
                 with contextlib.suppress(OSError):
                     write_all(blank + data if descriptor == 2 else blank, 2)
@@ -179,7 +179,7 @@ class Console:
         text = text if len(text) <= width else text[: width - 3] + "..."
         with self._lock, contextlib.suppress(OSError):
             write_all(("\r" + text.ljust(width)).encode("utf-8", "replace"), 2)
-            self._blank = b"\r" + b" " * width + b"\r"
+            self.blank = b"\r" + b" " * width + b"\r"
 
 
 console = Console()
@@ -1051,7 +1051,7 @@ def check_json(text: str) -> str:
         shown = " ".join(text.split())
         shown = shown if len(shown) < 40 else shown[:40] + "..."
         reason = f"{error.msg.lower().removesuffix(' at')} at column {error.colno}"
-        raise ValueError(f"{shown} is not JSON: {reason} (one value a line; --text takes any, jq -c .[] splits a list)") from None
+        raise ValueError(f"{shown} is not JSON: {reason} (a value a line; --text takes any, jq -c '.[]' splits lists)") from None
     except UnicodeEncodeError:
         raise ValueError("it is not UTF-8 (--text takes it as it is)") from None
     except RecursionError:
@@ -1116,7 +1116,7 @@ def skip_recorded(batches: Iterable[list[str]], results: ResultsFile) -> Iterato
         yield tasks
         task_id += len(tasks)
     if task_id < results.least:
-        raise Refusal(f"the results file {results.path} belongs to other tasks: it has more than these {task_id}")
+        raise Refusal(f"the results file {results.given} belongs to other tasks: the input has only {task_id}, it has more")
 
 
 def read_chunks(descriptor: int, name: str) -> Iterator[bytes]:
@@ -1178,7 +1178,7 @@ class ResultsFile:
     """The records, appended one line each: the memory of the job. Raises Failure when the file cannot be used."""
 
     def __init__(self, path: str, resume: bool) -> None:
-        self._given = self.path = path
+        self.given = self.path = path
         self._new_path = ""  # of the copy that is to take its place
         self._offsets = array.array("q")  # by task id: where its last record begins, -1 where there is none
         self._tasks = array.array("q")  # by task id: the hash of the task, odd if it has a result; 0 where there is none
@@ -1204,16 +1204,16 @@ class ResultsFile:
             yield
         except OSError as error:
             hint = "is the path right?" if status == 2 else "what is missing there was not acknowledged, --resume runs it again"
-            raise Failure(f"cannot write the results file {self._given}: {explain_error(error)} ({hint})", status) from None
+            raise Failure(f"cannot write the results file {self.given}: {explain_error(error)} ({hint})", status) from None
 
     def _open(self) -> None:
         """Open and lock the file. Raises OSError, Failure."""
         flags = os.O_APPEND | os.O_CREAT | getattr(os, "O_BINARY", 0)
-        self.regular = not os.path.exists(self._given) or os.path.isfile(self._given)
-        self._fd = os.open(self._given, flags | (os.O_RDWR if self.regular else os.O_WRONLY), 0o666)
+        self.regular = not os.path.exists(self.given) or os.path.isfile(self.given)
+        self._fd = os.open(self.given, flags | (os.O_RDWR if self.regular else os.O_WRONLY), 0o666)
         if self.regular:
-            self.path = os.path.realpath(self._given)
-            lock_file(self._fd, self._given)
+            self.path = os.path.realpath(self.given)
+            lock_file(self._fd, self.given)
             if self._was_replaced():  # between the opening and the locking, by a master that has finished
                 os.close(self._fd)
                 self._open()
@@ -1246,7 +1246,7 @@ class ResultsFile:
                 self._unsynced_since = None
                 os.fsync(self._fd)
             if self.regular and self._was_replaced():
-                raise Failure(f"the results file {self._given} was removed, replaced or cut meanwhile: its records are lost", 1)
+                raise Failure(f"the results file {self.given} was removed, replaced or cut meanwhile: its records are lost", 1)
 
     def _load(self) -> None:
         """Note which tasks have a result, and where a torn end begins. Raises OSError, Failure."""
@@ -1281,7 +1281,7 @@ class ResultsFile:
             return self._note([task_id], [offset], [hash(text) | 1 if ok else hash(text) & -2])
         except (ValueError, RecursionError, StopIteration):
             remedy = "mend or remove that line, or name another file"
-            raise Failure(f"{self._given}, line {number}: this is no record of a job ({remedy})") from None
+            raise Failure(f"{self.given}, line {number}: this is no record of a job ({remedy})") from None
 
     def _note(self, ids: list[int], offsets: list[int], hashes: list[int]) -> None:
         """Remember where the last record of each task is, and its hash (see `_tasks`). Raises ValueError."""
@@ -1306,9 +1306,8 @@ class ResultsFile:
             recorded = read_record(line)[1]
             was_bad = "".join(line.split()).endswith('"attempts":0}')  # a line that was no task, and may have been mended
             if not was_bad and json.dumps(json.loads(recorded), sort_keys=True) != json.dumps(json.loads(text), sort_keys=True):
-                hint = "did they come from a folder that has changed?"
-                problem = f"the results file {self._given} belongs to other tasks: its task {task_id} is not {text[:60]}"
-                raise Refusal(f"{problem} ({hint})")
+                problem = f"the results file {self.given} belongs to other tasks: its task {task_id} is not {text[:60]}"
+                raise Refusal(f"{problem} (has their folder changed? is --text as before?)")
         return bool(known & 1)
 
     def finish(self, ordered: bool) -> None:
@@ -1320,7 +1319,7 @@ class ResultsFile:
                 self._rewrite(ordered)
         except (OSError, ValueError) as error:
             reason = explain_error(error) if isinstance(error, OSError) else "another program has written there"
-            say(f"cannot put {self._given} in order: {reason} (it has all records, the last of an id counts)")
+            say(f"cannot rewrite {self.given}{' in order' * ordered}: {reason} (the last record of an id counts)")
         finally:
             os.close(self._fd)
 
@@ -1635,19 +1634,20 @@ class SshWorker(LocalWorker):
     def _feed(self, process: subprocess.Popen[bytes], port: str) -> None:
         """Send what the host needs, then every 15 s a byte that says that the master lives; blocks until ssh has ended."""
         names = {"size": len(self._files), "environment": self._environment, "arguments": [*self._arguments, f"--port={port}"]}
-        data = f"globals().update({names!a}); exec({BOOTSTRAP!a})\n".encode() + self._files
+        parts = [f"globals().update({names!a}); exec({BOOTSTRAP!a})\n".encode(), self._files]  # not a copy for each host
         with contextlib.suppress(OSError, ValueError):
             while process.stdin:
-                process.stdin.write(data)
+                process.stdin.writelines(parts)
                 process.stdin.flush()
-                data = b"\0"
+                parts = [b"\0"]
                 time.sleep(BEAT_INTERVAL)
 
     def _may_go_on(self, status: int) -> bool:
         """Not if trying again would not help. The reason is told in the words of ssh or of the host's shell."""
         before, fatal = self.reason, [*filter(find_hopeless, self._said or [])]
-        vanished = self._known and "Could not resolve" in "".join(fatal)  # it was found before: the network has failed
-        hopeless = status in HOPELESS or (bool(fatal) and not vanished)
+        # What has worked before may do so again: a host that has just started may lack its mounts, a network its names.
+        comes_back = self._known and self._said is not None and "Host key" not in "".join(fatal)
+        hopeless = (status in HOPELESS or bool(fatal)) and not comes_back
         if self._said is None:
             lost = status in (255, -9)  # of ssh
             self.reason = "the connection was lost" if lost else f"its worker ended with exit status {status}, see above"
@@ -2045,8 +2045,7 @@ class TaskMaster:
             self._log(f"task {task.id} failed: {count[1]}, attempt {task.attempts}")
         self._failures_left -= 1
         if not self._failures_left:
-            problem = f"stopped, as --max-failures {self._max_failures} asks"
-            self.ledger.end(Phase.DRAINING, Failure(problem, 1))
+            self.ledger.end(Phase.DRAINING, Failure(f"stopped, as --max-failures {self._max_failures} asks", 1))
 
     def _log(self, text: str) -> None:
         """A line for the caller; what `log` raises ends the job."""
@@ -2083,7 +2082,7 @@ def explain_outcome(task: Task) -> str:
 
 def find_kind(text: str, known: dict[str, Any]) -> str:
     """The kind of an error: its text without what differs from task to task; "others" when too many are known."""
-    kind = re.sub(r"'[^']*'|\"[^\"]*\"|[0-9]+", "...", text)[:200]
+    kind = re.sub(r"'[^']*'|\"[^\"]*\"|[^\s'\"]*[/.]\w[^\s'\"]*|[0-9]+", "...", text)[:200]
     return kind if kind in known or len(known) < KINDS_LIMIT else "others"
 
 
@@ -2277,7 +2276,7 @@ class Job:
         self._log: Callable[[str], None] = (lambda text: None) if options.quiet else say
         self._stopped_by = 0  # signal number
         self._drained = False  # because of it: it came before the job was over
-        self._began_at = self._shown_at = self._looked_at = time.monotonic()
+        self._began_at = self._worked_at = self._shown_at = self._looked_at = time.monotonic()
         self._shown_done = -1  # how many tasks were done then: if there are no others, there is nothing to show
         limits = {name: getattr(options, name) for name in [*TYPES, "ssh", "tls", "quiet"]}
         self._master = TaskMaster(authkey=find_key(options.authkey_file), log=self._log, **limits)
@@ -2348,6 +2347,7 @@ class Job:
             ledger.end(Phase.DRAINING)
             say("draining: waiting for the tasks that run (once more to leave at once)")
         self._looked_at = now  # from before the look: a signal that came later was not seen
+        self._worked_at = self._worked_at if self._master.hosts else now
         if self._results:
             try:
                 self._results.sync()
@@ -2364,7 +2364,7 @@ class Job:
         ledger, spent = self._master.ledger, time.monotonic() - self._began_at
         done = self._kept + ledger.done
         total = self._kept + ledger.submitted if ledger.phase in (Phase.ENDED, Phase.OVER) else None
-        rate = ledger.done / spent
+        rate = ledger.done / (time.monotonic() - self._worked_at)  # since the first worker came
         left = (total - done) / rate if total and rate else 0.0
         seconds, task = self._master._longest()
         longest = [f"longest {show_time(seconds)} ({task})"] if seconds >= 1 else []
@@ -2397,7 +2397,7 @@ class Job:
     def _handle_signal(self, number: int, _frame: object) -> None:
         """The first one drains (in `_look`: a handler must not wait for anything), the second leaves at once."""
         if self._stopped_by:
-            write_last_line(f"task_master: leaving at once; {self._tell_resume()}")
+            write_last_line(f"{console.blank.decode()}task_master: leaving at once; {self._tell_resume()}")
             if self._results:
                 self._results.discard()
             for worker in self._master.started:

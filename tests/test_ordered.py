@@ -50,7 +50,7 @@ def test_records_are_put_in_order_at_the_end_unless_another_program_has_written_
         file.write(foreign)
     farm.let_go()
     if foreign:
-        check_said(master, 0, r"cannot put results\.jsonl in order: another program has written there")
+        check_said(master, 0, r"cannot rewrite results\.jsonl in order: another program has written there")
     else:
         assert master.wait() == 0
         check_in_order(farm, 40)

@@ -21,7 +21,7 @@ import psutil
 import pytest
 from lab import PATIENCE, ROOT, Farm, Program, wait_until
 
-from task_master import show_rate
+from task_master import find_kind, show_rate
 from task_worker import PROTOCOL
 
 MODULE = """
@@ -216,6 +216,16 @@ def test_what_a_worker_could_not_kill_does_not_keep_the_master(farm: Farm, open_
     assert terminal.lines()[-2].startswith("task_master: 1 done, ")
 
 
+def test_a_second_ctrl_c_leaves_whole_lines_too(open_terminal: Any) -> None:
+    terminal = open_terminal(100, *FILE, "--workers", 1, "--function", "functions:stay", 1)
+    terminal.wait_text(BAR)
+    terminal.press_ctrl_c()
+    terminal.wait_text("(?s)draining.* 0 done|draining.*\r0 done")
+    terminal.press_ctrl_c()
+    assert terminal.wait() == 130
+    assert [line for line in terminal.rows() if line.startswith("task_master: leaving at once")], terminal.rows()
+
+
 def test_ctrl_c_leaves_whole_lines(open_terminal: Any) -> None:
     terminal = open_terminal(100, *FILE, *JOB_OPTIONS, *STEPS)
     terminal.wait_text(BAR + "[1-9]")
@@ -249,6 +259,14 @@ def test_without_a_terminal_there_is_a_plain_line_now_and_then(farm: Farm) -> No
     begun = [" left" in line for line in lines if not re.search(" (0|20) of 20", line)]
     assert begun and all(begun), "the time left is known when a task is done"
     assert not [line for line in lines if re.search(" 0 of 20.* left", line)]
+
+
+def test_the_rate_does_not_count_the_time_before_there_were_workers(farm: Farm) -> None:
+    master = run_patched(farm, "--function", "mod:steps", *STEPS)
+    master.pause(5)
+    farm.worker(master, "--function", "mod:steps")
+    found = master.wait_line(r"  (\d+) of 20.*, (\S+)/s, 0:(\d\d), .* left")
+    assert float(found[2]) > 1.5 * int(found[1]) / int(found[3])
 
 
 def test_a_queue_that_has_nothing_to_do_is_silent(farm: Farm) -> None:
@@ -317,6 +335,12 @@ def test_the_first_failure_of_each_kind_is_said_and_the_summary_counts_ten_kinds
     assert "task_master: 91 failed:" in master.stderr
     assert master.said("and 6 of other kinds, see the records with an error$")
     assert last_line(master)[:2] == ("0", "91")
+
+
+def test_errors_that_differ_in_the_name_of_a_file_are_of_one_kind() -> None:
+    names = ["a.md", "b/c", "/d/e", "../f.tar.gz", "7.5"]
+    assert len({find_kind(f"CommandFailed: exit status 1: wc: {name}: No such file", {}) for name in names}) == 1
+    assert len({find_kind(f"OSError: {text}", {}) for text in ("a.md is odd", "a.md is even", "a.md. No", "i/o")}) == 4
 
 
 def test_of_the_retries_of_a_kind_the_first_are_said_and_all_are_counted(farm: Farm) -> None:

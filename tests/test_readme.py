@@ -280,7 +280,7 @@ def test_jq_shows_which_tasks_failed(newcomer: Newcomer, failing: int) -> None:
 @needs(not importlib.util.find_spec("pandas"), reason="pandas is not installed")
 def test_pandas_counts_failures_by_type_and_time_by_host(newcomer: Newcomer, failing: int) -> None:
     newcomer.write("times.py")
-    lines = [line.split() for line in newcomer.run("python3 times.py").stdout]
+    lines = [line.split() for line in newcomer.run("python3 times.py results.jsonl").stdout]
     assert (["AssertionError", str(failing)] in lines) == bool(failing)
     (row,) = [line for line in lines if line[:1] == ["b"]]
     assert [float(cell) for cell in row[1:]] == pytest.approx([1000, 100, 0.1, 0.1])

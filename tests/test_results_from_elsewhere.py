@@ -25,10 +25,10 @@ def record(n: int, **more: Any) -> str:
     return json.dumps({**whole, **more})
 
 
-def resume(farm: Farm, *options: object, **more: Any) -> Program:
+def resume(farm: Farm, *options: object, tasks: object = "tasks.jsonl", **more: Any) -> Program:
     """A master that resumes the job with a worker of its own, or is refused; in little memory."""
     farm.write_tasks(range(COUNT))
-    where = ["--port", 0, "--tasks", "tasks.jsonl", *FILE, "--resume", *WORK]
+    where = ["--port", 0, "--tasks", tasks, *FILE, "--resume", *WORK]
     return farm.run_after(LIMITED, "task_master.py", *where, *options, **more)
 
 
@@ -139,7 +139,7 @@ def test_a_record_of_another_task_that_failed_is_refused_before_anything_is_appe
     failed = record(0).replace('"result": 0', '"error": {"type": "E", "message": "m", "traceback": ""}')
     before = f"{failed}\n{record(1)}\n"
     farm.results.write_text(before)
-    master = resume(farm, "--tasks", "-", stdin=subprocess.PIPE)
+    master = resume(farm, tasks="-", stdin=subprocess.PIPE)
     master.give([9, 1])
     assert master.wait() == 2
     assert master.said("belongs to other tasks: its task 0 is not 9")
@@ -149,7 +149,7 @@ def test_a_record_of_another_task_that_failed_is_refused_before_anything_is_appe
 def test_a_task_that_failed_and_is_not_there_any_more_is_no_success(farm: Farm) -> None:
     farm.results.write_text("".join(f"{record(n)}\n" for n in range(FAILED + 1)))
     fewer = farm.write_tasks(range(FAILED), "fewer.jsonl")
-    check_one_line(resume(farm, "--tasks", fewer), 2, f"belongs to other tasks: it has more than these {FAILED}")
+    check_one_line(resume(farm, tasks=fewer), 2, f"belongs to other tasks: the input has only {FAILED}")
 
 
 def test_the_last_record_of_an_id_counts(farm: Farm) -> None:

@@ -244,7 +244,7 @@ def test_a_file_that_cannot_be_put_right_is_one_line_and_the_status_is_as_withou
         (farm.folder / "mended").unlink()
     farm.worker(master, *WORK[2:])
     assert master.wait() == status
-    assert len(master.said("cannot put results.jsonl in order: operation not permitted")) == 1
+    assert len(master.said("cannot rewrite results.jsonl: operation not permitted")) == 1
     check_silence(master)
     assert farm.results.read_bytes().startswith(before)
     assert [path.name for path in farm.folder.glob("results*")] == ["results.jsonl"]
