@@ -457,6 +457,7 @@ START_POLL = 0.02  # seconds between looks around while a child loads the functi
 LARGE_CALL = 1 << 20  # bytes of a call that may wait for others at the master
 LARGE_REPORT = 200  # outcomes: to record them takes as long as a round trip
 POLL_INTERVAL = 0.25  # seconds after which a slot looks around while its child works
+FEED_LIMIT = 15  # seconds for a child to read some of a long text: it may hang, or have died, and what it has forked not
 EXIT_GRACE = 5.0  # seconds for a child to leave by itself
 OUTPUT_LIMIT = 1 << 20  # bytes kept of each stream of a --command
 ERROR_SIZE = 8192  # characters kept of an error's message, and twice that of its traceback
@@ -966,6 +967,8 @@ class Child:
         try:
             self._pipe, theirs = self.context.Pipe()
             self._poll = make_poll(self._pipe)
+            with contextlib.suppress(OSError), socket.socket(fileno=os.dup(self._pipe.fileno())) as sock:  # not on Windows
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", FEED_LIMIT, 0))
             while self.killing_all:  # leave `starting` to `leave_at_once`: the lock is not fair
                 time.sleep(EXIT_GRACE)
             with theirs, self.starting:
@@ -983,8 +986,10 @@ class Child:
         """Hand over tasks, to be run in this order; blocks until the child has read most of a long text."""
         self._taken = HEADER
         struct.pack_into("5d", self._memory.bytes, 0, -1, time.perf_counter(), 0, HEADER, time_limit)  # from POSITION on
-        with contextlib.suppress(OSError):  # it just died: `receive` finds out
+        try:
             self._pipe.send_bytes("\n".join(lines).encode("utf-8", "replace"))
+        except OSError:  # it just died, or hangs: `receive` finds out
+            self.kill()
 
     def receive(self, timeout: float) -> bytes | None:
         """The next message, or None when no piece of it came for `timeout` seconds, or the pipe has ended. Raises ChildDied."""

@@ -6,6 +6,7 @@ import contextlib
 import json
 import re
 import subprocess
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -116,6 +117,15 @@ def end_while_it_hands_over():
         os._exit(0)
     return "x" * 50_000_000
 
+def end_while_it_waits():
+    """What it has forked keeps the pipe."""
+    if not os.fork():
+        time.sleep(1000)
+    threading.Timer(1, os._exit, (0,)).start()
+
+def hang_while_it_waits():
+    threading.Timer(1, ctypes.PyDLL(None).sleep, (1000,)).start()
+
 def replace_stdout():
     sys.stdout = sys.stderr = None
     return "replaced"
@@ -190,6 +200,7 @@ WAYS = {name: way for name, (_, way) in [*FAILING.items(), *HARMLESS.items()]}
 WAYS.update(SPOILING)
 WAYS.update(READING)
 WAYS.update(stay=close_and_stay, hang=hang_behind_the_task, end=end_while_it_hands_over)
+WAYS.update({"end later": end_while_it_waits, "hang later": hang_while_it_waits})
 
 def run(task):
     if isinstance(task, str):
@@ -283,6 +294,18 @@ def test_a_process_that_does_not_get_to_its_next_task_is_replaced(farm: Farm, wa
     first, *others = farm.in_order()
     assert first.get("error", {}).get("type") == (None if way == "hang" else "ProcessDied")
     assert [record["result"] for record in others] == [2 * n for n in range(1, 20)]
+
+
+@pytest.mark.parametrize("way", ["end later", "hang later"])
+def test_a_process_that_does_not_read_a_long_task_is_replaced(farm: Farm, way: str) -> None:
+    master = farm.master("--tasks", "-", "--results", "results.jsonl", "--timeout", TIME_LIMIT, stdin=subprocess.PIPE)
+    farm.worker(master, "--function", "mod:run")
+    master.put(json.dumps(way) + "\n")
+    farm.wait_records(master, 1)
+    time.sleep(2)  # it ends or hangs meanwhile
+    master.give([json.dumps(["x" * 2_000_000])])
+    assert master.wait() == 0
+    assert farm.in_order()[1]["attempts"] == 1
 
 
 SETUP = """
