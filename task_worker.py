@@ -788,6 +788,8 @@ def die_with_parent() -> NoReturn:
     assert parent
     connection.wait([parent.sentinel])
     kill_started(mark)
+    with contextlib.suppress(AttributeError):
+        os.killpg(0, signal.SIGKILL)  # for systems without /proc
     os._exit(1)
 
 
@@ -978,6 +980,7 @@ class Child:
                 arguments = (theirs, self._memory, worker.folder)
                 self._process = self.context.Process(target=run_child, args=arguments, kwargs=worker.statement)
                 self._process.start()
+                self.kill = functools.partial(kill_group, self._process)
         finally:
             if isinstance(self._memory.source, int):
                 os.close(self._memory.source)  # what is mapped stays
@@ -1028,14 +1031,6 @@ class Child:
         time.sleep(0.001)  # until the child, which writes its position and then looks at the flag, must have seen it
         return self.position()
 
-    def kill(self) -> None:
-        """Kill the process and its process group."""
-        pid = self._process.pid
-        assert pid  # 0 would be our own group
-        with contextlib.suppress(OSError, AttributeError):  # it has no group yet, or the system has none
-            self._process.kill()  # first, so that it does not see its command die
-            os.killpg(pid, signal.SIGKILL)
-
     def stop(self, sweep: bool = True) -> None:
         """Let the child leave for EXIT_GRACE seconds, then kill it; with `sweep` kill all that it has started and left, too."""
         self._pipe.close()
@@ -1049,6 +1044,13 @@ class Child:
             kill_started(self._mark)
         while self.killing_all:  # this process is about to end: what becomes of its children is no outcome
             time.sleep(EXIT_GRACE)
+
+
+def kill_group(process: Any) -> None:
+    """Kill a child process and its process group."""
+    with contextlib.suppress(OSError, AttributeError):  # it has no group yet, or the system has none
+        process.kill()  # first, so that it does not see its command die
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def read_file(path: str) -> bytes:
@@ -1172,7 +1174,7 @@ def leave_at_once(status: int) -> NoReturn:
     Child.killing_all = True
     Child.starting.acquire(timeout=EXIT_GRACE)  # one that is half started would end with a traceback
     for process in multiprocessing.active_children():
-        process.kill()
+        kill_group(process)
     kill_started(WORKER_MARK, root=os.getpid())
     os._exit(status)
 

@@ -256,6 +256,24 @@ def test_nothing_is_left_of_a_worker_whose_task_runs(scene: Scene, end: str, tas
     scene.wait_none_left()
 
 
+ELSEWHERE = """
+import importlib.util, multiprocessing.popen_spawn_posix, multiprocessing.resource_tracker, socket, subprocess, sys, tempfile
+sys.platform = "darwin"  # which has no /proc; what Python itself looks up by this name was imported before
+"""
+
+
+@pytest.mark.parametrize("end", ["killed", "second signal"])
+def test_the_command_of_a_worker_ends_with_it_where_there_is_no_proc(scene: Scene, end: str) -> None:
+    scene.farm.write("sitecustomize.py", ELSEWHERE)
+    master = scene.master("1")
+    env = scene.farm.env(PYTHONPATH=str(scene.farm.folder))
+    worker = scene.farm.worker(master, "--command", "touch began; sleep 421; : {}", env=env)
+    wait_until((scene.farm.folder / "began").exists, worker)
+    WORKER_ENDS[end](worker, psutil.Process(worker.pid))
+    leave_twice(master)
+    scene.wait_none_left()
+
+
 @pytest.mark.parametrize("task", ["stay", "hold"])
 @pytest.mark.parametrize("end", [Program.kill, leave_twice])
 def test_nothing_is_left_of_a_master_whose_local_worker_runs_a_task(scene: Scene, end: Callable[..., None], task: str) -> None:
