@@ -1505,14 +1505,15 @@ class LocalWorker:
             process = self._process = subprocess.Popen(
                 command, env=environ, stdin=subprocess.PIPE, stdout=stdout, stderr=subprocess.STDOUT, start_new_session=True
             )
-        except (OSError, ValueError) as error:  # ValueError: no command line can carry an argument
+            self.name = f"{self.host}/{process.pid}"
+            reader = threading.Thread(target=self._relay, args=(process,), daemon=True)
+            reader.start()
+        except (OSError, ValueError, RuntimeError) as error:  # no command line can carry an argument; there is no more thread
             say(f"cannot run {command[0]}: {explain_error(error)}")
-            return 255 if isinstance(error, OSError) else 2
-        self.name = f"{self.host}/{process.pid}"
+            self.end()
+            return 2 if isinstance(error, ValueError) else 255
         if self._stopping.is_set():
             self.end()
-        reader = threading.Thread(target=self._relay, args=(process,), daemon=True)
-        reader.start()
         process.wait()
         reader.join(OUTPUT_GRACE)  # another user's process, which the worker could not kill, may keep the pipe
         with contextlib.suppress(OSError):

@@ -366,6 +366,23 @@ def test_a_function_that_no_worker_can_load_ends_the_run(mine: Mine, function: s
         mine.results([2], function=function)
 
 
+@pytest.mark.filterwarnings("ignore:subprocess .* is still running")  # and leaves, as its standard input has ended
+def test_a_farm_that_can_have_no_thread_to_read_what_its_worker_says_ends(mine: Mine, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Scarce(threading.Thread):
+        def __init__(self, **options: Any) -> None:
+            super().__init__(**options)
+            self.missing = options["target"].__name__ == "_relay"
+
+        def start(self) -> None:
+            if self.missing:
+                raise RuntimeError("can't start new thread")
+            super().start()
+
+    monkeypatch.setattr(threading, "Thread", Scarce)
+    with contextlib.suppress(Failure), mine.start() as master:  # a worker may do it meanwhile
+        assert [record.result for record in master.run([2])] == [1]
+
+
 @pytest.mark.parametrize(
     "key", [b"\0" * 20, bytes(range(20)), bytes(range(128, 160)), b"ends with a newline\n", b" starts with a space"], ids=repr
 )
