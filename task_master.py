@@ -1511,6 +1511,8 @@ class LocalWorker:
         except (OSError, ValueError, RuntimeError) as error:  # no command line can carry an argument; there is no more thread
             say(f"cannot run {command[0]}: {explain_error(error)}")
             self.end()
+            if self._process:
+                self._process.wait()
             return 2 if isinstance(error, ValueError) else 255
         if self._stopping.is_set():
             self.end()

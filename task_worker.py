@@ -457,7 +457,7 @@ START_POLL = 0.02  # seconds between looks around while a child loads the functi
 LARGE_CALL = 1 << 20  # bytes of a call that may wait for others at the master
 LARGE_REPORT = 200  # outcomes: to record them takes as long as a round trip
 POLL_INTERVAL = 0.25  # seconds after which a slot looks around while its child works
-FEED_LIMIT = 15  # seconds for a child to read some of a long text: it may hang, or have died, and what it has forked not
+FEED_LIMIT = 15  # seconds for a child to read some of a long text: it may hang, or what it forked may keep a dead one's pipe
 EXIT_GRACE = 5.0  # seconds for a child to leave by itself
 OUTPUT_LIMIT = 1 << 20  # bytes kept of each stream of a --command
 ERROR_SIZE = 8192  # characters kept of an error's message, and twice that of its traceback
@@ -789,7 +789,7 @@ def die_with_parent() -> NoReturn:
     connection.wait([parent.sentinel])
     kill_started(mark)
     with contextlib.suppress(AttributeError):
-        os.killpg(0, signal.SIGKILL)  # for systems without /proc
+        os.killpg(0, signal.SIGKILL)  # where there is no /proc
     os._exit(1)
 
 
@@ -969,7 +969,7 @@ class Child:
         try:
             self._pipe, theirs = self.context.Pipe()
             self._poll = make_poll(self._pipe)
-            with contextlib.suppress(OSError), socket.socket(fileno=os.dup(self._pipe.fileno())) as sock:  # not on Windows
+            with contextlib.suppress(OSError), socket.socket(fileno=os.dup(self._pipe.fileno())) as sock:  # no socket on Windows
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", FEED_LIMIT, 0))
             while self.killing_all:  # leave `starting` to `leave_at_once`: the lock is not fair
                 time.sleep(EXIT_GRACE)
@@ -980,7 +980,6 @@ class Child:
                 arguments = (theirs, self._memory, worker.folder)
                 self._process = self.context.Process(target=run_child, args=arguments, kwargs=worker.statement)
                 self._process.start()
-                self.kill = functools.partial(kill_group, self._process)
         finally:
             if isinstance(self._memory.source, int):
                 os.close(self._memory.source)  # what is mapped stays
@@ -1030,6 +1029,10 @@ class Child:
         self._memory.words[REVOKED] = 1
         time.sleep(0.001)  # until the child, which writes its position and then looks at the flag, must have seen it
         return self.position()
+
+    def kill(self) -> None:
+        """Kill the process and its process group."""
+        kill_group(self._process)
 
     def stop(self, sweep: bool = True) -> None:
         """Let the child leave for EXIT_GRACE seconds, then kill it; with `sweep` kill all that it has started and left, too."""

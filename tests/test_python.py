@@ -366,7 +366,6 @@ def test_a_function_that_no_worker_can_load_ends_the_run(mine: Mine, function: s
         mine.results([2], function=function)
 
 
-@pytest.mark.filterwarnings("ignore:subprocess .* is still running")  # and leaves, as its standard input has ended
 def test_a_farm_that_can_have_no_thread_to_read_what_its_worker_says_ends(mine: Mine, monkeypatch: pytest.MonkeyPatch) -> None:
     class Scarce(threading.Thread):
         def __init__(self, **options: Any) -> None:
