@@ -1121,7 +1121,8 @@ def skip_recorded(batches: Iterable[list[str]], results: ResultsFile) -> Iterato
 
 def read_chunks(descriptor: int, name: str) -> Iterator[bytes]:
     """What can be read, in pieces as they arrive. Raises Failure, also for a file that gets other content meanwhile."""
-    is_file, known = os.path.isfile(descriptor), b""
+    is_file = os.path.isfile(descriptor) and os.fstat(descriptor).st_size > 0  # else it may be one of /proc
+    known = b""
     try:
         while True:
             if known:  # read it again, since half a line of this list and half of another are no task
@@ -2367,7 +2368,7 @@ class Job:
         ledger, spent = self._master.ledger, time.monotonic() - self._began_at
         done = self._kept + ledger.done
         total = self._kept + ledger.submitted if ledger.phase in (Phase.ENDED, Phase.OVER) else None
-        rate = ledger.done / (time.monotonic() - self._worked_at)  # since the first worker came
+        rate = ledger.done / max(time.monotonic() - self._worked_at if self._master.hosts else spent, 0.1)  # with workers
         left = (total - done) / rate if total and rate else 0.0
         seconds, task = self._master._longest()
         longest = [f"longest {show_time(seconds)} ({task})"] if seconds >= 1 else []

@@ -590,8 +590,8 @@ def parse_template(template: str) -> tuple[str, list[str], list[str]]:
 
     def keep(text: str) -> str:
         """Text in quotes, where nothing is replaced."""
-        if "{}" in text:
-            raise Failure(f'{shown}: {{}} in quotes is not replaced: take the quotes away, or write "$TASK"')
+        if found := re.search(r"\{\}" if text[0] == "'" else r"\{[./#%]*\}", text):  # GNU parallel's braces, too
+            raise Failure(f'{shown}: {found[0]} in quotes is not replaced: take the quotes away, or write "$TASK"')
         quoted.extend(MEMBER.findall(text))
         return text
 
@@ -650,7 +650,7 @@ class Command:
                     raise
                 raise ValueError("the task is too long for a command (Linux takes 128 KiB): put a path there instead") from None
             status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-            result = {"exit": status, "stdout": read_output(stdout), "stderr": read_output(stderr)}
+            result = {"exit": status, "stdout": read_output(stdout, status), "stderr": read_output(stderr, status)}
         if status:
             raise CommandFailed(result)
         return result
@@ -670,11 +670,12 @@ def open_output() -> Any:
     return tempfile.TemporaryFile("a+b", buffering=0)
 
 
-def read_output(file: Any) -> str:
-    """A file as text, cut visibly after OUTPUT_LIMIT bytes. Raises OSError if it may not have all that was printed."""
+def read_output(file: Any, status: int) -> str:
+    """A file as text, cut visibly after OUTPUT_LIMIT bytes. Raises OSError if a command that succeeded may have printed more."""
     cut = os.fstat(file.fileno()).st_size - OUTPUT_LIMIT
     text = os.pread(file.fileno(), OUTPUT_LIMIT, 0).decode("utf-8", "replace")
-    os.write(file.fileno(), b"\n")  # raises OSError if the disk is full: then there is more that is missing here
+    if not status:
+        os.write(file.fileno(), b"\n")  # raises OSError if the disk is full
     return text if cut <= 0 else f"{text}\n[... {cut} bytes cut]"
 
 
@@ -770,8 +771,9 @@ def leave_terminal() -> None:
     """Streams and a session of its own: Ctrl-C in the terminal reaches the parent alone, and a kill takes the whole group."""
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # so that nothing a task starts waits for the terminal
     for name, descriptor in (("stdout", 1), ("stderr", 2)):
-        stream = io.BufferedWriter(Output(descriptor, "w", closefd=False))
-        setattr(sys, name, io.TextIOWrapper(stream, errors="backslashreplace", line_buffering=True))
+        raw = io.BufferedWriter(Output(descriptor, "w", closefd=False))
+        stream = io.TextIOWrapper(raw, errors="backslashreplace", line_buffering=True)
+        vars(sys).update({name: stream, f"__{name}__": stream})  # one that a module replaces must not close what it wraps
     if hasattr(os, "setsid"):
         os.setsid()
     for number in STOP_SIGNALS:

@@ -181,6 +181,7 @@ def split(templates: str) -> list[str]:
     [
         *[(template, "quot") for template in [*split(QUOTED), *QUOTED_LINES]],
         *[(template, r"\{\}|TASK") for template in [*split(UNPLACED), *UNPLACED_LINES]],
+        *[(f"convert {{}} {text}", "quotes") for text in ('"{.}.png"', '"$(echo {/})"', "<<E\n{.}\n$(ls)\nE")],
         *[(f"convert {{}} {braces}.png", "GNU parallel") for braces in ("{.}", "{/}", "{//}", "{/.}", "{#}", "{%}")],
     ],
 )

@@ -114,6 +114,13 @@ def test_a_task_can_catch_what_its_programs_print(farm: Farm) -> None:
     assert farm.values() == ["from a program\nfrom Python\n"]
 
 
+@pytest.mark.parametrize("wrapped", ["io.TextIOWrapper(sys.stdout.buffer)", "codecs.getwriter('utf-8')(sys.stdout.buffer)"])
+def test_a_module_may_wrap_the_buffer_of_standard_output(farm: Farm, wrapped: str) -> None:
+    farm.write("wraps.py", f"import codecs, io, sys\nsys.stdout = {wrapped}\ndef f(n):\n    print('hello', n)\n    return n\n")
+    farm.run_job(1, 2, function="wraps:f")
+    assert farm.values() == [1, 2]
+
+
 def test_python_has_nothing_to_warn_of(farm: Farm) -> None:
     job = farm.run_job(1, 2, function="functions:double", env=farm.env(PYTHONDEVMODE="1"))
     assert not job.said("Warning"), job.stderr
