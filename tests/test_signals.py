@@ -336,8 +336,8 @@ def test_a_task_that_is_told_to_end_together_with_its_worker_has_not_failed(farm
     first = farm.worker(master, "--function", "functions:stay")
     farm.wait_started(first)
     (child,) = first.children()
+    first.drain()
     child.terminate()
-    first.signal(signal.SIGTERM)
     assert first.wait() == 0
     farm.let_go()
     farm.worker(master, "--function", "functions:stay")
