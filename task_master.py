@@ -1509,7 +1509,7 @@ class LocalWorker:
             self.name = f"{self.host}/{process.pid}"
             reader = threading.Thread(target=self._relay, args=(process,), daemon=True)
             reader.start()
-        except (OSError, ValueError, RuntimeError) as error:  # no command line can carry an argument; there is no more thread
+        except (OSError, ValueError, RuntimeError) as error:  # ValueError: an argument has a zero byte; RuntimeError: no threads
             say(f"cannot run {command[0]}: {explain_error(error)}")
             self.end()
             if self._process:
@@ -1832,7 +1832,7 @@ class TaskMaster:
             finished = self.ledger.is_over() and self.ledger.phase != Phase.FAILED
             connected = {peer.name for peer in [*self.peers] if finished and not self.ledger.first_held()}
             self.ledger.end(Phase.CLOSED, None if finished else Failure("this TaskMaster was closed before its tasks were done"))
-            ended = {worker.name for worker in self.started if self.ledger.first_held()}  # below, as a task still runs
+            ended = {worker.name for worker in self.started if self.ledger.first_held()}  # at once, below: a task still runs
             give_up_at = time.monotonic() + GOODBYE
             while finished and {peer.name for peer in [*self.peers]} - ended and time.monotonic() < give_up_at:
                 time.sleep(0.01)
@@ -2085,7 +2085,7 @@ def explain_outcome(task: Task) -> str:
 
 
 def find_kind(text: str, known: dict[str, Any]) -> str:
-    """The kind of an error: its text without what differs from task to task; "others" when too many are known."""
+    """The kind of an error: its text without quoted words, file names and numbers; "others" when too many are known."""
     kind = re.sub(r"'[^']*'|\"[^\"]*\"|[^\s'\"]*[/.]\w[^\s'\"]*|[0-9]+", "...", text)[:200]
     return kind if kind in known or len(known) < KINDS_LIMIT else "others"
 
@@ -2351,7 +2351,7 @@ class Job:
             ledger.end(Phase.DRAINING)
             say("draining: waiting for the tasks that run (once more to leave at once)")
         self._looked_at = now  # from before the look: a signal that came later was not seen
-        self._worked_at = self._worked_at if self._master.hosts else now
+        self._worked_at = self._worked_at if self._master.hosts else now  # when the first worker came
         if self._results:
             try:
                 self._results.sync()
@@ -2368,7 +2368,8 @@ class Job:
         ledger, spent = self._master.ledger, time.monotonic() - self._began_at
         done = self._kept + ledger.done
         total = self._kept + ledger.submitted if ledger.phase in (Phase.ENDED, Phase.OVER) else None
-        rate = ledger.done / max(time.monotonic() - self._worked_at if self._master.hosts else spent, 0.1)  # with workers
+        working = time.monotonic() - self._worked_at if self._master.hosts else spent
+        rate = ledger.done / max(working, 0.1)
         left = (total - done) / rate if total and rate else 0.0
         seconds, task = self._master._longest()
         longest = [f"longest {show_time(seconds)} ({task})"] if seconds >= 1 else []
@@ -2460,7 +2461,7 @@ class Job:
 
 def check_options(parser: Parser, options: argparse.Namespace) -> None:
     """Ends the program when options do not go together, or a stream is closed that they need."""
-    *earlier, options.tasks = options.tasks or [None]
+    *earlier, options.tasks = options.tasks or [None]  # argparse alone would drop the earlier ones without a word
     no_file, no_tasks = options.results in (None, "-"), not options.task and options.tasks is None
     problems = {
         "standard output is closed, where the results should go: use --results FILE": not sys.stdout and no_file,

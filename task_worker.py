@@ -457,7 +457,7 @@ START_POLL = 0.02  # seconds between looks around while a child loads the functi
 LARGE_CALL = 1 << 20  # bytes of a call that may wait for others at the master
 LARGE_REPORT = 200  # outcomes: to record them takes as long as a round trip
 POLL_INTERVAL = 0.25  # seconds after which a slot looks around while its child works
-FEED_LIMIT = 15  # seconds for a child to read some of a long text: it may hang, or what it forked may keep a dead one's pipe
+FEED_LIMIT = 15  # seconds in which a child reads nothing of a long text: it hangs, or is dead, and a fork of it keeps the pipe
 EXIT_GRACE = 5.0  # seconds for a child to leave by itself
 OUTPUT_LIMIT = 1 << 20  # bytes kept of each stream of a --command
 ERROR_SIZE = 8192  # characters kept of an error's message, and twice that of its traceback
@@ -516,7 +516,8 @@ def load_function(spec: str) -> Callable[[Any], Any]:
     except BaseException as error:  # the module's own code runs here, and may raise anything
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         if isinstance(error, ModuleNotFoundError):
-            where = "what --ssh sends of the master's current folder" if "/task_worker-" in folder else folder
+            by_ssh = folder.startswith(os.path.realpath(tempfile.gettempdir()) + "/task_worker-")  # as BOOTSTRAP names it
+            where = "what --ssh sends of the master's current folder" if by_ssh else folder
             reason += f" (looked in {where} and the path of {sys.executable})"
         raise Failure(f"--function {spec}: cannot import it on {socket.gethostname()}: {reason}") from None
     if not callable(function):
@@ -773,7 +774,7 @@ def leave_terminal() -> None:
     for name, descriptor in (("stdout", 1), ("stderr", 2)):
         raw = io.BufferedWriter(Output(descriptor, "w", closefd=False))
         stream = io.TextIOWrapper(raw, errors="backslashreplace", line_buffering=True)
-        vars(sys).update({name: stream, f"__{name}__": stream})  # one that a module replaces must not close what it wraps
+        vars(sys).update({name: stream, f"__{name}__": stream})  # held twice: if a module replaces one, it is not closed
     if hasattr(os, "setsid"):
         os.setsid()
     for number in STOP_SIGNALS:

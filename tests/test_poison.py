@@ -6,7 +6,6 @@ import contextlib
 import json
 import re
 import subprocess
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -121,10 +120,10 @@ def end_while_it_waits():
     """What it has forked keeps the pipe."""
     if not os.fork():
         time.sleep(1000)
-    threading.Timer(1, os._exit, (0,)).start()
+    threading.Timer(1, lambda: (print("now", flush=True), os._exit(0))).start()
 
 def hang_while_it_waits():
-    threading.Timer(1, ctypes.PyDLL(None).sleep, (1000,)).start()
+    threading.Timer(1, lambda: (print("now", flush=True), ctypes.PyDLL(None).sleep(1000))).start()
 
 def replace_stdout():
     sys.stdout = sys.stderr = None
@@ -299,10 +298,10 @@ def test_a_process_that_does_not_get_to_its_next_task_is_replaced(farm: Farm, wa
 @pytest.mark.parametrize("way", ["end later", "hang later"])
 def test_a_process_that_does_not_read_a_long_task_is_replaced(farm: Farm, way: str) -> None:
     master = farm.master("--tasks", "-", "--results", "results.jsonl", "--timeout", TIME_LIMIT, stdin=subprocess.PIPE)
-    farm.worker(master, "--function", "mod:run")
+    worker = farm.worker(master, "--function", "mod:run")
     master.put(json.dumps(way) + "\n")
     farm.wait_records(master, 1)
-    time.sleep(2)  # it ends or hangs meanwhile
+    worker.wait_line("^now$", "stdout")  # it ends or hangs
     master.give([json.dumps(["x" * 2_000_000])])
     assert master.wait() == 0
     assert farm.in_order()[1]["attempts"] == 1
