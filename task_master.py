@@ -152,12 +152,13 @@ class Console:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
+        self._locks = {1: self._lock if os.isatty(1) else contextlib.nullcontext(), 2: self._lock}  # a pipe blocks nobody else
         self.is_terminal = os.isatty(2)
         self.blank = b""  # what clears the progress, while there is one
 
     def write(self, data: bytes, descriptor: int = 2) -> None:
         """Write whole lines, or only clear the progress. Raises OSError when standard output does not take them."""
-        with self._lock if descriptor == 2 or os.isatty(1) else contextlib.nullcontext():  # a pipe must block nobody else
+        with self._locks[descriptor]:
             blank, self.blank = self.blank, b""
             if blank or descriptor == 2:
                 with contextlib.suppress(OSError):
@@ -326,10 +327,11 @@ class Ledger:
             return self._over.wait_for(self.is_over, timeout)
 
     def submit(self, tasks: Iterable[tuple[int, str]]) -> bool:
-        """Add tasks as (id, JSON text). Blocks while too many are READY. Returns False when no more are wanted."""
-        new = {task_id: Task(task_id, text) for task_id, text in tasks}
+        """Add tasks as (id, JSON text), "" for none. Blocks while too many are READY. Returns False when no more are wanted."""
+        new = {task_id: Task(task_id, text) for task_id, text in tasks if text}
         with self._lock:
-            self._room.wait_for(lambda: self.phase > Phase.ENDED or self._has_room())
+            while self.phase <= Phase.ENDED and not self._has_room():
+                self._room.wait()
             if self.phase > Phase.ENDED:
                 return False
             self.submitted += len(new)
@@ -422,15 +424,16 @@ class Ledger:
                 task.ok, task.outcome = ok, outcome
                 task.failures += not ok
                 (retried if again else last).append(task)
-            self.retried += len(retried)
             self._move(last, LEASED, RECORDER)
-            self._move(retried, READY)
-            for task in retried:
-                delay = self._retry_delay and self._retry_delay * 2 ** (task.failures - 1)
-                task.avoids = (standing, now + delay)
-                self._ready_bytes += len(task.text)
-                heapq.heappush(self._delayed, (now + delay, task.id, task))
-            self._queue_due(now)
+            if retried:
+                self._move(retried, READY)
+                self.retried += len(retried)
+                for task in retried:
+                    delay = self._retry_delay and self._retry_delay * 2 ** (task.failures - 1)
+                    task.avoids = (standing, now + delay)
+                    self._ready_bytes += len(task.text)
+                    heapq.heappush(self._delayed, (now + delay, task.id, task))
+                self._queue_due(now)
         return last, retried
 
     def settle(self, tasks: list[Task]) -> None:
@@ -585,7 +588,7 @@ class Ledger:
         """
         tasks: list[Task] = []
         left: list[Task] = []
-        others = any(other is not standing and not other.failing for other in self._workers.values())
+        others = self.retried > 0 and any(other is not standing and not other.failing for other in self._workers.values())
         room, ready = LEASE_BYTES, self._ready
         limit = min(limit, LEASE_LIMIT // 2, LEASE_LIMIT - held)  # half: it leases anew before its report is read
         while ready and len(tasks) < limit and len(left) < AVOID_LIMIT:
@@ -604,7 +607,8 @@ class Ledger:
             tasks.append(task)
             if alone:
                 break
-        (self._put_first if len(left) < AVOID_LIMIT // 5 else self._put_last)(left)  # many would be in the way
+        if left:
+            (self._put_first if len(left) < AVOID_LIMIT // 5 else self._put_last)(left)  # many would be in the way
         return tasks
 
 
@@ -689,14 +693,12 @@ class TaskQueue:
 
     def _lease(self, limit: int, wait: float) -> list[Task] | None:
         peer, ledger = this_thread.peer, self._master.ledger
-        while True:
-            if peer.conn.poll(0):  # its end: it waits for our answer, so it says nothing
-                raise EOFError  # it died while it waited: a task given to it would count as lost
-            peer.moved_at = time.monotonic()
-            tasks = ledger.lease(peer, limit, peer.moved_at)
-            if tasks != [] or not (wait > 0 and ledger.wait_ready(peer, wait, peer.moved_at)):
-                return tasks
-            wait = 0.0
+        if wait > 0:
+            ledger.wait_ready(peer, wait, time.monotonic())
+        if peer.conn.poll(0):  # its end: it waits for our answer, so it says nothing
+            raise EOFError  # it died while it waited: a task given to it would count as lost
+        peer.moved_at = time.monotonic()
+        return ledger.lease(peer, limit, peer.moved_at)
 
 
 class ResultQueue:
@@ -1903,7 +1905,7 @@ class TaskMaster:
                     outcome = format_outcome(format_error("ValueError", tasks.problem))
                     with self._recording:
                         self._record([self.ledger.submit_failed(first, tasks[0], outcome)], "")
-                elif not self.ledger.submit(pair for pair in enumerate(tasks, first) if pair[1]):
+                elif not self.ledger.submit(enumerate(tasks, first)):
                     break
             self.ledger.end(Phase.ENDED)
         except BaseException as error:  # what the caller's own iterable raises is for the caller

@@ -196,7 +196,8 @@ class PlainConnection:
         if not 0 <= size <= maxlength:
             self.close()
             raise EOFError("the peer announced a message that is too long")
-        self.fill(4 + size)
+        if len(self._buffer) < 4 + size:
+            self.fill(4 + size)
         data = bytes(memoryview(self._buffer)[4 : 4 + size])
         del self._buffer[: 4 + size]
         return data
@@ -1196,6 +1197,7 @@ class Link:
         self._connection = PlainConnection(socket.create_connection(address, HANDSHAKE_LIMIT))
         self.answered_at = 0.0  # the time of the last answer
         self._answer_limit = limit  # seconds that a later call may block (None: for as long as the connection lives)
+        self._limits: tuple[float | None, int] | None = None  # as they are set: seconds, and TCP's milliseconds
         self.close, self.has_answer = self._connection.close, self._connection.has_data
         try:
             if context:
@@ -1222,12 +1224,16 @@ class Link:
 
     def send(self, *calls: bytes, patient: bool = False) -> None:
         """Make calls, whose answers `receive` will give one by one; `patient`: as long as the connection lives."""
-        try:
-            self._connection.sock.settimeout(None if patient else self._answer_limit)  # None: the master's disk may be slow
-        except OSError as error:  # it is closed, since a call before this one was its end
-            raise EOFError(str(error)) from error
         waits = patient and len(calls[0]) > LARGE_CALL  # then Linux would end a connection whose peer lives and takes no byte
-        self._connection.set_option("TCP_USER_TIMEOUT", 0 if waits else int(SILENCE_LIMIT * 1000))
+        # None: the master's disk may be slow.
+        limits = (None if patient else self._answer_limit, 0 if waits else int(SILENCE_LIMIT * 1000))
+        if limits != self._limits:
+            self._limits = limits
+            try:
+                self._connection.sock.settimeout(limits[0])
+            except OSError as error:  # it is closed, since a call before this one was its end
+                raise EOFError(str(error)) from error
+            self._connection.set_option("TCP_USER_TIMEOUT", limits[1])
         self._connection.send_bytes(*calls)
 
     def receive(self) -> Any:
