@@ -217,10 +217,6 @@ class Phase(enum.IntEnum):
     FAILED = 5  # nothing can be recorded any more
 
 
-class IllegalMove(Exception):
-    """A defect of this program: a task was to change its state in a way that MOVES does not have."""
-
-
 class Task:
     """A task until it is DONE; its state is changed by `Ledger._move` alone."""
 
@@ -503,12 +499,12 @@ class Ledger:
     # Called with the lock held
 
     def _move(self, tasks: list[Task], state: str, holder: object = None) -> None:
-        """The one gate: all tasks move, or none. A task has a holder exactly while it is LEASED."""
+        """The one gate: all tasks move, or none. A task has a holder exactly while it is LEASED. Raises AssertionError."""
         if not tasks:
             return
         for old in {task.state for task in tasks}:
             if (old, state) not in MOVES:
-                raise IllegalMove(f"from {old} to {state}")
+                raise AssertionError(f"from {old} to {state}")  # a defect of this program: MOVES does not have it
         for task in tasks:
             if task.holder is not None and task.holder is not RECORDER:
                 del self._held[task.holder][task.id]
