@@ -350,7 +350,7 @@ class Ledger:
         """Block until `lease` would return tasks or None, for `timeout` seconds at most. Returns whether it would."""
         with self._lock:
             standing = self._slots.get(holder)
-            if standing and self._is_paused(standing, now):
+            if standing and self._is_paused(holder, standing, now):
                 # Not on `_leasable`: it would eat a signal for others. At most 1 s: `_over` is not told of a drain.
                 pause = max(standing.resumes_at - now, len(self._slots) / IDLE_POLLS)
                 return self._over.wait_for(lambda: self.phase > Phase.OVER, min(timeout, pause, 1.0))
@@ -366,12 +366,12 @@ class Ledger:
                 return None
             standing = self._slots.get(holder) or Standing(proven=True)  # a plain client has none
             self._queue_due(now)
-            if not self._ready or self._gate_closed or self._is_paused(standing, now):
+            if not self._ready or self._gate_closed or self._is_paused(holder, standing, now):
                 self._wake_next()  # the signal was perhaps for a task that this holder must not have
                 return []
             share = len(self._ready) // (len(self._slots) or 1)  # of what is READY, but not down to a few tasks a call
             limit = max(1, min(limit, max(share, limit // LEASE_PART)))
-            doubtful = self._is_in_doubt(standing, now)
+            doubtful = self.is_in_doubt(holder, now)
             asked = (1 if doubtful or not standing.proven else limit, len(self._held.get(holder, ())), standing, now)
             patience = LAST_PAUSE if standing.failing else AVOID_TIME
             lease = self._take(*asked, float("inf")) or self._take(*asked, patience)  # then what nobody else has taken in time
@@ -457,10 +457,13 @@ class Ledger:
         return again, given_up
 
     def is_in_doubt(self, holder: object, now: float) -> bool:
-        """Whether a holder's worker gets one task at a time, since others do better."""
+        """Whether a holder's worker fails while another one does not, or while others have had no time to come."""
         with self._lock:
             standing = self._slots.get(holder)
-            return standing is not None and self._is_in_doubt(standing, now)
+            if not standing or not standing.failing:
+                return False
+            others = [other for other in self._workers.values() if other is not standing]
+            return any(map(Standing.is_good, others)) or (not others and not standing.proven and now < self._others_until)
 
     def close_gate(self, closed: bool) -> None:
         """Lease nothing while whoever takes the records cannot take more."""
@@ -562,16 +565,9 @@ class Ledger:
             self._ready_bytes -= len(self._ready.popleft().text)  # recorded after a late report
         return bool(self._ready) and not self._gate_closed
 
-    def _is_paused(self, standing: Standing, now: float) -> bool:
-        """Whether a worker has to wait before its next task; a pause that a doubt brought ends with the doubt."""
-        return standing.resumes_at > now and (not standing.pause or self._is_in_doubt(standing, now))
-
-    def _is_in_doubt(self, standing: Standing, now: float) -> bool:
-        """Whether a worker fails while another one does not, or while others have had no time to come."""
-        if not standing.failing:
-            return False
-        others = [other for other in self._workers.values() if other is not standing]
-        return any(map(Standing.is_good, others)) or (not others and not standing.proven and now < self._others_until)
+    def _is_paused(self, holder: object, standing: Standing, now: float) -> bool:
+        """Whether a holder's worker has to wait before its next task; a pause that a doubt brought ends with the doubt."""
+        return standing.resumes_at > now and (not standing.pause or self.is_in_doubt(holder, now))
 
     def _take(self, limit: int, held: int, standing: Standing, now: float, patience: float) -> list[Task]:
         """Up to `limit` of the tasks to lease next, while they are together small enough and need not be leased alone.
