@@ -603,19 +603,6 @@ class Ledger:
 # ---- queues: what workers and plain clients can call ---------------------------------------------------------------
 
 
-class Peer:
-    """The other end of one connection: the holder of its leases."""
-
-    def __init__(self, name: str, conn: RequestConnection) -> None:
-        self.name = name
-        self.host = name.rpartition("/")[0]
-        self.conn = conn
-        self.joined_at: float | None = None  # as a slot
-        self.moved_at = 0.0  # when it last leased or reported
-        self.taken: collections.deque[tuple[int, float]] = collections.deque()  # by `get`: task id, time of taking
-        self.expired: set[int] = set()  # of those, the tasks whose time limit is over
-
-
 this_thread = threading.local()  # its `peer` is the one whose request it serves
 
 
@@ -629,7 +616,7 @@ class TaskQueue:
 
     def join(self, protocol: str, statement: str = "{}") -> dict[str, Any]:
         """Make the caller a slot, which runs what `statement` says. In the answer `refused` tells why it gets no tasks, if so."""
-        this_thread.peer.conn.end_handshake(SILENCE_LIMIT)
+        this_thread.peer.end_handshake(SILENCE_LIMIT)
         refused = self._master._welcome(this_thread.peer, int(protocol), json.loads(statement))
         return {"protocol": PROTOCOL, "run": self._master.run_id, "timeout": self._master.timeout, "refused": refused}
 
@@ -683,7 +670,7 @@ class TaskQueue:
         peer, ledger = this_thread.peer, self._master.ledger
         if wait > 0:
             ledger.wait_ready(peer, wait, time.monotonic())
-        if peer.conn.poll(0):  # its end: it waits for our answer, so it says nothing
+        if peer.poll(0):  # its end: it waits for our answer, so it says nothing
             raise EOFError  # it died while it waited: a task given to it would count as lost
         peer.moved_at = time.monotonic()
         return ledger.lease(peer, limit, peer.moved_at)
@@ -779,13 +766,18 @@ def load_outcome(outcome: str, scan: Callable[..., Any] = scan_strictly) -> tupl
 # ---- server --------------------------------------------------------------------------------------------------------
 
 
-class RequestConnection(PlainConnection):
-    """The server's end: a worker sends text (see task_worker.py), a plain client pickles, each is answered in its own way."""
+class Peer(PlainConnection):
+    """A connection, and the holder of its leases. A worker sends text (see task_worker.py), a plain client pickles; so do we."""
 
     def __init__(self, sock: socket.socket, address: tuple[Any, ...], large: threading.Lock) -> None:
         super().__init__(sock)
         self._large = large
-        self.host = address[0] if address else ""  # a peer that has gone may have none
+        self.host = address[0] if address else ""  # a peer that has gone may have none; later as its name says
+        self.name = ""  # what it calls itself, when the handshake is done
+        self.joined_at: float | None = None  # as a slot
+        self.moved_at = 0.0  # when it last leased or reported
+        self.taken: collections.deque[tuple[int, float]] = collections.deque()  # by `get`: task id, time of taking
+        self.expired: set[int] = set()  # of those, the tasks whose time limit is over
         self.problem = ""  # why its last message was refused
         self._pickles = False  # how the last request came
         self._has_turn = False  # whether it holds `_large`
@@ -921,7 +913,7 @@ class QueueServer(managers.Server):
         self.listener.settimeout(LOOK_INTERVAL)  # close does not wake a thread that accepts
         self.stop_event = threading.Event()
         self._master = master
-        self._pending: dict[RequestConnection, None] = {}  # in the handshake, oldest first
+        self._pending: dict[Peer, None] = {}  # in the handshake, oldest first
         # Held by the connection that receives or serves a large message. It is the server's own: a fork may leave it locked.
         self._large = threading.Lock()
         self._accepting = threading.Thread(target=self.accepter, daemon=True)
@@ -945,13 +937,13 @@ class QueueServer(managers.Server):
             self.listener.shutdown(socket.SHUT_RDWR)
         self._accepting.join()  # it holds the socket while it accepts
         self.listener.close()
-        for conn in [*self._pending, *[peer.conn for peer in [*self._master.peers]]]:
+        for conn in [*self._pending, *self._master.peers]:
             conn.cut()
 
     def accepter(self) -> None:
         while not self.stop_event.is_set():
             try:
-                conn = RequestConnection(*self.listener.accept(), self._large)
+                conn = Peer(*self.listener.accept(), self._large)
             except OSError as error:
                 if not isinstance(error, socket.timeout):  # out of file descriptors, say
                     self.stop_event.wait(LOOK_INTERVAL)
@@ -990,14 +982,16 @@ class QueueServer(managers.Server):
     def accept_connection(self, conn: Any, name: str) -> None:
         """The handshake is done, and the peer stays: `name` is what it calls itself."""
         name = re.sub(r"[^!-~]|[\"\\]", "?", str(name)[:100])  # it goes into records and onto terminals
-        this_thread.peer = Peer(name if "/" in name else f"{conn.host}/{name}", conn)
-        self._master.peers.add(this_thread.peer)
+        conn.name = name if "/" in name else f"{conn.host}/{name}"
+        conn.host = conn.name.rpartition("/")[0]
+        this_thread.peer = conn
+        self._master.peers.add(conn)
         self._pending.pop(conn, None)
         conn.end_handshake(None)  # a plain client may be silent while it works; only the system's keepalive watches it
         conn.send(("#RETURN", self._master.run_id))
         self.serve_client(conn)
 
-    def _forget(self, conn: RequestConnection) -> None:
+    def _forget(self, conn: Peer) -> None:
         self._pending.pop(conn, None)
         conn.close()
 
@@ -1985,11 +1979,11 @@ class TaskMaster:
 
     def _goodbye(self, peer: Peer) -> None:
         """A connection has ended: what it held is READY again, or given up."""
-        if peer.conn.problem:
-            self._log(f"closed the connection of {peer.name}: {peer.conn.problem}")
-        if peer.conn.problem not in ("", TOO_SLOW) and peer.taken:
+        if peer.problem:
+            self._log(f"closed the connection of {peer.name}: {peer.problem}")
+        if peer.problem not in ("", TOO_SLOW) and peer.taken:
             with contextlib.suppress(EOFError):
-                self._take_result(peer, format_error("TypeError", f"the result cannot be recorded: {peer.conn.problem}"))
+                self._take_result(peer, format_error("TypeError", f"the result cannot be recorded: {peer.problem}"))
         again, given_up = self.ledger.drop(peer)
         last = False  # of its worker's connections
         with self._counting:
