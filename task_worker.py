@@ -1190,21 +1190,20 @@ def leave_at_once(status: int) -> NoReturn:
 # ---- worker: the connections, without user code --------------------------------------------------------------------
 
 
-class Link:
+class Link(PlainConnection):
     """One connection to the master. OSError, EOFError and AuthenticationError say what went wrong. `close` it when done."""
 
     def __init__(self, address: tuple[str, int], key: bytes, name: str, context: Any = None, limit: float | None = None) -> None:
         """Connect, and prove to each other that both know the key; blocks for HANDSHAKE_LIMIT seconds at most for each."""
-        self._connection = PlainConnection(socket.create_connection(address, HANDSHAKE_LIMIT))
+        super().__init__(socket.create_connection(address, HANDSHAKE_LIMIT))
         self.answered_at = 0.0  # the time of the last answer
         self._answer_limit = limit  # seconds that a later call may block (None: for as long as the connection lives)
         self._limits: tuple[float | None, int] | None = None  # as they are set: seconds, and TCP's milliseconds
-        self.close, self.has_answer = self._connection.close, self._connection.has_data
         try:
             if context:
-                self._connection.secure(context)
-            connection.answer_challenge(self._connection, key)  # type: ignore[arg-type]
-            connection.deliver_challenge(self._connection, key)  # type: ignore[arg-type]
+                self.secure(context)
+            connection.answer_challenge(self, key)  # type: ignore[arg-type]
+            connection.deliver_challenge(self, key)  # type: ignore[arg-type]
             asked_at = time.monotonic()
             self.run_id = self.call(pack("server accept_connection", name))
             self.round_trip = self.answered_at - asked_at  # seconds
@@ -1216,7 +1215,7 @@ class Link:
                 hint = "" if context else "; if it listens with TLS, use --tls"
                 raise EOFError(f"it took the connection and says nothing{hint}") from None
             raise
-        self._connection.end_handshake(limit)
+        self.end_handshake(limit)
 
     def call(self, message: bytes) -> Any:
         """Make a call, and return what it does; blocks meanwhile."""
@@ -1231,16 +1230,16 @@ class Link:
         if limits != self._limits:
             self._limits = limits
             try:
-                self._connection.sock.settimeout(limits[0])
+                self.sock.settimeout(limits[0])
             except OSError as error:  # it is closed, since a call before this one was its end
                 raise EOFError(str(error)) from error
-            self._connection.set_option("TCP_USER_TIMEOUT", limits[1])
-        self._connection.send_bytes(*calls)
+            self.set_option("TCP_USER_TIMEOUT", limits[1])
+        self.send_bytes(*calls)
 
     def receive(self) -> Any:
         """What a call has returned; blocks until it is there."""
         try:
-            (kind, form, *_), text = unpack(self._connection.recv_bytes())
+            (kind, form, *_), text = unpack(self.recv_bytes())
             self.answered_at = time.monotonic()
             if kind == "#RETURN" and form in ("text", "none"):
                 return text if form == "text" else None
@@ -1428,7 +1427,7 @@ class Slot(threading.Thread):
 
     def _is_owed(self) -> bool:
         """Whether the master still records what was sent: to wait for it would suspend the time limit."""
-        return self._sent and self._link is not None and not self._link.has_answer()
+        return self._sent and self._link is not None and not self._link.has_data()
 
     def _release(self, start: int) -> None:
         """Release the tasks from this position on."""
