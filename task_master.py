@@ -106,7 +106,7 @@ OBJECT_LIMIT = 200_000  # values in a plain client's message
 LARGE = 1 << 20  # bytes; larger messages are received one at a time
 LARGE_LIMIT = 20.0  # seconds for each LARGE bytes of one
 TOO_SLOW = "a large message came too slowly, or not to its end: return less, or write it to a file"
-OTHER_KEY = "its key is another one: copy the key file of this host there"
+OTHER_KEY = "its key is another one: copy the key file of this host there (TASK_AUTHKEY comes first)"
 PENDING_LIMIT = 256  # connections that have not finished the handshake; the oldest must give way
 BACKLOG = 1024  # connections that the system holds for us; multiprocessing's 16 would lose those of many workers
 GAP_LIMIT = 10_000_000  # ids without a record, in a row, that a results file may have
@@ -1917,7 +1917,7 @@ class TaskMaster:
             if protocol != PROTOCOL:
                 problem = f"it speaks protocol {protocol}, this master {PROTOCOL}: copy task_worker.py to its host"
             elif statement and runs != (self._what or runs):
-                problem = f"its job is for {describe_function(self._what)}, this worker runs {describe_function(runs)}"
+                problem = f"the job is for {describe_function(self._what)}, this worker runs {describe_function(runs)}"
             else:
                 self._what = self._what or (runs if statement else None)
                 host = self.hosts[peer.host]
@@ -2028,7 +2028,7 @@ class TaskMaster:
         """Say what is the first of its kind, count the others, and end the job when there are too many."""
         text = explain_outcome(task)
         kind = find_kind(text, self.failures)
-        count = self.failures.setdefault(kind, [0, f"{text} (task {task.id}: {task.text[:60]}, on {worker or 'no worker'})"])
+        count = self.failures.setdefault(kind, [0, f"{text} (task {task.id}, on {worker or 'no worker'}: {task.text[:60]})"])
         count[0] += 1
         if count[0] == 1:
             self._log(f"task {task.id} failed: {count[1]}, attempt {task.attempts}")
@@ -2209,7 +2209,7 @@ def make_parser() -> Parser:
     add("--ordered", action="store_true", help="put the file in the order of the tasks")
     group = parser.add_argument_group("workers")
     group.add_argument("--workers", type=TYPES["workers"], default=0, metavar="N", help="start so many processes here, too")
-    text = "start a worker on a host, through ssh (repeatable)"
+    text = "start a worker (of N processes) on a host, through ssh (repeatable)"
     group.add_argument("--ssh", type=check_ssh_host, action="append", default=[], metavar="[N/]HOST[:PYTHON]", help=text)
     add_function_options(group)
     add = parser.add_argument_group("limits").add_argument
@@ -2231,7 +2231,7 @@ def open_input(options: argparse.Namespace) -> Iterator[list[str]]:
         try:
             return iter([[json.dumps(text) if as_text else check_json(text) for text in options.task]])
         except ValueError as error:
-            raise Failure(f"TASK {' '.join(options.task)[:60]}: {error}") from None
+            raise Failure(f"TASK {' '.join(options.task)[:60]}: {error}; --tasks reads a file") from None
     if options.tasks is None:
         return iter([[str(random.randint(0, 10000)) for _ in range(10)]])
     try:
@@ -2380,9 +2380,10 @@ class Job:
         (host, port), options = self._master.address, self._options
         host = socket.gethostname() if host in ("0.0.0.0", "::") else host
         what = {"--host": host, "--port": str(port), "--function": options.function, "--command": options.command}
+        what["--authkey-file"] = options.authkey_file
         words = [word for name, value in what.items() if value not in (None, "5000", "127.0.0.1") for word in (name, value)]
         tls = [] if options.tls is None else ["--tls" if options.tls else "--no-tls"]
-        return f"no worker is connected: {shlex.join(['python3', 'task_worker.py', *words, *tls])}"
+        return f"no worker: {shlex.join(['python3', 'task_worker.py', *words, *tls])}"
 
     def _handle_signal(self, number: int, _frame: object) -> None:
         """The first one drains (in `_look`: a handler must not wait for anything), the second leaves at once."""

@@ -354,7 +354,7 @@ def read_key(path: str | None) -> bytes:
     except OSError as error:
         if path is None and isinstance(error, FileNotFoundError):
             raise
-        raise Failure(f"cannot read the key file {source}: {explain_error(error)} (make it, or copy the master's)") from None
+        raise Failure(f"cannot read the key file {source}: {explain_error(error)} (is it there, and this user's?)") from None
     if os.name == "posix" and key:
         if status.st_uid not in (0, os.geteuid()):
             raise Failure(f"the key file {source} belongs to another user: use one of your own")
@@ -724,7 +724,7 @@ def make_plain(value: Any, place: str, is_key: bool) -> Any:
         values = [make_plain(item, f"{place}[{json.dumps(key, default=str)}]", False) for key, item in value.items()]
         return dict(zip(keys, values))
     kind = f"{type(value).__module__}.{type(value).__qualname__}".replace("builtins.", "")
-    raise TypeError(f"{place} is a {kind}, which JSON does not have: return str() of it, say")
+    raise TypeError(f"{place} is a {kind}, which JSON does not have: return list() or str() of it, say")
 
 
 # ---- child: the only process that runs the function ----------------------------------------------------------------
@@ -1246,7 +1246,7 @@ class Link(PlainConnection):
             if kind == "#RETURN" and len(text) < SETTINGS_LIMIT:
                 return json.loads(text)
         except (ValueError, RecursionError):
-            raise EOFError("it answers with what is no message") from None
+            raise EOFError("it is no task_master.py of ours") from None
         raise EOFError("it answers with an error")
 
 
@@ -1652,7 +1652,7 @@ class Worker:
         if trouble == "CERTIFICATE_VERIFY_FAILED":
             raise Failure(f"what answers at {self._place} shows a certificate and not the key: it is not our master", 3)
         if isinstance(error, AuthenticationError) or "ALERT" in str(trouble):
-            raise Failure(f"the master at {self._place} refused the key: copy its key file to this host", 3)
+            raise Failure(f"the master at {self._place} refused the key: copy its key file here (TASK_AUTHKEY comes first)", 3)
         reason, before = explain_error(error), self._state
         if before == "connected":
             self.served_at = time.monotonic()

@@ -273,7 +273,7 @@ def test_the_reason_for_a_refusal_is_short_however_long_the_message_is(beside: B
     assert is_refused(first)
     statement = json.dumps({"function": "x" * MEGABYTE, "command": None})
     second.send_bytes(f"get_task_queue join {PROTOCOL}\n{statement}".encode())
-    beside.master.wait_line("its job is for")
+    beside.master.wait_line("the job is for")
     assert max(map(len, beside.master.stderr)) < 2000
 
 

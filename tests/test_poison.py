@@ -267,7 +267,7 @@ def test_a_task_that_does_no_harm_keeps_its_result(job: Job, way: str) -> None:
 def test_a_message_of_several_lines_is_told_in_one(job: Job) -> None:
     record = job.bad["surrogates and newlines"]
     (line,) = job.master.said(rf"task {record['id']} failed: ValueError: ")
-    assert line.endswith(f'(task {record["id"]}: "surrogates and newlines", on {record["worker"]}), attempt 1')
+    assert line.endswith(f'(task {record["id"]}, on {record["worker"]}: "surrogates and newlines"), attempt 1')
 
 
 @pytest.mark.parametrize("way", [*NAMES["SPOILING"], pytest.param("stay", marks=pytest.mark.early)])

@@ -171,7 +171,7 @@ def test_when_nobody_is_connected_the_line_has_the_command_for_a_worker_of_this_
     """So that it can be copied, and is not refused."""
     what = ("--command", "until test -f go; do sleep 0.1; done; echo {}")
     terminal = open_terminal(200, *FILE, *what, 1, 2)
-    shown = r"no worker is connected: python3 task_worker.py --port (\d+) "
+    shown = r"no worker: python3 task_worker.py --port (\d+) "
     terminal.wait_text(shown + re.escape(shlex.join(what)) + ", " + BAR + "0 of 2")
     port = re.search(shown, terminal.raw)[1]
     assert port == re.search(r"listening on \S+:(\d+)", terminal.raw)[1]
@@ -323,11 +323,11 @@ def test_the_first_failure_of_each_kind_is_said_and_the_summary_counts_ten_kinds
     tasks = farm.write_tasks([[kind, number] for kind in range(13) for number in range(kind + 1)])
     master = farm.run_job("--tasks", tasks, function="mod:fail", status=1)
     firsts, names = [sum(range(kind + 1)) for kind in range(13)], ["ValueError", "OSError", "TypeError"] * 5
-    said = r"task (\d+) failed: (\w+): .* \(task \1: (\[.*\]), on (\S+)/\d+\), attempt 1$"
+    said = r"task (\d+) failed: (\w+): .* \(task \1, on (\S+)/\d+: (\[.*\])\), attempt 1$"
     assert [re.search(said, line).groups() for line in master.said(r"task \d+ failed: ")] == [
-        (str(firsts[kind]), names[kind], f"[{kind}, 0]", socket.gethostname()) for kind in range(13)
+        (str(firsts[kind]), names[kind], socket.gethostname(), f"[{kind}, 0]") for kind in range(13)
     ]
-    table = [re.match(r"task_master: ( *\d+) x (\w+): (.*) \(task (\d+): ", line) for line in master.said(r"\d x ")]
+    table = [re.match(r"task_master: ( *\d+) x (\w+): (.*) \(task (\d+), on ", line) for line in master.said(r"\d x ")]
     assert [match.groups() for match in table if match] == [
         (f"{kind + 1:7}", names[kind], f"no {'abcdefghijklmnop'[kind]} in '0' or 0", str(firsts[kind]))
         for kind in range(12, 2, -1)

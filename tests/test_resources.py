@@ -211,4 +211,4 @@ def test_a_worker_that_is_refused_leaves_though_a_task_runs(farm: Farm) -> None:
     master.kill()
     other = farm.run("task_master.py", "--port", port, "1", env=farm.env(TASK_AUTHKEY="another-key-of-32-letters-or-so-"))
     assert worker.wait() == 3, other.stderr
-    assert worker.stderr[-1].endswith("refused the key: copy its key file to this host")
+    assert worker.stderr[-1].endswith("refused the key: copy its key file here (TASK_AUTHKEY comes first)")
