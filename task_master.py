@@ -1291,7 +1291,8 @@ class ResultsFile:
                 line = file.readline().decode("utf-8", "replace")
             recorded = read_record(line)[1]
             was_bad = "".join(line.split()).endswith('"attempts":0}')  # a line that was no task, and may have been mended
-            if not was_bad and json.dumps(json.loads(recorded), sort_keys=True) != json.dumps(json.loads(text), sort_keys=True):
+            read = functools.partial(json.loads, parse_float=lambda text: x if (x := float(text)) % 1 else int(x))  # jq: 1.0 is 1
+            if not was_bad and json.dumps(read(recorded), sort_keys=True) != json.dumps(read(text), sort_keys=True):
                 problem = f"the results file {self.given} belongs to other tasks: its task {task_id} is not {text[:60]}"
                 raise Refusal(f"{problem} (has their folder changed? is --text as before?)")
         return bool(known & 1)

@@ -545,7 +545,7 @@ def check_spec(spec: str) -> str:
     return spec
 
 
-MEMBER = re.compile(r"(?<!\$)\{([A-Za-z_]\w*)\}", re.ASCII)  # as a shell's variables are
+MEMBER = re.compile(r"(?<!\$)\{(\w+)\}", re.ASCII)  # the rest of a shell variable's name
 split_template = re.compile(
     r"""
     (?P<begin> (?<!<) << -? [ \t]* (?P<quote> ["'\\]? ) (?P<end> [\w.-]+ ) (?! [\w.-] | [ \t]*\)\) ) ["']? )  # a here-document,
@@ -573,6 +573,8 @@ def parse_template(template: str) -> tuple[str, list[str], list[str]]:
 
     def convert_part(match: re.Match[str], text: str) -> str:
         part, begin, quote, rest, body = match.group(0, "begin", "quote", "rest", "body")
+        if begin and re.search(r"(?<!<)<<(?!<)", rest):
+            raise Failure(f"{shown}: two here-documents begin on one line: give each a line of its own")
         if begin and not (quote or re.search(r"\$\(|`", body)):  # a here-document, in which quotes mean themselves
             body = re.sub(r"(?<!\\)((?:\\\\)*)\\(?={)", r"\1\\\\", body)  # `\{` keeps its backslash in a shell, `\$` does not
             names.extend(MEMBER.findall(body))
@@ -722,7 +724,10 @@ def make_plain(value: Any, place: str, is_key: bool) -> Any:
     if isinstance(value, dict) and not is_key:
         keys = [make_plain(key, f"{place} has a key that", True) for key in value]
         values = [make_plain(item, f"{place}[{json.dumps(key, default=str)}]", False) for key, item in value.items()]
-        return dict(zip(keys, values))
+        plain = dict(zip(keys, values))
+        if len(plain) < len(keys):
+            raise ValueError(f"{place} has keys that are one and the same in JSON")
+        return plain
     kind = f"{type(value).__module__}.{type(value).__qualname__}".replace("builtins.", "")
     raise TypeError(f"{place} is a {kind}, which JSON does not have: return list() or str() of it, say")
 
@@ -733,6 +738,8 @@ def make_plain(value: Any, place: str, is_key: bool) -> Any:
 def run_child(pipe: Any, memory: Memory, folder: str | None, function: str | None, command: str | None) -> None:
     """The child's main: says whether the function could be loaded, and which text it has; then runs what it is fed."""
     leave_terminal()
+    if os.name == "posix":
+        os.set_inheritable(pipe.fileno(), False)  # so that no command writes there by mistake; nor into the memory
     try:
         _thread.start_new_thread(die_with_parent, ())  # which gevent does not find, if the module patches threading
         if folder:
@@ -822,6 +829,7 @@ class Memory:
         if isinstance(self.source, int):
             os.ftruncate(self.source, MEMORY_SIZE)
             self.bytes: Any = mmap.mmap(self.source, MEMORY_SIZE)
+            os.set_inheritable(self.source, False)
         else:
             self.bytes = memoryview(self.source).cast("B")
         self.words = memoryview(self.bytes)[:HEADER].cast("d")
@@ -1004,11 +1012,12 @@ class Child:
         alive = self._process.is_alive()
         try:
             while self._poll(timeout if alive else 0):
-                self.pieces.append(self._pipe.recv_bytes())
+                self.pieces.append(self._pipe.recv_bytes(MESSAGE_LIMIT))
                 if len(self.pieces[-1]) < PIECE or self.pieces[-1].endswith(b"\n"):
                     message, self.pieces = b"".join(self.pieces), []
                     return message
         except (EOFError, OSError):
+            self._pipe.close()  # then the child leaves behind its last task, if one has written here
             time.sleep(min(timeout, 0.01))  # the child has ended, or closed its end and goes on
         if alive:
             return None
@@ -1046,6 +1055,8 @@ class Child:
         while self._process.is_alive() and time.monotonic() < give_up_at:
             connection.wait([self._process.sentinel], 0.05)  # not `join`: a task may have handed it on, or closed it
             time.sleep(0.001)
+        if self._process.is_alive() and not self.overdue:
+            say(f"a process did not end within {EXIT_GRACE:g} s and is killed: its threads, or what atexit calls, may be cut")
         self.kill()
         self._process.join()
         if sweep:

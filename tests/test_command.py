@@ -126,6 +126,12 @@ def test_a_name_in_braces_stands_for_a_member(farm: Farm) -> None:
     assert ["error" in record for record in records] == [False, *[True] * 6, False]
     assert re.search(r"has \{(more|n)\}, but the task no member (more|n) ", records[1]["error"]["message"])
     assert re.search("the task no member to ", records[2]["error"]["message"])
+    assert call("echo {1} {2020}", {"1": "x", "2020": "y"})["stdout"] == "x y\n"
+
+
+def test_a_command_cannot_reach_what_its_process_shares_with_the_worker(farm: Farm) -> None:
+    records, _ = run_command(farm, "ls -l /proc/self/fd; true {}", [1])
+    assert not re.search("memfd|socket", records[0]["result"]["stdout"]), records
 
 
 @pytest.mark.parametrize("number", ["3.10", "1e5", "-0.0", "12"])
@@ -180,6 +186,7 @@ def split(templates: str) -> list[str]:
     ("template", "remedy"),
     [
         *[(template, "quot") for template in [*split(QUOTED), *QUOTED_LINES]],
+        ("paste - <<A /dev/fd/3 3<<B\n{}\nA\n{}\nB", "two here-documents"),
         *[(template, r"\{\}|TASK") for template in [*split(UNPLACED), *UNPLACED_LINES]],
         *[(f"convert {{}} {text}", "quotes") for text in ('"{.}.png"', '"$(echo {/})"', "<<E\n{.}\n$(ls)\nE")],
         *[(f"convert {{}} {braces}.png", "GNU parallel") for braces in ("{.}", "{/}", "{//}", "{/.}", "{#}", "{%}")],

@@ -125,6 +125,11 @@ def end_while_it_waits():
 def hang_while_it_waits():
     threading.Timer(1, lambda: (print("now", flush=True), ctypes.PyDLL(None).sleep(1000))).start()
 
+def write_into_sockets():
+    for descriptor in range(3, 50):
+        if os.path.realpath(f"/proc/self/fd/{descriptor}").rpartition("/")[2].startswith("socket:"):
+            os.write(descriptor, b"garbage")
+
 def replace_stdout():
     sys.stdout = sys.stderr = None
     return "replaced"
@@ -189,6 +194,7 @@ SPOILING = {
     "close the other descriptors in a while": lambda: close_the_rest(0),
     "detach stdout": detach_stdout,
     "replace stdout": replace_stdout,
+    "write into the pipe": write_into_sockets,
 }
 READING = {
     "read standard input": lambda: sys.stdin.read(),

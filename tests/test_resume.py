@@ -104,12 +104,12 @@ def test_resuming_a_finished_job_runs_nothing_but_what_is_new_and_leaves_the_fil
 
 
 def test_tasks_written_another_way_are_the_same_tasks_and_blank_lines_take_no_id(farm: Farm) -> None:
-    farm.write("tasks.jsonl", '{"a": 1, "b": [1.0, "\\u00fc"]}\n\n"x"\n')
+    farm.write("tasks.jsonl", '{"a": 1, "b": [1.0, 1e5, "\\u00fc"]}\n\n"x"\n')
     farm.run_job(*JOB[:2], function="functions:same")
-    farm.write("tasks.jsonl", ' \n  {"b":[1.0,"ü"],"a":1}\r\n"\\u0078"')
+    farm.write("tasks.jsonl", ' \n  {"b":[1,100000,"ü"],"a":1}\r\n"\\u0078"')
     assert resume(farm).wait() == 0
     assert len(farm.records()) == 2
-    farm.write("tasks.jsonl", '{"b":[1.0,"ü"],"a":1}\n\n"y"')
+    farm.write("tasks.jsonl", '{"b":[1.0,1e5,"ü"],"a":1}\n\n"y"')
     check_refused(resume(farm), "task 1 ", '"y"')
 
 

@@ -134,7 +134,7 @@ def test_another_result_is_an_error_that_names_type_and_place_and_is_not_retried
 
 
 def test_a_result_that_has_no_end_or_cannot_be_read_fails_its_own_task_alone(farm: Farm) -> None:
-    bad = ["Broken()", "[Endless()]", "circle", "[circle, math.nan]", "Listed(circle)"]
+    bad = ["Broken()", "[Endless()]", "circle", "[circle, math.nan]", "Listed(circle)", "[{-math.inf: 1, math.inf: 2}]"]
     records, _ = run(farm, "value", ["1", *[task for text in bad for task in (text, "2")]], "--retries", 1, status=1)
     assert [record["task"] for record in records if "error" in record] == bad
     assert "ProcessDied" not in {record["error"]["type"] for record in records if "error" in record}
