@@ -1527,7 +1527,7 @@ class LocalWorker:
         """Whether to start it again after this exit status; blocks for as long as one should wait before that."""
         self._master.restarts += 1
         self.reason = f"the local worker ended with exit status {status}"
-        if status in (2, 3) or self._master.restarts > RESTARTS:
+        if (status in (2, 3) and not self._master.ledger.done) or self._master.restarts > RESTARTS:  # what it needs may be back
             self.reason += ", see standard error"
             self.status = 2 if status == 2 else 1
             return False

@@ -1085,9 +1085,10 @@ def find_started(mark: str, root: int | None) -> set[int]:
     for name in filter(str.isdigit, os.listdir("/proc") if sys.platform == "linux" and os.path.exists("/proc/self") else ()):
         with contextlib.suppress(FileNotFoundError, ProcessLookupError, PermissionError):  # it has ended, or is another user's
             state, parent = read_file(f"/proc/{name}/stat").rpartition(b")")[2].split()[:2]
-            if state != b"Z":
+            threads = os.listdir(f"/proc/{name}/task")[1:] if state == b"Z" else [name]  # others may outlive the first one
+            if threads:
                 parents[int(name)] = int(parent)
-                if int(name) == root or f"{MARK}={mark}".encode() in read_file(f"/proc/{name}/environ"):
+                if int(name) == root or f"{MARK}={mark}".encode() in read_file(f"/proc/{name}/task/{threads[0]}/environ"):
                     found.add(int(name))
     while more := {pid for pid, parent in parents.items() if parent in found} - found:
         found |= more
@@ -1314,8 +1315,8 @@ class Slot(threading.Thread):
         before = self._digest if self._started_after == self._worker.finished else ""  # of the same job
         for attempt in range(START_ATTEMPTS):
             self._started_after, self._left = self._worker.finished, self._worker.tasks_per_process
-            self._child = child = Child(self._worker)
             try:
+                self._child = child = Child(self._worker)
                 while (answer := child.receive(START_POLL)) is None:
                     if self._worker.leaving.is_set():
                         child.kill()  # it has nothing to finish
@@ -1329,6 +1330,11 @@ class Slot(threading.Thread):
                         raise EOFError("the connection was lost")  # or the job is over
             except ChildDied as died:
                 problem = f"a process ended before it could run a task: {died}"
+                continue
+            except OSError:  # there were enough processes and files before, and may be again
+                if not linked or attempt == START_ATTEMPTS - 1:
+                    raise
+                self._worker.leaving.wait(2.0**attempt)
                 continue
             if answer[:1] == b"-":
                 problem = answer[1:].decode()
@@ -1476,10 +1482,10 @@ class Slot(threading.Thread):
         return answer
 
     def _lose_link(self, error: EOFError) -> None:
-        if self._link:
+        if self._link:  # else its end was told before
             self._link.close()
-        self._link, self._sent = None, False
-        self._worker.miss(error)
+            self._link, self._sent = None, False
+            self._worker.miss(error)
 
     # with the child
 
@@ -1516,7 +1522,9 @@ class Slot(threading.Thread):
         child.feed(self._fed[: self._left], self._time_limit)
         while (message := self._receive(child)) not in (b".", b"x"):
             grace = EXIT_GRACE if child.pieces or child.position() < self._done else 0.0  # to send an outcome, or to begin
-            if not message and child.running_for() > self._time_limit + grace:
+            if not message and (late := child.running_for() - self._time_limit - grace) > 0:
+                if child.overdue and late > EXIT_GRACE:  # the system cannot kill it, as in a driver that hangs
+                    raise ChildDied(-signal.SIGKILL, child.running_for())
                 child.overdue = True
                 child.kill()
             if not self._is_owed():

@@ -32,7 +32,8 @@ def each_left(mark: str) -> Iterator[tuple[int, str]]:
     """What runs with the mark in its environment, as it is found: the process, and its KIND or else its command line."""
     for entry in filter(str.isdigit, os.listdir("/proc")):
         try:
-            with open(f"/proc/{entry}/environ", "rb") as environ, open(f"/proc/{entry}/cmdline", "rb") as command:
+            thread = f"/proc/{entry}/task/{os.listdir(f'/proc/{entry}/task')[-1]}"  # of a headless one only the others have these
+            with open(f"{thread}/environ", "rb") as environ, open(f"{thread}/cmdline", "rb") as command:
                 variables = environ.read().decode("utf-8", "replace").split("\0")
                 if f"LEFTOVERS={mark}" in variables:
                     kinds = [variable[5:] for variable in variables if variable.startswith("KIND=")]
@@ -58,6 +59,12 @@ for _ in range(180):  # goes from process to process, for a minute and a half
     if os.fork():
         os._exit(0)
 """
+HEADLESS = """
+import ctypes, os, threading, time
+os.setsid()
+threading.Thread(target=time.sleep, args=(90,)).start()
+ctypes.CDLL(None).pthread_exit(None)
+"""
 KINDS = {
     "group": ["sleep", "421"],
     "own-group": ["timeout", "300", "sleep", "421"],
@@ -67,6 +74,7 @@ KINDS = {
     "daemon": ["sh", "-c", "setsid sh -c 'sleep 421 & sleep 421' & exec sleep 0"],
     "stopped": ["sh", "-c", "kill -STOP $$; sleep 421"],
     "chain": [sys.executable, "-c", CHAIN],
+    "headless": [sys.executable, "-c", HEADLESS],
 }
 
 def spread(task):
@@ -343,5 +351,5 @@ def test_the_harness_sees_what_is_left(scene: Scene) -> None:
     code = "import leave, sys; leave.spread('return')"
     program = scene.farm.run("-c", code, env=scene.farm.env(PYTHONPATH=str(scene.farm.folder)))
     assert program.wait() == 0
-    kinds = "chain daemon deaf group orphan own-group session stopped".split()
+    kinds = "chain daemon deaf group headless orphan own-group session stopped".split()
     assert set(find_left(scene.mark)) == set(kinds)

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from lab import Farm, check_once, check_silence
+from lab import ROOT, Farm, check_once, check_silence
 
 MODULE = r'''
 import ctypes, io, os, resource, signal, subprocess, sys, threading, time
@@ -311,6 +311,16 @@ def test_a_process_that_does_not_read_a_long_task_is_replaced(farm: Farm, way: s
     master.give([json.dumps(["x" * 2_000_000])])
     assert master.wait() == 0
     assert farm.in_order()[1]["attempts"] == 1
+
+
+def test_a_process_that_the_system_cannot_kill_is_given_up_at_its_time_limit(farm: Farm) -> None:
+    """As in a driver that hangs."""
+    master = farm.master("--results", "results.jsonl", "--timeout", TIME_LIMIT, '"endless sleep"', 1, 2)
+    unkillable = "import task_worker; task_worker.kill_group = lambda process: None; raise SystemExit(task_worker.main())"
+    options = ("--port", master.port(), "--processes", 1, "--function", "mod:run")
+    farm.run("-c", unkillable, *options, env=farm.env(PYTHONPATH=str(ROOT)))
+    assert master.wait() == 1
+    assert [record.get("error", {}).get("type") for record in farm.in_order()] == ["TimeoutError", None, None]
 
 
 SETUP = """

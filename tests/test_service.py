@@ -165,6 +165,17 @@ def test_a_master_whose_own_worker_cannot_load_the_function_goes_on_with_another
     assert (master.wait(), other.wait()) == (0, 0), master.stderr
 
 
+def test_a_local_worker_that_could_load_the_function_before_is_started_again(farm: Farm) -> None:
+    """The folder of the module may be back in a moment."""
+    farm.write("mailer.py", "import os\ndef send(n):\n    if n == 5: os.rename('mailer.py', 'away')\n    return n\n")
+    options = ("--workers", 1, "--function", "mailer:send", "--tasks-per-process", 2)
+    master = farm.master("--results", "results.jsonl", *options, *range(20))
+    master.wait_line("the local worker ended with exit status 2: starting another")
+    os.rename(farm.folder / "away", farm.folder / "mailer.py")
+    assert master.wait() == 0
+    assert sorted(record["result"] for record in farm.records()) == [*range(20)]
+
+
 def test_a_worker_of_another_job_that_looks_in_does_not_keep_one_that_nobody_can_do(farm: Farm) -> None:
     port = free_port()
     service = farm.worker(port, "--wait", 0, "--processes", 4, "--function", "functions:double")
