@@ -318,7 +318,7 @@ class Ledger:
             return self._over.wait_for(self.is_over, timeout)
 
     def submit(self, tasks: Iterable[tuple[int, str]]) -> bool:
-        """Add tasks as (id, JSON text), "" for none. Blocks while too many are READY. Returns False when no more are wanted."""
+        """Add tasks as (id, JSON text), if they have one. Blocks while too many are READY. Returns False when none are wanted."""
         new = {task_id: Task(task_id, text) for task_id, text in tasks if text}
         with self._lock:
             while self.phase <= Phase.ENDED and not self._has_room():
@@ -767,7 +767,7 @@ def load_outcome(outcome: str, scan: Callable[..., Any] = scan_strictly) -> tupl
 
 
 class Peer(PlainConnection):
-    """A connection, and the holder of its leases. A worker sends text (see task_worker.py), a plain client pickles; so do we."""
+    """A connection, which holds leases. A worker sends text (see task_worker.py), a plain client pickles; we answer alike."""
 
     def __init__(self, sock: socket.socket, address: tuple[Any, ...], large: threading.Lock) -> None:
         super().__init__(sock)

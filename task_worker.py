@@ -573,7 +573,7 @@ def parse_template(template: str) -> tuple[str, list[str], list[str]]:
 
     def convert_part(match: re.Match[str], text: str) -> str:
         part, begin, quote, rest, body = match.group(0, "begin", "quote", "rest", "body")
-        if begin and re.search(r"(?<!<)<<(?!<)", rest):
+        if begin and re.search(r"(?<!<)<<-?[ \t]*[\"'\\]?[A-Za-z_]\w*(?!\w|[ \t]*\)\))", rest):
             raise Failure(f"{shown}: two here-documents begin on one line: give each a line of its own")
         if begin and not (quote or re.search(r"\$\(|`", body)):  # a here-document, in which quotes mean themselves
             body = re.sub(r"(?<!\\)((?:\\\\)*)\\(?={)", r"\1\\\\", body)  # `\{` keeps its backslash in a shell, `\$` does not
