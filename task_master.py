@@ -709,7 +709,7 @@ match_plain_outcomes = re.compile(
 
 def parse_ids(text: str) -> list[int]:
     """Ids that are separated by blanks. Raises ValueError, also for more than a connection may hold."""
-    if text.count(" ") >= LEASE_LIMIT:
+    if text.count(" ") >= LEASE_LIMIT or "," in text:
         raise ValueError("too many ids")
     ids: list[int] = json.loads(f"[{text.replace(' ', ',')}]")  # half the time of an int() for each; what is none is no task's id
     return ids
@@ -1527,7 +1527,7 @@ class LocalWorker:
         """Whether to start it again after this exit status; blocks for as long as one should wait before that."""
         self._master.restarts += 1
         self.reason = f"the local worker ended with exit status {status}"
-        if (status in (2, 3) and not self._master.ledger.done) or self._master.restarts > RESTARTS:  # what it needs may be back
+        if (status in (2, 3) and self.host not in self._master.hosts) or self._master.restarts > RESTARTS:  # else it worked
             self.reason += ", see standard error"
             self.status = 2 if status == 2 else 1
             return False
@@ -1954,7 +1954,8 @@ class TaskMaster:
         with self._recording:
             last, retried = self.ledger.report(peer, outcomes, peer.moved_at)
             self._record(last, peer.name)
-        self.restarts = 0
+        if self.restarts and peer.name == self.started[-1].name:  # the local worker
+            self.restarts = 0
         failed = outcomes.oks.count(False)
         with self._counting:
             host = self.hosts[peer.host]

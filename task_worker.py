@@ -573,7 +573,7 @@ def parse_template(template: str) -> tuple[str, list[str], list[str]]:
 
     def convert_part(match: re.Match[str], text: str) -> str:
         part, begin, quote, rest, body = match.group(0, "begin", "quote", "rest", "body")
-        if begin and re.search(r"(?<!<)<<-?[ \t]*[\"'\\]?[A-Za-z_]\w*(?!\w|[ \t]*\)\))", rest):
+        if begin and re.search(r"(?<!<)<<-?[ \t]*[\"'\\]?[A-Za-z_]\w*(?!\w|.*\)\))", rest):
             raise Failure(f"{shown}: two here-documents begin on one line: give each a line of its own")
         if begin and not (quote or re.search(r"\$\(|`", body)):  # a here-document, in which quotes mean themselves
             body = re.sub(r"(?<!\\)((?:\\\\)*)\\(?={)", r"\1\\\\", body)  # `\{` keeps its backslash in a shell, `\$` does not
@@ -639,7 +639,7 @@ class Command:
         environment = {**self._environment, b"TASK": text, b"TASK_ID": self.task_id.encode()}
         for name in self._names:
             if not isinstance(task, dict) or name not in task:
-                raise ValueError(f"the command has {{{name}}}, but the task no member {name} ({{}} is the whole task)")
+                raise ValueError(f"the command has {{{name}}}, but the task no member {name} ({{}}: all of it; quote other braces)")
             member = json.loads(self.text, parse_float=str)[name] if isinstance(task[name], float) else task[name]
             environment[f"TASK__{name}".encode()] = to_bytes(member)
         for name in self._quoted:
@@ -716,7 +716,7 @@ def make_plain(value: Any, place: str, is_key: bool) -> Any:
     if hasattr(type(value), "tolist") and type(plain := value.tolist()) is not type(value):  # numpy, pandas, torch
         return make_plain(plain, place, is_key)
     if isinstance(value, float) and not math.isfinite(value):
-        return None
+        return json.dumps(value) if is_key and math.isinf(value) else None  # two keys would become one
     if value is None or isinstance(value, (str, int, float)):
         return value
     if isinstance(value, (list, tuple)) and not is_key:
@@ -724,10 +724,7 @@ def make_plain(value: Any, place: str, is_key: bool) -> Any:
     if isinstance(value, dict) and not is_key:
         keys = [make_plain(key, f"{place} has a key that", True) for key in value]
         values = [make_plain(item, f"{place}[{json.dumps(key, default=str)}]", False) for key, item in value.items()]
-        plain = dict(zip(keys, values))
-        if len(plain) < len(keys):
-            raise ValueError(f"{place} has keys that are one and the same in JSON")
-        return plain
+        return dict(zip(keys, values))
     kind = f"{type(value).__module__}.{type(value).__qualname__}".replace("builtins.", "")
     raise TypeError(f"{place} is a {kind}, which JSON does not have: return list() or str() of it, say")
 
@@ -979,6 +976,7 @@ class Child:
         self._taken = HEADER  # up to where we have read the outcomes
         self.pieces: list[bytes] = []  # of a message that is not there as a whole
         self.overdue = False  # whether it was killed for the time limit
+        self._quiet = worker.quiet
         try:
             self._pipe, theirs = self.context.Pipe()
             self._poll = make_poll(self._pipe)
@@ -1055,7 +1053,7 @@ class Child:
         while self._process.is_alive() and time.monotonic() < give_up_at:
             connection.wait([self._process.sentinel], 0.05)  # not `join`: a task may have handed it on, or closed it
             time.sleep(0.001)
-        if self._process.is_alive() and not self.overdue:
+        if self._process.is_alive() and not self.overdue and not self._quiet:
             say(f"a process did not end within {EXIT_GRACE:g} s and is killed: its threads, or what atexit calls, may be cut")
         self.kill()
         self._process.join()
@@ -1300,7 +1298,8 @@ class Slot(threading.Thread):
         except Failure as failure:
             self._worker.fail(failure)
         except OSError as error:
-            self._worker.lose_slot(error)
+            if not self._worker.leaving.is_set():
+                self._worker.lose_slot(error)
         except MemoryError:
             self._worker.lose_slot(OSError(errno.ENOMEM, os.strerror(errno.ENOMEM)))
         except Exception as error:  # a defect of this program: the one case for a traceback

@@ -93,7 +93,7 @@ def test_a_file_name_that_is_not_utf_8_finds_its_file(farm: Farm) -> None:
         ("(cat <<E)\n{}\nE", "/a/b c.tar.gz"),
         ("cat <<E\nC:\\{} \\\\{}\nE", "C:\\/a/b c.tar.gz \\/a/b c.tar.gz"),
         ("cat <<E; printf '%s|' 'a\nb' {}; echo\nx\nE", "x\na\nb|/a/b c.tar.gz|"),
-        ("cat <<E; echo $((1<<nn)) $((1 << 2))\n{}\nE", "/a/b c.tar.gz\n1 4"),
+        ("cat <<E; echo $((1<<nn+1)) $((1 << 2))\n{}\nE", "/a/b c.tar.gz\n2 4"),
         ("x=$((1<<n))\nprintf '%s|' {}\nn=3; echo", "/a/b c.tar.gz|"),
         ("echo '\\`' {}", "\\` /a/b c.tar.gz"),
         ("echo a{1,2} {file name} {-} {}", None),

@@ -386,8 +386,8 @@ def test_a_name_cannot_break_the_log_or_the_records(farm: Farm) -> None:
 
 ODD: list[Any] = [
     None, True, -1, 0, 2**70, 1.5, -1.5, 1e308, float("inf"), float("-inf"), float("nan"), "", "x", "0", "\ud800", "\0",
-    "0 0", "0 0 1 -1 x", "true", "0.0", "[0]", "1]", "0 " * 1000, b"", b"0", [], [[]], [None], [0, 0], ["0"], [-1], [2**70],
-    [1e308], (), (0, 0), {}, {0: 0},
+    "0 0", "0 0 1 -1 x", "true", "0.0", "[0]", "1]", "0,1", "0 " * 1000, b"", b"0", [], [[]], [None], [0, 0], ["0"], [-1],
+    [2**70], [1e308], (), (0, 0), {}, {0: 0},
 ]  # fmt: skip
 BROKEN_RESULTS = [
     "", "hello", "NaN", "Infinity", "1}", '1} {"id": 3, "task": 3', '1, "id": 7', '1, "task": 7', '1, "worker": "other"',
