@@ -639,7 +639,7 @@ class Command:
         environment = {**self._environment, b"TASK": text, b"TASK_ID": self.task_id.encode()}
         for name in self._names:
             if not isinstance(task, dict) or name not in task:
-                raise ValueError(f"the command has {{{name}}}, but the task no member {name} ({{}}: all of it; quote other braces)")
+                raise ValueError(f"the command has {{{name}}}, but the task no member {name} ({{}} is all; quote other braces)")
             member = json.loads(self.text, parse_float=str)[name] if isinstance(task[name], float) else task[name]
             environment[f"TASK__{name}".encode()] = to_bytes(member)
         for name in self._quoted:
