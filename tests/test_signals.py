@@ -304,7 +304,7 @@ import sys, threading, time, types
 import task_worker
 
 def start_children():
-    worker = types.SimpleNamespace(folder=None, statement={"function": None, "command": None})
+    worker = types.SimpleNamespace(folder=None, quiet=False, statement={"function": None, "command": None})
     children = []
     while True:
         children.append(task_worker.Child(worker))
