@@ -227,7 +227,7 @@ class Task:
         self.text = text  # JSON
         self.state = READY
         self.attempts = 0  # times that it was started, as far as the master knows
-        self.losses = 0  # of those, when the connection was lost; all others but the last gave an error
+        self.losses = 0  # of those, the ones that ended with their connection
         self.holder: object = None  # who has leased it
         self.avoids: tuple[Standing | None, float] | None = None  # on whom it failed, and from when another one is to retry it
         self.ok = False  # whether the last attempt gave a result
@@ -710,8 +710,8 @@ match_plain_outcomes = re.compile(
 def parse_ids(text: str) -> list[int]:
     """Ids that are separated by blanks. Raises ValueError, also for more than a connection may hold."""
     if text.count(" ") >= LEASE_LIMIT or "," in text:
-        raise ValueError("too many ids")
-    ids: list[int] = json.loads(f"[{text.replace(' ', ',')}]")  # half the time of an int() for each; what is none is no task's id
+        raise ValueError("too many ids, or commas")
+    ids: list[int] = json.loads(f"[{text.replace(' ', ',')}]")  # in half the time of int(); other values are no task's id
     return ids
 
 
@@ -1524,10 +1524,10 @@ class LocalWorker:
         console.write(line)
 
     def _may_go_on(self, status: int) -> bool:
-        """Whether to start it again after this exit status; blocks for as long as one should wait before that."""
+        """Whether to start it again; 2 and 3 are final where none has worked. Blocks until it is time for that."""
         self._master.restarts += 1
         self.reason = f"the local worker ended with exit status {status}"
-        if (status in (2, 3) and self.host not in self._master.hosts) or self._master.restarts > RESTARTS:  # else it worked
+        if (status in (2, 3) and self.host not in self._master.hosts) or self._master.restarts > RESTARTS:
             self.reason += ", see standard error"
             self.status = 2 if status == 2 else 1
             return False

@@ -466,7 +466,7 @@ FRAMES = 1000  # of a traceback, the innermost ones: to describe a million would
 PIECE = 1 << 14  # bytes of an outcome that go through the pipe at a time: written at once, so that no death can cut it
 MEMORY_SIZE = 1 << 20  # bytes that a child shares with its slot: some words, the first ones named here, then outcomes
 POSITION, STARTED_AT, REVOKED, LENGTH, TIME_LIMIT, HEADER = 0, 1, 2, 3, 4, 64
-FORK_TIME = 1e-5  # seconds that a fork takes at least, by far; to ask for the process's id takes a tenth of a tiny task's time
+FORK_TIME = 1e-5  # seconds; no fork is as fast, and to ask for the process's id each time would slow tiny tasks down by a tenth
 STREAM_CHECK = 0.001  # seconds of tasks after which a child looks at its standard streams
 LOADING = "TASK_WORKER_LOADING"  # in the environment of a child while it loads the function
 MARK = "TASK_WORKER_MARK"  # in the environment of a child, and so of all that it starts
@@ -545,7 +545,7 @@ def check_spec(spec: str) -> str:
     return spec
 
 
-MEMBER = re.compile(r"(?<!\$)\{(\w+)\}", re.ASCII)  # the rest of a shell variable's name
+MEMBER = re.compile(r"(?<!\$)\{(\w+)\}", re.ASCII)  # `{NAME}`, for the shell's variable TASK__NAME
 split_template = re.compile(
     r"""
     (?P<begin> (?<!<) << -? [ \t]* (?P<quote> ["'\\]? ) (?P<end> [\w.-]+ ) (?! [\w.-] | [ \t]*\)\) ) ["']? )  # a here-document,
@@ -562,8 +562,6 @@ split_template = re.compile(
 def parse_template(template: str) -> tuple[str, list[str], list[str]]:
     """The script of a --command TEMPLATE, the members of a task that it names, and those in quotes. Raises Failure."""
     shown = f"--command {' '.join(template.split())}"
-    if "\0" in template:
-        raise Failure(f"{shown!r}: it has a zero byte, which no command can have: take it out")
     names: list[str] = []
     quoted: list[str] = []
 
@@ -612,6 +610,8 @@ def check_template(template: str) -> str:
     """A type for argparse: a --command TEMPLATE. Raises Failure."""
     if os.name != "posix":
         raise Failure("--command needs a POSIX shell, which this system does not have: use --function MODULE:NAME")
+    if "\0" in template:
+        raise Failure(f"--command {template!r}: it has a zero byte, which no command can have: take it out")
     parse_template(template)
     return template
 
@@ -637,9 +637,10 @@ class Command:
         """Exit status and output, each stream cut at OUTPUT_LIMIT. Raises CommandFailed, or what the system refuses."""
         text = self.text.encode() if isinstance(task, float) else to_bytes(task)  # 3.10 stays 3.10
         environment = {**self._environment, b"TASK": text, b"TASK_ID": self.task_id.encode()}
+        remedy = "{} is the whole task; quote other braces"
         for name in self._names:
             if not isinstance(task, dict) or name not in task:
-                raise ValueError(f"the command has {{{name}}}, but the task no member {name} ({{}} is all; quote other braces)")
+                raise ValueError(f"the command has {{{name}}}, but the task no member {name} ({remedy})")
             member = json.loads(self.text, parse_float=str)[name] if isinstance(task[name], float) else task[name]
             environment[f"TASK__{name}".encode()] = to_bytes(member)
         for name in self._quoted:
@@ -711,12 +712,12 @@ def encode_result(value: Any) -> str:
 
 
 def make_plain(value: Any, place: str, is_key: bool) -> Any:
-    """A value as JSON has it: what has `tolist` converted, and None for NaN and the infinities. Raises TypeError."""
+    """A value as JSON has it: what has `tolist` converted, and None for NaN and infinities that are no keys. Raises TypeError."""
     # No defaults: 3.13.0 does not count such calls as recursion, and a value that contains itself would fill the memory.
     if hasattr(type(value), "tolist") and type(plain := value.tolist()) is not type(value):  # numpy, pandas, torch
         return make_plain(plain, place, is_key)
     if isinstance(value, float) and not math.isfinite(value):
-        return json.dumps(value) if is_key and math.isinf(value) else None  # two keys would become one
+        return json.dumps(value) if is_key and math.isinf(value) else None  # as keys, both would be "null"
     if value is None or isinstance(value, (str, int, float)):
         return value
     if isinstance(value, (list, tuple)) and not is_key:
@@ -736,7 +737,7 @@ def run_child(pipe: Any, memory: Memory, folder: str | None, function: str | Non
     """The child's main: says whether the function could be loaded, and which text it has; then runs what it is fed."""
     leave_terminal()
     if os.name == "posix":
-        os.set_inheritable(pipe.fileno(), False)  # so that no command writes there by mistake; nor into the memory
+        os.set_inheritable(pipe.fileno(), False)  # a command must not write there by mistake
     try:
         _thread.start_new_thread(die_with_parent, ())  # which gevent does not find, if the module patches threading
         if folder:
@@ -1015,8 +1016,8 @@ class Child:
                     message, self.pieces = b"".join(self.pieces), []
                     return message
         except (EOFError, OSError):
-            self._pipe.close()  # then the child leaves behind its last task, if one has written here
-            time.sleep(min(timeout, 0.01))  # the child has ended, or closed its end and goes on
+            self._pipe.close()  # if a task has written here, the child ends after what it was fed
+            time.sleep(min(timeout, 0.01))  # the child has ended, or goes on without its end of the pipe
         if alive:
             return None
         seconds = self.running_for()

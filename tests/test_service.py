@@ -10,7 +10,7 @@ import subprocess
 import sys
 
 import pytest
-from lab import FalseServer, Farm, check_said, check_silence, free_port, wait_until
+from lab import ROOT, FalseServer, Farm, check_said, check_silence, free_port, wait_until
 
 RESUMED = ("--tasks", "-", "--results", "results.jsonl", "--resume")
 
@@ -174,6 +174,39 @@ def test_a_local_worker_that_could_load_the_function_before_is_started_again(far
     os.rename(farm.folder / "away", farm.folder / "mailer.py")
     assert master.wait() == 0
     assert sorted(record["result"] for record in farm.records()) == [*range(20)]
+
+
+SCARCE = """
+import errno, task_worker
+
+start, starts = task_worker.Child.__init__, []
+
+def start_or_fail(child, worker):
+    starts.append(child)
+    if len(starts) in (2, 3):
+        raise OSError(errno.EAGAIN, "no process is free")
+    start(child, worker)
+
+task_worker.Child.__init__ = start_or_fail
+raise SystemExit(task_worker.main())
+"""
+
+
+def test_a_process_that_cannot_be_started_for_a_moment_is_started_later(farm: Farm) -> None:
+    farm.write("mod.py", "def f(n):\n    return n\n")
+    master = farm.master("--results", "results.jsonl", 1, 2, 3)
+    options = ("--port", master.port(), "--processes", 1, "--tasks-per-process", 1, "--function", "mod:f")
+    worker = farm.run("-c", SCARCE, *options, env=farm.env(PYTHONPATH=str(ROOT)))
+    assert (master.wait(), worker.wait()) == (0, 0), worker.stderr
+    assert not worker.said("cannot start")
+
+
+def test_a_process_whose_module_takes_too_long_to_end_is_killed_and_that_is_said(farm: Farm) -> None:
+    farm.write("mod.py", "import atexit, time\natexit.register(time.sleep, 60)\ndef f(n):\n    return n\n")
+    master = farm.master("--results", "results.jsonl", 1)
+    worker = farm.worker(master, "--function", "mod:f")
+    worker.wait_line("a process did not end within 5 s and is killed")
+    assert (master.wait(), worker.wait()) == (0, 0)
 
 
 def test_a_worker_of_another_job_that_looks_in_does_not_keep_one_that_nobody_can_do(farm: Farm) -> None:
